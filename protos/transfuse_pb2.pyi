@@ -1,0 +1,513 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ParameterSpec(_message.Message):
+    __slots__ = ("name", "shape", "format", "group", "tensors", "aliases")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    format: str
+    group: str
+    tensors: _containers.RepeatedScalarFieldContainer[int]
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., format: _Optional[str] = ..., group: _Optional[str] = ..., tensors: _Optional[_Iterable[int]] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("tensors", "parameters", "fingerprint")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    parameters: _containers.RepeatedCompositeFieldContainer[ParameterSpec]
+    fingerprint: int
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[ParameterSpec, _Mapping]]] = ..., fingerprint: _Optional[int] = ...) -> None: ...
+
+class RankSpec(_message.Message):
+    __slots__ = ("replica", "rank", "address", "row_start", "row_stop")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ROW_START_FIELD_NUMBER: _ClassVar[int]
+    ROW_STOP_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    rank: int
+    address: str
+    row_start: _containers.RepeatedScalarFieldContainer[int]
+    row_stop: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Digests(_message.Message):
+    __slots__ = ("lane0", "lane1")
+    LANE0_FIELD_NUMBER: _ClassVar[int]
+    LANE1_FIELD_NUMBER: _ClassVar[int]
+    lane0: _containers.RepeatedScalarFieldContainer[int]
+    lane1: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lane0: _Optional[_Iterable[int]] = ..., lane1: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class VersionInfo(_message.Message):
+    __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    base_version: int
+    push_id: str
+    digest: str
+    created_s: float
+    wire_bytes: int
+    logical_bytes: int
+    num_tensors: int
+    pushed_by: str
+    state: str
+    seconds: float
+    pause_s: float
+    def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    manifest: Manifest
+    ranks: _containers.RepeatedCompositeFieldContainer[RankSpec]
+    version: int
+    digest: str
+    epoch: int
+    max_message_bytes: int
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+
+class BeginRequest(_message.Message):
+    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s")
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    push_id: str
+    base_version: int
+    fingerprint: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    pushed_by: str
+    logical_bytes: int
+    lease_s: float
+    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class BeginReply(_message.Message):
+    __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed")
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    version: int
+    epoch: int
+    planned_bytes: int
+    already_committed: bool
+    def __init__(self, transaction: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., already_committed: _Optional[bool] = ...) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("transaction", "digests", "wire_bytes")
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    digests: Digests
+    wire_bytes: int
+    def __init__(self, transaction: _Optional[int] = ..., digests: _Optional[_Union[Digests, _Mapping]] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
+
+class PrepareReply(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class InstallRequest(_message.Message):
+    __slots__ = ("transaction",)
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    def __init__(self, transaction: _Optional[int] = ...) -> None: ...
+
+class InstallReply(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class DecideRequest(_message.Message):
+    __slots__ = ("transaction",)
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    def __init__(self, transaction: _Optional[int] = ...) -> None: ...
+
+class RankTiming(_message.Message):
+    __slots__ = ("replica", "rank", "stage_start_s", "stage_stop_s", "pause_start_s", "install_stop_s", "pause_stop_s", "planned_bytes", "staged_bytes")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STAGE_START_S_FIELD_NUMBER: _ClassVar[int]
+    STAGE_STOP_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_START_S_FIELD_NUMBER: _ClassVar[int]
+    INSTALL_STOP_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_STOP_S_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    rank: int
+    stage_start_s: float
+    stage_stop_s: float
+    pause_start_s: float
+    install_stop_s: float
+    pause_stop_s: float
+    planned_bytes: int
+    staged_bytes: int
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., stage_start_s: _Optional[float] = ..., stage_stop_s: _Optional[float] = ..., pause_start_s: _Optional[float] = ..., install_stop_s: _Optional[float] = ..., pause_stop_s: _Optional[float] = ..., planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ...) -> None: ...
+
+class DecideReply(_message.Message):
+    __slots__ = ("version", "timings", "digest_verified", "replicas")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    version: VersionInfo
+    timings: _containers.RepeatedCompositeFieldContainer[RankTiming]
+    digest_verified: bool
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[_Union[VersionInfo, _Mapping]] = ..., timings: _Optional[_Iterable[_Union[RankTiming, _Mapping]]] = ..., digest_verified: _Optional[bool] = ..., replicas: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("transaction", "reason")
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    reason: str
+    def __init__(self, transaction: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbortReply(_message.Message):
+    __slots__ = ("aborted",)
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    aborted: bool
+    def __init__(self, aborted: _Optional[bool] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PIDS_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    state: str
+    version: int
+    layout: str
+    format: str
+    num_sequences: int
+    reason: str
+    pids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_STATE_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_BY_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    digest: str
+    epoch: int
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
+    transaction_state: str
+    transaction_by: str
+    transaction_since_s: float
+    transaction: int
+    uptime_s: float
+    model: str
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
+
+class VersionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VersionsReply(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[VersionInfo]
+    def __init__(self, versions: _Optional[_Iterable[_Union[VersionInfo, _Mapping]]] = ...) -> None: ...
+
+class VerifyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("ok", "version", "bytes", "seconds", "mismatches")
+    OK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    ok: bool
+    version: int
+    bytes: int
+    seconds: float
+    mismatches: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ok: _Optional[bool] = ..., version: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., mismatches: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class RollbackReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: VersionInfo
+    def __init__(self, version: _Optional[_Union[VersionInfo, _Mapping]] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class PauseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("time_s", "kind", "version", "transaction", "text")
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    time_s: float
+    kind: str
+    version: int
+    transaction: int
+    text: str
+    def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class StageOpen(_message.Message):
+    __slots__ = ("transaction", "epoch", "trainer_rank")
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
+    transaction: int
+    epoch: int
+    trainer_rank: int
+    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("sequence", "tensor", "offset", "length", "checksum", "payload")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    tensor: _containers.RepeatedScalarFieldContainer[int]
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    length: _containers.RepeatedScalarFieldContainer[int]
+    checksum: int
+    payload: bytes
+    def __init__(self, sequence: _Optional[int] = ..., tensor: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., length: _Optional[_Iterable[int]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class StageRequest(_message.Message):
+    __slots__ = ("open", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: StageOpen
+    chunk: Chunk
+    def __init__(self, open: _Optional[_Union[StageOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+
+class StageReply(_message.Message):
+    __slots__ = ("sequence", "credit_bytes", "staged_bytes")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    credit_bytes: int
+    staged_bytes: int
+    def __init__(self, sequence: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ...) -> None: ...
+
+class HelloRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class HelloReply(_message.Message):
+    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    manifest: Manifest
+    spec: RankSpec
+    version: int
+    state: str
+    transaction: int
+    layout: str
+    format: str
+    pid: int
+    num_sequences: int
+    paused: bool
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    transaction: int
+    version: int
+    base_version: int
+    tensors: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("planned_bytes",)
+    PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    planned_bytes: int
+    def __init__(self, planned_bytes: _Optional[int] = ...) -> None: ...
+
+class MemberRequest(_message.Message):
+    __slots__ = ("epoch", "transaction", "version")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    transaction: int
+    version: int
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class MemberReply(_message.Message):
+    __slots__ = ("timing", "version")
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    timing: RankTiming
+    version: int
+    def __init__(self, timing: _Optional[_Union[RankTiming, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+
+class MemberDigests(_message.Message):
+    __slots__ = ("digests", "timing")
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    digests: Digests
+    timing: RankTiming
+    def __init__(self, digests: _Optional[_Union[Digests, _Mapping]] = ..., timing: _Optional[_Union[RankTiming, _Mapping]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("prompts", "max_new_tokens", "temperature", "seed", "ignore_eos")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    ignore_eos: bool
+    def __init__(self, prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class Prompt(_message.Message):
+    __slots__ = ("token_ids", "text")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    text: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("sequence", "token_id", "logprob", "version", "text", "last", "kv_versions", "replica")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    KV_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    token_id: int
+    logprob: float
+    version: int
+    text: str
+    last: bool
+    kv_versions: _containers.RepeatedScalarFieldContainer[int]
+    replica: int
+    def __init__(self, sequence: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., version: _Optional[int] = ..., text: _Optional[str] = ..., last: _Optional[bool] = ..., kv_versions: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...

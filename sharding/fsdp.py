@@ -1,0 +1,114 @@
+"""FSDP2 over models whose modules may be quantized: shard, gather once a version, and find the local bytes.
+
+    shard_model(model, mesh, quantized={module: names})    each decoder layer, then the root; nothing requires grad
+    unshard_all(model)                                     gathered once, kept over any number of forwards
+    reshard_all(model)                                     local shards registered again, gathered copies freed
+
+In-place writes to `local_bytes(parameter)` are seen by the next gather. Take the parameters while the model is sharded:
+the gathered ones are other tensors, and their addresses move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .routes import chunk_range, local_rows
+
+# gloo cannot gather a group made only of these: store uint8 and view it as float8 inside computation.
+UNSHARDABLE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
+# Units [start, stop) of part `index` of `num_parts`: where FSDP2 splits dim 0.
+shard_range = chunk_range
+
+
+class ShardingError(ValueError):
+    """A model or parameter cannot be sharded as it is; the message lists every reason."""
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, *, quantized: Mapping[nn.Module, Collection[str]]) -> None:
+    """Shard every decoder layer and the root over `mesh`; parameters on the meta device become zeros, shard by shard.
+
+    `quantized` says which parameter names each quantized module may own.
+    """
+    problems = list(_problems(model, quantized))
+    if problems:
+        raise ShardingError("\n  - ".join([f"cannot shard {type(model).__name__}: {len(problems)} problem(s)", *problems]))
+    model.requires_grad_(False)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    _materialize(model, torch.device(mesh.device_type))
+
+
+def _problems(model: nn.Module, quantized: Mapping[nn.Module, Collection[str]]) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            where = f"{path}.{name}" if path else name
+            if module in quantized and name not in quantized[module]:
+                known = ", ".join(sorted(quantized[module]))
+                yield f"{where}: {type(module).__name__} owns no parameter {name!r}; known: {known}; add it to its row"
+            if parameter.dim() == 0:
+                yield f"{where}: 0-d parameters are not shardable; give it shape [1]"
+            if parameter.dtype in UNSHARDABLE:
+                yield f"{where}: dtype {parameter.dtype}; store uint8 and view it as float8 where it is computed with"
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The items of the outermost module lists: a transformer's decoder layers."""
+    layers: list[nn.Module] = []
+    for child in model.children():
+        layers += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+    return layers
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
+    # to_empty() is the call that FSDP2 follows, but it would empty the buffers too (a rotary table is not in any
+    # checkpoint), so those are put back.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local_bytes(parameter).zero_()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def unit_range(parameter: Tensor) -> tuple[int, int]:
+    """Units [start, stop) along dim 0 that this rank holds of a parameter: torch.chunk's split, the last may be empty."""
+    held = local_rows(parameter, is_first_rank=True)
+    return held.first, held.first + (held.rows.shape[0] if held.rows.ndim else 1)
+
+
+def local_bytes(parameter: Tensor) -> Tensor:
+    """The rank's shard as a flat uint8 view of its storage; writing to it writes the parameter."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not local.is_contiguous():
+        raise ShardingError(f"local shard of shape {tuple(local.shape)} has strides {local.stride()}; expected contiguous")
+    return local.detach().view(-1).view(torch.uint8)
+
+
+def unshard_all(model: nn.Module) -> None:
+    """Gather every FSDP module; forwards issue no collective until reshard_all. Collective: every rank calls it."""
+    for module in _fsdp_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Free what was gathered. The root needs this too: by default it stays gathered after a forward."""
+    for module in _fsdp_modules(model):
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))

@@ -1,0 +1,522 @@
+"""The generation engine: two gloo ranks, rank 0 in this process and rank 1 in a spawned one, tiny random Llama."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from service.engine import Engine
+from service.requests import TokenOut
+from service.sampling import pick
+from weight_update.errors import MemberError
+
+VOCAB = 97
+EOS = 5
+PROMPTS = [[1, 2, 3, 4], [7, 8], [9, 10, 11, 12, 13, 14, 15], [96], [20, 21, 22]]
+WAIT_S = 20.0
+
+
+def tiny(seed: int) -> LlamaForCausalLM:
+    """The weights of version `seed`. Large ones, so that the logits of different tokens lie far apart."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    return model.eval().requires_grad_(False)
+
+
+class Breaking:
+    """A model that raises at forward number `at`."""
+
+    def __init__(self, model: LlamaForCausalLM, at: int) -> None:
+        self._model, self.config, self._left = model, model.config, at
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise RuntimeError("this forward broke")
+        return self._model(**inputs)
+
+
+class Rank:
+    """One rank of a replica: its model and engine, and a refresh that loads the next version's weights."""
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        rendezvous: str,
+        world: int,
+        sharded: bool = False,
+        break_at: dict[int, int] | None = None,
+        **options: Any,
+    ) -> None:
+        torch.set_num_threads(1)
+        timeout = datetime.timedelta(seconds=WAIT_S)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timeout)
+        self.model = tiny(1)
+        self.refreshes = 0
+        if sharded:
+            mesh = init_device_mesh("cpu", (world,))
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        model = Breaking(self.model, break_at[rank]) if break_at and rank in break_at else self.model
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        self.engine = Engine(
+            model, [EOS], group=group, rank=rank, world=world, on_refresh=self.refresh, version=1, **options
+        )
+        self.engine.start()
+
+    def refresh(self) -> None:
+        self.refreshes += 1
+        if self.refreshes == 3:
+            raise RuntimeError("this refresh broke")
+        self.model.load_state_dict(tiny(1 + self.refreshes).state_dict())
+
+    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A property of the engine, or what its method returns or raises; or `close`."""
+        value = getattr(self if name == "close" else self.engine, name)
+        return value(*args, **kwargs) if callable(value) else value
+
+    def close(self) -> None:
+        self.engine.stop(timeout_s=5.0)
+        dist.destroy_process_group()
+
+
+def serve_rank(pipe: Connection) -> None:
+    """Another process: builds a rank when told to, and answers for its engine."""
+    rank: Rank | None = None
+    while True:
+        name, args, kwargs = pipe.recv()
+        try:
+            if name == "build":
+                rank, answer = Rank(*args, **kwargs), None
+            else:
+                assert rank is not None
+                answer = rank.ask(name, *args, **kwargs)
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
+
+
+class Peer:
+    """A rank in another process, as seen from here."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self.process = context.Process(target=serve_rank, args=(far,), daemon=True)
+        self.process.start()
+
+    def begin(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self._pipe.send((name, args, kwargs))
+
+    def answer(self) -> Any:
+        assert self._pipe.poll(60), "the other process does not answer"
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.begin(name, *args, **kwargs)
+        return self.answer()
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[list[Peer]]:
+    """Two processes for all tests: starting one costs seconds. The last tests kill them."""
+    peers = [Peer(), Peer()]
+    yield peers
+    for peer in peers:
+        peer.process.kill()
+        peer.process.join()
+
+
+Build = Callable[..., tuple[Rank, Peer]]
+
+
+@pytest.fixture
+def build(peers: list[Peer], tmp_path: Path) -> Iterator[Build]:
+    """Builds a replica of serving ranks, rank `here` in this process, with these options of rank and engine."""
+    closes: list[Callable[[], Any]] = []
+
+    def build(*, here: int = 0, world: int = 2, **options: Any) -> tuple[Rank, Peer]:
+        options = {"rendezvous": f"file://{tmp_path}/store", "world": world, **options}
+        others = [peer for peer in peers if peer.process.is_alive()][: world - 1]
+        for rank, peer in zip((rank for rank in range(world) if rank != here), others, strict=True):
+            peer.begin("build", rank, **options)
+        built = Rank(here, **options)
+        for peer in others:
+            peer.answer()
+        closes.extend([lambda: [peer.begin("close") for peer in others if peer.process.is_alive()], built.close])
+        closes.append(lambda: [peer.answer() for peer in others if peer.process.is_alive()])
+        return built, others[0]
+
+    yield build
+    for close in closes:
+        close()
+
+
+def by_sequence(tokens: Iterator[TokenOut] | list[TokenOut]) -> dict[int, list[TokenOut]]:
+    sequences = defaultdict(list)
+    for token in tokens:
+        sequences[token.sequence].append(token)
+    return dict(sequences)
+
+
+def token_ids(tokens: Iterator[TokenOut] | list[TokenOut]) -> list[list[int]]:
+    return [[token.token_id for token in sequence] for _, sequence in sorted(by_sequence(tokens).items())]
+
+
+@functools.cache
+def plain_greedy(prompt: tuple[int, ...], num_tokens: int, seed: int = 1) -> list[int]:
+    """Reference: one sequence, no KV cache, the whole forward again for every token."""
+    model, ids = tiny(seed), list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not reached():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def test_a_batch_of_prompts_of_many_lengths_generates_what_a_plain_greedy_loop_does(build: Build) -> None:
+    leader, peer = build()
+    tokens = list(leader.engine.submit(PROMPTS, 12, temperature=0, ignore_eos=True))
+    assert token_ids(tokens) == [plain_greedy(tuple(prompt), 12) for prompt in PROMPTS]
+    for sequence in by_sequence(tokens).values():
+        assert [token.last for token in sequence] == [False] * 11 + [True]
+        assert {token.version for token in sequence} == {1}
+        assert [token.kv_versions for token in sequence] == [()] * 11 + [(1,)]
+    assert (leader.engine.num_sequences, peer.ask("num_sequences")) == (0, 0)
+
+
+def test_a_sequence_ends_with_the_end_token_unless_that_is_ignored(build: Build) -> None:
+    leader, _ = build()
+    free = token_ids(leader.engine.submit(PROMPTS * 6, 40, seed=3, ignore_eos=True))
+    assert any(EOS in ids for ids in free)
+    tokens = list(leader.engine.submit(PROMPTS * 6, 40, seed=3))
+    assert token_ids(tokens) == [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in free]
+    assert all(sequence[-1].last for sequence in by_sequence(tokens).values())
+
+
+def test_log_probabilities_are_those_of_a_whole_forward_at_the_requested_temperature(build: Build) -> None:
+    leader, _ = build()
+    model = tiny(1)
+    for temperature in (0.0, 0.7, 1.0):
+        tokens = by_sequence(leader.engine.submit(PROMPTS, 8, temperature=temperature, seed=11, ignore_eos=True))
+        for index, prompt in enumerate(PROMPTS):
+            ids = [token.token_id for token in tokens[index]]
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected = torch.log_softmax(logits / (temperature or 1.0), -1)[range(8), ids]
+            torch.testing.assert_close(torch.tensor([token.logprob for token in tokens[index]]), expected)
+
+
+def test_sampling_repeats_with_its_seed_whatever_runs_beside_it(build: Build) -> None:
+    leader, _ = build()
+
+    def run(seed: int) -> list[TokenOut]:
+        return sorted(leader.engine.submit(PROMPTS, 16, seed=seed, ignore_eos=True), key=lambda token: token.sequence)
+
+    alone = run(7)
+    beside = leader.engine.submit(PROMPTS * 4, 400, seed=1, ignore_eos=True)
+    next(beside)
+    assert run(7) == alone
+    beside.cancel()
+    assert token_ids(run(8)) != token_ids(alone)
+    repeated = token_ids(leader.engine.submit([PROMPTS[0]] * 4, 16, seed=7, ignore_eos=True))
+    assert len({tuple(ids) for ids in repeated}) == 4, "sequences of one request draw independently"
+
+
+def test_a_pause_stops_both_ranks_after_the_same_step_and_tokens_go_on_with_the_new_version(build: Build) -> None:
+    leader, peer = build()
+    stream = leader.engine.submit(PROMPTS[:2], 60, temperature=0, ignore_eos=True)
+    tokens = [next(stream) for _ in range(6)]
+    step = leader.engine.request_pause()
+    assert leader.engine.wait_paused(WAIT_S) and peer.ask("wait_paused", WAIT_S)
+    assert (leader.engine.step, peer.ask("step")) == (step, step)
+    assert (leader.engine.state, peer.ask("state")) == ("paused", "paused")
+    time.sleep(0.1)
+    assert (leader.engine.step, peer.ask("step")) == (step, step)
+
+    leader.engine.resume(2)
+    assert (leader.engine.version, peer.ask("version")) == (2, 2)
+    assert leader.engine.wait_resumed(2, WAIT_S) and peer.ask("wait_resumed", 2, WAIT_S)
+    assert (leader.engine.state, peer.ask("state")) == ("serving", "serving")
+    sequences = by_sequence([*tokens, *stream])
+
+    # Reference: the same model object over the same KV, its weights replaced after `step` forwards.
+    new_state = tiny(2).state_dict()
+    for index in (0, 1):
+        model, ids, cache = tiny(1), list(PROMPTS[index]), None
+        inputs = ids
+        for forward in range(60):
+            if forward == step:
+                model.load_state_dict(new_state)
+            output = model(input_ids=torch.tensor([inputs]), past_key_values=cache, use_cache=True)
+            cache, inputs = output.past_key_values, [int(output.logits[0, -1].argmax())]
+            ids += inputs
+        assert [token.token_id for token in sequences[index]] == ids[len(PROMPTS[index]) :]
+        assert [token.version for token in sequences[index]] == [1] * step + [2] * (60 - step)
+        assert sequences[index][-1].kv_versions == (1, 2)
+    fresh = list(leader.engine.submit([PROMPTS[3]], 5, temperature=0, ignore_eos=True))
+    assert token_ids(fresh) == [plain_greedy(tuple(PROMPTS[3]), 5, seed=2)]
+    assert fresh[-1].kv_versions == (2,)
+
+
+def test_a_pause_while_idle_holds_new_requests_until_resume_and_can_be_undone_without_a_refresh(build: Build) -> None:
+    leader, peer = build(keepalive_s=0.05)
+    assert not leader.engine.wait_paused(0.05)
+    leader.engine.request_pause()
+    assert leader.engine.request_pause() == 0
+    assert leader.engine.wait_paused(WAIT_S) and peer.ask("wait_paused", WAIT_S)
+    stream = leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)
+    time.sleep(0.2)
+    assert (leader.engine.step, leader.engine.num_sequences, leader.engine.state) == (0, 1, "paused")
+    assert not peer.ask("wait_resumed", 1, 0.0)
+    leader.engine.resume(1, refresh=False)
+    assert token_ids(stream) == [plain_greedy(tuple(PROMPTS[0]), 4)]
+    assert leader.refreshes == 0
+
+
+def test_a_resume_that_stays_paused_refreshes_and_serves_nothing(build: Build) -> None:
+    leader, peer = build()
+    leader.engine.request_pause()
+    assert leader.engine.wait_paused(WAIT_S)
+    stream = leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)
+    leader.engine.resume(2, stay_paused=True)
+    assert leader.engine.wait_resumed(2, WAIT_S) and peer.ask("wait_resumed", 2, WAIT_S)
+    assert leader.engine.wait_paused(WAIT_S) and peer.ask("wait_paused", WAIT_S)
+    assert (leader.engine.state, leader.engine.version, leader.engine.step) == ("paused", 2, 0)
+    leader.engine.resume(2, refresh=False)
+    assert token_ids(stream) == [plain_greedy(tuple(PROMPTS[0]), 4, seed=2)]
+    assert leader.refreshes == 1
+
+
+def test_a_model_whose_forward_is_collective_runs_as_often_on_a_rank_without_sequences(build: Build) -> None:
+    leader, peer = build(sharded=True, collective_forward=True)
+    # 3 sequences in 2 requests: ranks hold 2 and 1 batches, then 1 and 0, then none and a new version.
+    streams = [leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)]
+    streams += [leader.engine.submit(PROMPTS[1:3], 9, temperature=0, ignore_eos=True)]
+    assert [token_ids(stream) for stream in streams] == [
+        [plain_greedy(tuple(PROMPTS[0]), 4)],
+        [plain_greedy(tuple(prompt), 9) for prompt in PROMPTS[1:3]],
+    ]
+    assert (leader.engine.state, peer.ask("state")) == ("serving", "serving")
+
+
+def test_requests_beyond_the_batch_wait_their_turn(build: Build) -> None:
+    leader, _ = build(max_batch=5)
+    streams = [leader.engine.submit(PROMPTS, 6, temperature=0, ignore_eos=True) for _ in range(3)]
+    assert leader.engine.num_sequences > 5
+    for stream in streams:
+        assert token_ids(stream) == [plain_greedy(tuple(prompt), 6) for prompt in PROMPTS]
+
+
+def test_a_cancelled_a_closed_and_an_abandoned_stream_free_their_sequences(build: Build) -> None:
+    leader, peer = build()
+    stream = leader.engine.submit(PROMPTS, 400, ignore_eos=True)
+    next(stream)
+    assert leader.engine.num_sequences == 5
+    stream.cancel()
+    assert len(list(stream)) < 5 * 400
+    with leader.engine.submit(PROMPTS, 400, ignore_eos=True) as closed:
+        next(closed)
+    abandoned = leader.engine.submit(PROMPTS, 400, ignore_eos=True)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    wait_until(lambda: leader.engine.num_sequences == 0)
+    wait_until(lambda: peer.ask("num_sequences") == 0)
+    assert token_ids(leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)) == [
+        plain_greedy(tuple(PROMPTS[0]), 4)
+    ]
+
+
+def test_bad_requests_are_refused_with_all_their_problems_and_only_the_leader_takes_any(build: Build) -> None:
+    leader, peer = build(max_batch=3, max_tokens=20)
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"prompts": []}, ["no prompts"]),
+        ({"prompts": [[1], []]}, ["prompt 1 is empty"]),
+        ({"prompts": [[1] * 17]}, ["prompt 0 is too long: 17 tokens, max_new_tokens leaves 16 of 20"]),
+        ({"prompts": [[1, 97, -1]]}, ["prompt 0: token ids outside 0..96: [97, -1]"]),
+        ({"prompts": [[1]] * 4}, ["expected at most 3, got 4"]),
+        ({"prompts": [[1]], "max_new_tokens": 0}, ["max_new_tokens: expected 1 to 19, got 0"]),
+        ({"prompts": [[1]], "temperature": -1.0}, ["temperature: expected 0 or"]),
+        ({"prompts": [[1]], "temperature": math.nan}, ["temperature: expected 0 or"]),
+        ({"prompts": [[], [99]], "temperature": 1e-9}, ["3 problem", "temperature", "prompt 0", "prompt 1"]),
+    ]
+    for request, texts in cases:
+        with pytest.raises(ValueError) as caught:
+            leader.engine.submit(**{"max_new_tokens": 4, **request})
+        assert all(text in str(caught.value) for text in texts), str(caught.value)
+    for name, args in {"submit": ([[1]], 4), "request_pause": (), "resume": (2,)}.items():
+        with pytest.raises(ValueError, match="expected rank 0 of the replica, got rank 1"):
+            peer.ask(name, *args)
+    assert (leader.engine.state, leader.engine.num_sequences) == ("serving", 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_in_a_step_fails_the_replica_and_every_caller_hears_why(build: Build, rank: int) -> None:
+    leader, peer = build(break_at={rank: 5})
+    streams = [leader.engine.submit(PROMPTS[:2], 40, ignore_eos=True) for _ in range(2)]
+    for stream in streams:
+        with pytest.raises(MemberError, match=f"rank {rank}: RuntimeError: this forward broke"):
+            list(stream)
+    reason = f"rank {rank}: RuntimeError: this forward broke"
+    wait_until(lambda: peer.ask("state").startswith("failed") and leader.engine.state.startswith("failed"))
+    assert reason in leader.engine.state and reason in peer.ask("state")
+    for call in (leader.engine.request_pause, leader.engine.wait_paused, lambda: leader.engine.submit([[1]], 4)):
+        with pytest.raises(MemberError, match="this forward broke"):
+            call()
+    with pytest.raises(MemberError, match="this forward broke"):
+        peer.ask("wait_paused")
+
+
+def test_a_refresh_that_fails_surfaces_in_resume(build: Build) -> None:
+    leader, _ = build()
+    stream = leader.engine.submit(PROMPTS[:1], 400, ignore_eos=True)
+    leader.engine.resume(2)
+    leader.engine.resume(3)
+    with pytest.raises(MemberError, match="rank 0: RuntimeError: this refresh broke; rank 1: RuntimeError"):
+        leader.engine.resume(4)
+    with pytest.raises(MemberError, match="this refresh broke"):
+        list(stream)
+    assert leader.engine.version == 3
+
+
+def test_stop_ends_both_ranks_and_tells_whoever_still_reads(build: Build) -> None:
+    leader, peer = build()
+    stream = leader.engine.submit(PROMPTS, 400, ignore_eos=True)
+    next(stream)
+    leader.engine.stop()
+    peer.ask("stop")
+    assert (leader.engine.state, peer.ask("state")) == ("stopped", "stopped")
+    with pytest.raises(MemberError, match="stopped"):
+        list(stream)
+    with pytest.raises(MemberError, match="stop"):
+        leader.engine.submit([[1]], 4)
+
+
+def test_the_most_likely_token_is_never_missed_and_an_impossible_one_never_drawn() -> None:
+    logits = torch.full((64, VOCAB), -math.inf)
+    logits[:, [3, 50]] = 0.0
+    generators = [torch.Generator().manual_seed(row) for row in range(64)]
+    tokens, logprobs = pick(logits, 1.0, generators)
+    assert set(tokens.tolist()) == {3, 50}
+    torch.testing.assert_close(logprobs, torch.full((64,), -math.log(2.0)))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        pick(torch.full((1, VOCAB), math.nan), 0.0, generators[:1])
+
+
+def test_draws_follow_the_distribution_they_are_drawn_from() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.125, 0.125]))
+    generators = [torch.Generator().manual_seed(row) for row in range(4096)]
+    for temperature, expected in ((1.0, [0.5, 0.25, 0.125, 0.125]), (0.5, [0.7273, 0.1818, 0.0455, 0.0455])):
+        tokens, _ = pick(logits.repeat(4096, 1), temperature, generators)
+        shares = torch.bincount(tokens, minlength=4) / 4096
+        torch.testing.assert_close(shares, torch.tensor(expected), atol=0.03, rtol=0)
+
+
+class Stuck:
+    """A model whose forward never ends while `held`."""
+
+    def __init__(self) -> None:
+        self.config, self.held, self.entered = tiny(1).config, threading.Event(), threading.Event()
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.entered.set()
+        self.held.wait(WAIT_S)
+        raise RuntimeError("released")
+
+
+def test_stop_returns_even_from_a_forward_that_does_not_and_frees_its_readers() -> None:
+    model = Stuck()
+    engine = Engine(model, [], group=None, rank=0, world=1, on_refresh=lambda: None, version=1)
+    with pytest.raises(MemberError, match="stopped"):
+        engine.submit([[1]], 4)
+    engine.start()
+    stream = engine.submit([[1]], 4)
+    assert model.entered.wait(WAIT_S)
+    engine.stop(timeout_s=0.1)
+    with pytest.raises(MemberError, match=r"engine thread of rank 0 ran on 0\.1 s after stop"):
+        list(stream)
+    model.held.set()
+
+
+def test_a_replica_of_one_rank_needs_no_process_group() -> None:
+    model = tiny(1)
+    engine = Engine(
+        model,
+        [],
+        group=None,
+        rank=0,
+        world=1,
+        on_refresh=lambda: model.load_state_dict(tiny(2).state_dict()),
+        version=1,
+    )
+    engine.start()
+    assert token_ids(engine.submit([PROMPTS[0]], 4, temperature=0)) == [plain_greedy(tuple(PROMPTS[0]), 4)]
+    engine.request_pause()
+    assert engine.wait_paused(WAIT_S)
+    engine.resume(2)
+    assert token_ids(engine.submit([PROMPTS[0]], 4, temperature=0)) == [plain_greedy(tuple(PROMPTS[0]), 4, seed=2)]
+    engine.stop()
+    assert engine.state == "stopped"
+
+
+def test_a_dead_rank_fails_the_leader_and_the_other_ranks_at_once(build: Build, peers: list[Peer]) -> None:
+    leader, survivor = build(world=3)
+    stream = leader.engine.submit(PROMPTS[:3], 400, ignore_eos=True)
+    next(stream)
+    peers[1].process.kill()
+    started_s = time.monotonic()
+    with pytest.raises(MemberError, match="rank 0, step"):
+        list(stream)
+    wait_until(lambda: survivor.ask("state").startswith("failed: rank 0, step"))
+    assert time.monotonic() - started_s < WAIT_S / 2
+    peers[1].process.join()
+
+
+def test_a_dead_leader_fails_its_followers_at_once(build: Build) -> None:
+    follower, leader = build(here=1)
+    leader.process.kill()
+    started_s = time.monotonic()
+    with pytest.raises(MemberError, match="rank 1, step 0: "):
+        follower.engine.wait_paused(WAIT_S)
+    assert time.monotonic() - started_s < WAIT_S / 2
+    leader.process.join()

@@ -1,0 +1,137 @@
+"""What goes into the protocol's state machines and what comes out: events and actions, all values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .digest import Digests
+from .errors import WeightUpdateError
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberId:
+    """One rank of one replica."""
+
+    replica: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A call from a trainer or an operator; `id` names the call that the answer goes to."""
+
+    id: int
+    op: str
+    now_s: float
+    args: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReply:
+    """A member's answer to one `Send`; `error` when it failed or did not answer in time."""
+
+    member: MemberId
+    step: str
+    transaction: int
+    now_s: float
+    result: object = None
+    error: WeightUpdateError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeout:
+    """A timer set by `SetTimer` ran out."""
+
+    name: str
+    transaction: int
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persisted:
+    """The outcome of `Persist`: durable, or certainly not (`error`)."""
+
+    transaction: int
+    now_s: float
+    error: WeightUpdateError | None = None
+
+
+Event = Request | MemberReply | Timeout | Persisted
+
+# ---------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """One step of the protocol to one member; the shell answers with a `MemberReply`."""
+
+    member: MemberId
+    step: str
+    transaction: int
+    version: int
+    base_version: int = 0
+    tensors: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """The answer to `Request.id`: a result, or an error."""
+
+    id: int
+    result: object = None
+    error: WeightUpdateError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The durable record of a commit: a complete version."""
+
+    version: int
+    base_version: int
+    transaction: int
+    push_id: str
+    pushed_by: str
+    created_s: float
+    digest: str
+    digests: Digests
+    num_tensors: int
+    wire_bytes: int
+    logical_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persist:
+    """Make the decision durable, the commit point; the shell answers with `Persisted`."""
+
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetTimer:
+    """Send a `Timeout` after `delay_s`, unless a later timer of the same name replaces it."""
+
+    name: str
+    transaction: int
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Something that an operator wants to see."""
+
+    kind: str
+    version: int
+    transaction: int
+    text: str
+
+
+Action = Send | Reply | Persist | SetTimer | Notify

@@ -1,0 +1,306 @@
+"""The one module of this folder that speaks gRPC: channels, errors on the wire, and the stream to one rank.
+
+A stream survives its connection: chunks are kept until they are acknowledged and are sent again on a new connection,
+which is harmless since chunks are idempotent. Credits bound what is in flight, so a slow rank holds its sender back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from protos import transfuse_pb2 as pb
+from protos import transfuse_pb2_grpc as pb_grpc
+from quant.formats import TensorSpec
+from quant.parameters import ParameterRow
+
+from .digest import Digests
+from .errors import ERRORS, MemberError, TransferError, WeightUpdateError
+from .manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+STAGE = "/transfuse.v1.Data/Stage"
+ERROR_CODE_KEY = "transfuse-error-code"
+RETRY_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
+RETRY_DELAY_S = 0.2
+CONTROL_MESSAGE_BYTES = 256 << 20  # a manifest of a million tensors is about 100 MiB
+
+# An error that lists fifty tensors is longer than gRPC's default of 8 KiB of metadata.
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", CONTROL_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", CONTROL_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 256 << 10),
+    ("grpc.absolute_max_metadata_size", 512 << 10),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+def connect(target: str) -> grpc.Channel:
+    """A channel to `host:port`; it connects at the first call."""
+    return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
+    """The error that the other end raised, or what went wrong on the way."""
+    call: Any = error
+    metadata = dict(call.trailing_metadata() or ())
+    code = metadata.get(ERROR_CODE_KEY)
+    if code in ERRORS:
+        return ERRORS[code](call.details())
+    at = f"{where}: " if where else ""
+    if call.code() in RETRY_CODES:
+        return TransferError(f"{at}no connection ({call.details()}); is the service up? try 'transfuse status'")
+    return MemberError(f"{at}{call.code().name}: {call.details()}")
+
+
+def call(method: Callable[..., Any], request: Any, *, timeout_s: float | None = None, where: str = "") -> Any:
+    """One unary call; raises the other end's error."""
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise error_of(error, where) from None
+
+
+# ---------------------------------------------------------------- values on the wire
+
+
+def to_spec_proto(spec: TensorSpec) -> pb.TensorSpec:
+    """One tensor of a manifest, for the wire."""
+    return pb.TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+
+
+def from_spec_proto(spec: pb.TensorSpec) -> TensorSpec:
+    """One tensor of a manifest, from the wire."""
+    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(spec.shape))
+
+
+def to_manifest_proto(manifest: Manifest) -> pb.Manifest:
+    """A manifest for the wire."""
+    parameters = [
+        pb.ParameterSpec(
+            name=row.name,
+            shape=row.shape,
+            format=row.format,
+            group=row.group,
+            tensors=[manifest.index[spec.name] for spec in manifest.tensors_of(row)],
+            aliases=row.aliases,
+        )
+        for row in manifest.parameters
+    ]
+    tensors = [to_spec_proto(spec) for spec in manifest.tensors]
+    return pb.Manifest(tensors=tensors, parameters=parameters, fingerprint=manifest.fingerprint)
+
+
+def from_manifest_proto(message: pb.Manifest) -> Manifest:
+    """A manifest from the wire; a fingerprint that does not fit means that the two ends' versions differ."""
+    manifest = Manifest(
+        tensors=tuple(from_spec_proto(spec) for spec in message.tensors),
+        parameters=tuple(
+            ParameterRow(
+                name=row.name, shape=tuple(row.shape), format=row.format, group=row.group, aliases=tuple(row.aliases)
+            )
+            for row in message.parameters
+        ),
+    )
+    if manifest.fingerprint != message.fingerprint:
+        raise TransferError(
+            f"manifest fingerprint: service says {message.fingerprint:016x}, computed {manifest.fingerprint:016x};"
+            " install the same release of transfuse on both ends"
+        )
+    return manifest
+
+
+def to_digests_proto(digests: Digests) -> pb.Digests:
+    """[n, 2] uint64 to its message."""
+    return pb.Digests(lane0=digests[:, 0].tolist(), lane1=digests[:, 1].tolist())
+
+
+def from_digests_proto(message: pb.Digests) -> Digests:
+    """A message to [n, 2] uint64."""
+    if len(message.lane0) != len(message.lane1):
+        raise TransferError(f"digests: {len(message.lane0)} first lanes, {len(message.lane1)} second lanes")
+    return np.stack([np.array(message.lane0, np.uint64), np.array(message.lane1, np.uint64)], axis=1)
+
+
+# ---------------------------------------------------------------- one rank's stream
+
+
+class StageStream:
+    """The stream of one trainer rank to one actor rank.
+
+    target: the rank's host:port. retry_s: how long a broken connection is retried before the push fails.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, *, target: str, transaction: int, epoch: int, trainer_rank: int, retry_s: float
+    ) -> None:
+        self._stage = channel.stream_stream(
+            STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
+        )
+        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank)
+        self._opening = pb.StageRequest(open=opening).SerializeToString()
+        self._target = target
+        self._retry_s = retry_s
+        self._state = threading.Condition()  # guards all below; never held during a gRPC call
+        self._unacked: deque[tuple[int, int, bytes]] = deque()  # sequence, payload bytes, message
+        self._unsent: deque[bytes] = deque()
+        self._sent_bytes = 0
+        self._credit_bytes = 0
+        self._closing = False
+        self._error: WeightUpdateError | None = None
+        self._call: Any = None
+        self.wire_bytes = 0
+        self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
+        self._thread.start()
+
+    def send(self, sequence: int, message: bytes, payload_bytes: int) -> None:
+        """Queue one chunk; blocks while the rank has granted no credit for it."""
+        with self._state:
+            self._state.wait_for(
+                lambda: self._error or self._sent_bytes + payload_bytes <= self._credit_bytes or not self._unacked
+            )
+            self._raise()
+            self._unacked.append((sequence, payload_bytes, message))
+            self._unsent.append(message)
+            self._sent_bytes += payload_bytes
+            self.wire_bytes += len(message)
+            self._state.notify_all()
+
+    def finish(self) -> None:
+        """Wait until the rank has acknowledged everything."""
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        self._thread.join()
+        with self._state:
+            self._raise()
+
+    def cancel(self) -> None:
+        """Drop the stream; what was staged stays until the transaction is aborted."""
+        with self._state:
+            self._error = self._error or TransferError(f"{self._target}: the push was cancelled")
+            call = self._call
+            self._state.notify_all()
+        if call is not None:
+            call.cancel()
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        deadline_s = time.monotonic() + self._retry_s
+        while not self._done():
+            try:
+                self._connect()
+                deadline_s = time.monotonic() + self._retry_s
+            except grpc.RpcError as error:
+                if error.code() not in RETRY_CODES or time.monotonic() > deadline_s:
+                    self._fail(error_of(error, f"stream to {self._target}"))
+                    return
+                log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
+                time.sleep(RETRY_DELAY_S)
+
+    def _connect(self) -> None:
+        with self._state:
+            self._unsent = deque(message for _, _, message in self._unacked)
+            self._sent_bytes = sum(payload for _, payload, _ in self._unacked)
+            self._credit_bytes = 0
+            connection = threading.Event()
+        self._call = self._stage(self._requests(connection))
+        try:
+            for reply in self._call:
+                self._acknowledge(reply)
+        finally:
+            connection.set()
+            with self._state:
+                self._state.notify_all()
+
+    def _requests(self, connection: threading.Event) -> Iterator[bytes]:
+        yield self._opening
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._unsent or self._over() or connection.is_set())
+                if connection.is_set() or (not self._unsent and self._over()):
+                    return
+                message = self._unsent.popleft()
+            yield message
+
+    def _over(self) -> bool:
+        return self._error is not None or (self._closing and not self._unacked)
+
+    def _done(self) -> bool:
+        with self._state:
+            return self._over()
+
+    def _acknowledge(self, reply: pb.StageReply) -> None:
+        with self._state:
+            while self._unacked and self._unacked[0][0] <= reply.sequence:
+                self._unacked.popleft()
+            self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)
+            self._state.notify_all()
+
+    def _fail(self, error: WeightUpdateError) -> None:
+        with self._state:
+            self._error = self._error or error
+            self._state.notify_all()
+
+
+# ---------------------------------------------------------------- the coordinator
+
+
+class ControlClient:
+    """The coordinator as a trainer sees it: one method a step, errors raised as they were on the other end."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.channel = connect(target)
+        self._stub = pb_grpc.ControlStub(self.channel)
+
+    def describe(self) -> pb.DescribeReply:
+        """What the service holds and where."""
+        return call(self._stub.Describe, pb.DescribeRequest(), timeout_s=60, where=self.target)
+
+    def begin(self, **fields: Any) -> pb.BeginReply:
+        """Open a transaction, or renew the lease of the one with this push id."""
+        tensors: Sequence[TensorSpec] = fields.pop("tensors")
+        request = pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors], **fields)
+        return call(self._stub.Begin, request, timeout_s=120, where=self.target)
+
+    def prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
+        """All bytes are sent: every rank checks that they arrived as meant."""
+        request = pb.PrepareRequest(transaction=transaction, digests=to_digests_proto(digests), wire_bytes=wire_bytes)
+        call(self._stub.Prepare, request, timeout_s=600, where=self.target)
+
+    def install(self, transaction: int) -> None:
+        """Pause, write in place, keep the undo. `decide` does this by itself where it was not called."""
+        call(self._stub.Install, pb.InstallRequest(transaction=transaction), timeout_s=600, where=self.target)
+
+    def decide(self, transaction: int) -> pb.DecideReply:
+        """The commit point."""
+        return call(self._stub.Decide, pb.DecideRequest(transaction=transaction), timeout_s=600, where=self.target)
+
+    def abort(self, transaction: int, reason: str) -> None:
+        """Give up: every rank goes back to the old version."""
+        request = pb.AbortRequest(transaction=transaction, reason=reason)
+        call(self._stub.Abort, request, timeout_s=120, where=self.target)
+
+    def versions(self) -> list[pb.VersionInfo]:
+        """Committed versions, oldest first."""
+        return list(call(self._stub.Versions, pb.VersionsRequest(), timeout_s=60, where=self.target).versions)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self.channel.close()
