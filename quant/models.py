@@ -8,9 +8,10 @@ All names are checkpoint names: wrapper prefixes are stripped and experts are na
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,10 @@ def _rebuild_buffers(model: nn.Module) -> None:
         if not meta:
             continue
         try:
-            fresh = type(module)(getattr(module, "config"))  # noqa: B009 - typed as Tensor | Module otherwise
+            fresh = type(module)(module.config)
         except (AttributeError, TypeError) as error:
-            raise ModelError(f"{path}: buffers {', '.join(meta)} of {type(module).__name__} cannot be rebuilt: {error}") from error
+            what = f"{path}: buffers {', '.join(meta)} of {type(module).__name__}"
+            raise ModelError(f"{what} cannot be rebuilt from the model's config: {error}") from error
         for name in meta:
             module._buffers[name] = fresh.get_buffer(name)
 
@@ -166,29 +168,30 @@ class _Entry:
 
 
 def _entries(model: nn.Module) -> list[_Entry]:
-    """In the order of the model's modules; a tied parameter is an alias of its first name."""
-    found: dict[str, _Entry] = {}
-    first_name: dict[int, str] = {}
+    """In the order of the model's modules; a tied parameter stands once, under its first name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(canonical_name(name))
+    found: list[_Entry] = []
     problems: list[str] = []
     for path, module in model.named_modules():
-        entries = list(_quantized(module)) if isinstance(module, QuantModule) else []
-        stored = {storage for storage, _ in module.storage_parameters()} if isinstance(module, QuantModule) else ()
+        stored: set[str] = set()
+        if isinstance(module, QuantModule):
+            found += _quantized(module)
+            stored = {name for name, _ in module.storage_parameters()}
         for leaf, parameter in module.named_parameters(recurse=False):
             name = canonical_name(f"{path}.{leaf}" if path else leaf)
-            if name in stored:
+            first, *aliases = names[id(parameter)]
+            if name in stored or name != first:
                 continue
-            tied_to = first_name.setdefault(id(parameter), name)
-            if tied_to != name:
-                known = found[tied_to]
-                found[tied_to] = replace(known, row=replace(known.row, aliases=(*known.row.aliases, name)))
-            elif parameter.dtype != torch.bfloat16 or parameter.ndim == 0:
-                problems.append(f"{name} ({type(module).__name__}): {parameter.dtype} {list(parameter.shape)}; expected BF16 of 1 dim or more")
-            else:
-                entries += _plain(name, parameter, module)
-        found.update((entry.row.name, entry) for entry in entries)
+            if parameter.dtype != torch.bfloat16 or parameter.ndim == 0:
+                got = f"{parameter.dtype} {list(parameter.shape)}"
+                problems.append(f"{name} ({type(module).__name__}): {got}; expected torch.bfloat16 of 1 dim or more")
+            found += _plain(name, tuple(parameter.shape), tuple(aliases), module)
     if problems:
-        raise ModelError("\n  - ".join([f"{type(model).__name__}: {len(problems)} parameter(s) not supported", *problems]))
-    return list(found.values())
+        what = f"{type(model).__name__}: {len(problems)} parameter(s) not supported"
+        raise ModelError("\n  - ".join([what, *problems]))
+    return found
 
 
 def _quantized(module: QuantModule) -> Iterator[_Entry]:
@@ -198,13 +201,12 @@ def _quantized(module: QuantModule) -> Iterator[_Entry]:
         yield _Entry(row=row, placements=matrix.placements, module=module)
 
 
-def _plain(name: str, parameter: Tensor, module: nn.Module) -> Iterator[_Entry]:
+def _plain(name: str, shape: tuple[int, ...], aliases: tuple[str, ...], module: nn.Module) -> Iterator[_Entry]:
     """A BF16 parameter lies row-major under its own name; of a stacked one each expert's part does."""
-    shape = tuple(parameter.shape)
     parts = expert_parts(name, shape)
     if not parts:
         spec = TensorSpec(name=name, dtype="BF16", shape=shape)
-        row = ParameterRow(name=name, shape=shape, format="bf16")
+        row = ParameterRow(name=name, shape=shape, format="bf16", aliases=aliases)
         yield _Entry(row=row, placements=(place_row_major(spec, name),), module=module)
     for part in parts:
         spec = TensorSpec(name=part.name, dtype="BF16", shape=(part.row1 - part.row0, shape[2]))
@@ -242,6 +244,16 @@ def placements_of(model: nn.Module) -> list[Placement]:
 def owners_of(model: nn.Module) -> dict[str, nn.Module]:
     """Parameter name -> the module that holds it."""
     return {entry.row.name: entry.module for entry in _entries(model)}
+
+
+def eos_ids_of(config_dir: Path) -> frozenset[int]:
+    """The token ids that end a sequence: from generation_config.json, else from config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(config_dir) / name
+        stated = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if stated is not None:
+            return frozenset(stated if isinstance(stated, list) else [stated])
+    return frozenset()
 
 
 def derived_of(model: nn.Module) -> list[Derived]:

@@ -170,7 +170,8 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         # The kernel quantizes x * input_scale_inv and multiplies the sum by alpha; here x stays as it is.
-        y = F.linear(x, self._decoded("decoded", x)) * (self.get_parameter("alpha") * self.get_parameter("input_scale_inv"))
+        scale = self.get_parameter("alpha") * self.get_parameter("input_scale_inv")
+        y = F.linear(x, self._decoded("decoded", x)) * scale
         return (y if self.bias is None else y + self.get_parameter("bias")).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from quant.checkpoint import open_checkpoint
-from quant.models import build_model, eos_ids_of
-from quant.modules import decode_all
-from sharding.fsdp import reshard_all, unshard_all
+from quant.models import build_model
+from quant.modules import decode_all, quantized_modules
+from sharding.fsdp import reshard_all, shard_model, unshard_all
 from weight_update.receiver import Receiver
 
 from .control import ControlServer
@@ -27,6 +27,7 @@ from .engine import Engine
 from .faults import Faults
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
+from .text import eos_ids
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,12 @@ class RankActor:
         steps = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         mesh = dist.init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
         with open_checkpoint(config.model) as checkpoint:
-            model = build_model(checkpoint.config_dir, config.format, config.layout, mesh=mesh)
+            model = build_model(checkpoint.config_dir, config.format, config.layout, device="meta")
+            quantized = quantized_modules(model)
+            shard_model(model, mesh, quantized=quantized)
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             cold_load(receiver, checkpoint, dist.group.WORLD)
-            eos_ids = eos_ids_of(checkpoint.config_dir)
+            config_dir = checkpoint.config_dir
 
         def refresh() -> None:
             reshard_all(model)
@@ -90,7 +93,7 @@ class RankActor:
 
         engine = Engine(
             model,
-            eos_ids,
+            eos_ids(config_dir),
             group=steps,
             rank=config.rank,
             world=config.world,
@@ -101,7 +104,10 @@ class RankActor:
         )
         engine.start()
         identity = RankIdentity(
-            replica=config.replica, rank=config.rank, format=config.format, layout=receiver_layout(config)
+            replica=config.replica,
+            rank=config.rank,
+            format=config.format,
+            layout=", ".join(sorted({str(module.layout.name) for module in quantized})) or "plain",
         )
         self._server = RankServer(
             identity=identity, receiver=receiver, engine=engine, faults=self._faults, listen=f"{config.host}:0"
@@ -130,11 +136,6 @@ class RankActor:
         """End the engine and the server."""
         if self._server is not None:
             self._server.stop()
-
-
-def receiver_layout(config: RankConfig) -> str:
-    """The name of the layout that this rank chose."""
-    return config.layout
 
 
 class CoordinatorActor:

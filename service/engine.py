@@ -284,14 +284,17 @@ class Engine:
             reason = f"rank {self.rank}, step {self._step}: {describe(error)}"
             self._end(f"failed: {reason}")
             if self.rank == 0:
-                self._link.tell_failure(Command(kind=Kind.FAIL, step=self._step, reason=reason))
+                self._link.exchange(Command(kind=Kind.FAIL, step=self._step, reason=reason))
 
     def _turn(self) -> bool:
         """One command on this rank; False after the last."""
         command = self._link.exchange(self._next_command() if self.rank == 0 else None)
         if self.rank:
             self._follow(command)
-        return _ACTIONS[command.kind](self, command)
+        goes_on = _ACTIONS[command.kind](self, command)
+        if self._link.lost and not self._failure:  # in a turn without reports
+            self._failure = "; ".join(f"rank {rank} is {why}" for rank, why in self._link.lost.items())
+        return goes_on
 
     def _follow(self, command: Command) -> None:
         self._step += command.kind is Kind.STEP

@@ -36,7 +36,8 @@ Progress = Callable[[str, int, int], None]
 class FleetConfig:
     """What to serve and where.
 
-    model: a directory, a GGUF file, or "smollm2". layout: a row of quant.layouts.LAYOUTS, or "auto". replicas: full
+    model: a directory, a GGUF file, or "smollm2". layout: a row of quant.layouts.LAYOUTS, or "auto"; several,
+    separated by commas, are dealt out to the replicas. replicas: full
     copies of the model. ranks: processes that share one copy. listen: host:port of the coordinator, port 0 for any.
     ray_address: an existing cluster; None starts a local one. state_dir: where decisions are kept (default: a
     temporary folder, for trials).
@@ -153,13 +154,14 @@ class Fleet:
 
     def _rank_config(self, replica: int, rank: int, model: str, threads: int) -> RankConfig:
         config = self.config
+        layouts = config.layout.split(",")
         return RankConfig(
             replica=replica,
             rank=rank,
             world=config.ranks,
             model=model,
             format=config.format,
-            layout=config.layout,
+            layout=layouts[replica % len(layouts)],
             host=config.listen.rpartition(":")[0],
             num_threads=threads,
             max_batch=config.max_batch,

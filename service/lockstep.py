@@ -6,15 +6,15 @@
                                    each further row: key, token id, last, log-probability as float64 bits;
                                    a rank that failed has no tokens, and its rows hold the error text in UTF-8
 
-Commands go from the leader to each rank by itself and not by a broadcast tree: when one rank is dead, the others still
-hear that the replica failed.
+Each rank has its own exchange with the leader, not a broadcast tree or a gather: an operation that one dead rank breaks
+closes gloo's connections to the live ones as well, and those must still hear that the replica failed, and why.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum, unique
 from typing import Any
@@ -130,11 +130,15 @@ def unpack_report(packed: Tensor) -> Report:
 
 
 class Link:
-    """One rank's end. `group` must carry CPU tensors and be used by this engine alone: its followers wait in it."""
+    """One rank's end. `group` must carry CPU tensors and be used by this engine alone: its followers wait in it.
+
+    lost: on the leader, peers that the group no longer reaches, and why. They are left out of all further exchanges.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, *, rank: int, world: int, max_batch: int) -> None:
         self._group, self._rank, self._world = group, rank, world
         self._rows = max(max_batch, _MIN_ROWS)
+        self.lost: dict[int, str] = {}
         if world > 1:
             check_group(group, rank, world)
 
@@ -144,12 +148,7 @@ class Link:
             return self._receive()
         header, payload = pack_command(command)
         parts = [header, payload] if int(header[-1]) else [header]
-        sends = [
-            dist.isend(part, group=self._group, group_dst=peer) for peer in range(1, self._world) for part in parts
-        ]
-        for send in sends:
-            if send is not None:
-                send.wait()
+        self._with_each(lambda peer: [dist.isend(part, group=self._group, group_dst=peer) for part in parts])
         return command
 
     def _receive(self) -> Command:
@@ -161,22 +160,34 @@ class Link:
         return unpack_command(header, bytes(payload.numpy()))
 
     def collect(self, report: Report) -> Sequence[Report]:
-        """Reports of all ranks, in order, on the leader; nothing elsewhere."""
-        if self._world == 1:
-            return [report]
-        packed = pack_report(report, self._rows)
-        gathered = [torch.zeros_like(packed) for _ in range(self._world)] if self._rank == 0 else None
-        dist.gather(packed, gathered, group=self._group, group_dst=0)
-        return [unpack_report(one) for one in gathered or ()]
+        """Reports of all ranks, in order, on the leader; nothing elsewhere. A lost rank's is an error."""
+        if self._rank:
+            dist.send(pack_report(report, self._rows), group=self._group, group_dst=0)
+            return []
+        packed = torch.zeros(self._world, 1 + self._rows, 4, dtype=torch.int64)
+        self._with_each(lambda peer: [dist.irecv(packed[peer], group=self._group, group_src=peer)])
+        lost = {peer: Report(step=report.step, error=why) for peer, why in self.lost.items()}
+        return [report, *(lost.get(peer) or unpack_report(packed[peer]) for peer in range(1, self._world))]
 
-    def tell_failure(self, command: Command) -> None:
-        """Leader, after the link broke: tell every rank that still hears."""
-        header, payload = pack_command(command)
-        for peer in range(1, self._world):
-            # A peer that does not hear is the reason we are here, or finds out by itself.
-            with suppress(RuntimeError):
-                dist.send(header, group=self._group, group_dst=peer)
-                dist.send(payload, group=self._group, group_dst=peer)
+    def _with_each(self, post: Callable[[int], list[dist.Work | None]]) -> None:
+        """Start an operation with every rank still reached, and end all of them, whichever fails."""
+        posted: dict[int, list[dist.Work | None]] = {}
+        peers = [peer for peer in range(1, self._world) if peer not in self.lost]
+        for peer in peers:
+            with self._noting(peer):
+                posted[peer] = post(peer)
+        for peer, works in posted.items():
+            with self._noting(peer):
+                for work in works:
+                    if work is not None:
+                        work.wait()
+
+    @contextmanager
+    def _noting(self, peer: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost[peer] = f"no longer reached: {error}"
 
 
 def check_group(group: dist.ProcessGroup | None, rank: int, world: int) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from protos import transfuse_pb2 as pb
+
+
+def eos_ids(directory: Path) -> frozenset[int]:
+    """The token ids that end a sequence, from generation_config.json or config.json; none when neither says."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        value = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if value is not None:
+            return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()
 
 
 class TextCodec:

@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-
-from .routes import chunk_range, local_rows
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # gloo cannot gather a group made only of these: store uint8 and view it as float8 inside computation.
 UNSHARDABLE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-
-
-# Units [start, stop) of part `index` of `num_parts`: where FSDP2 splits dim 0.
-shard_range = chunk_range
 
 
 class ShardingError(ValueError):
@@ -39,7 +33,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, quantized: Mapping[nn.Mod
     """
     problems = list(_problems(model, quantized))
     if problems:
-        raise ShardingError("\n  - ".join([f"cannot shard {type(model).__name__}: {len(problems)} problem(s)", *problems]))
+        what = f"cannot shard {type(model).__name__}: {len(problems)} problem(s)"
+        raise ShardingError("\n  - ".join([what, *problems]))
     model.requires_grad_(False)
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
@@ -82,17 +77,31 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             buffer.copy_(buffers[name])
 
 
+def shard_range(num_units: int, rank: int, world: int) -> tuple[int, int]:
+    """Units [start, stop) of `rank`, as torch.chunk splits them: the last ranks may hold fewer, or none."""
+    size = -(-num_units // world)
+    return min(rank * size, num_units), min((rank + 1) * size, num_units)
+
+
 def unit_range(parameter: Tensor) -> tuple[int, int]:
-    """Units [start, stop) along dim 0 that this rank holds of a parameter: torch.chunk's split, the last may be empty."""
-    held = local_rows(parameter, is_first_rank=True)
-    return held.first, held.first + (held.rows.shape[0] if held.rows.ndim else 1)
+    """Units [start, stop) along dim 0 that this rank holds of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [axis for axis, placement in enumerate(placements) if placement == Shard(0)]
+    whole = [axis for axis, placement in enumerate(placements) if placement == Replicate()]
+    if len(sharded) > 1 or len(sharded) + len(whole) != len(placements):
+        raise ShardingError(f"placements {placements}: expected Replicate() and at most one Shard(0)")
+    if not sharded:
+        return 0, parameter.shape[0]
+    return shard_range(parameter.shape[0], mesh.get_local_rank(sharded[0]), mesh.size(sharded[0]))
 
 
 def local_bytes(parameter: Tensor) -> Tensor:
     """The rank's shard as a flat uint8 view of its storage; writing to it writes the parameter."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if not local.is_contiguous():
-        raise ShardingError(f"local shard of shape {tuple(local.shape)} has strides {local.stride()}; expected contiguous")
+        raise ShardingError(f"local shard {tuple(local.shape)} has strides {local.stride()}; expected contiguous")
     return local.detach().view(-1).view(torch.uint8)
 
 

@@ -1,155 +1,37 @@
-"""The generation engine: two gloo ranks, rank 0 in this process and rank 1 in a spawned one, tiny random Llama."""
+"""The generation engine: gloo ranks, one in this process and the others spawned, and a tiny random Llama."""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import gc
 import math
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from engine_ranks import (
+    EOS,
+    PROMPTS,
+    VOCAB,
+    WAIT_S,
+    Peer,
+    Rank,
+    Stuck,
+    by_sequence,
+    plain_greedy,
+    tiny,
+    token_ids,
+    wait_until,
+)
 
 from service.engine import Engine
 from service.requests import TokenOut
 from service.sampling import pick
 from weight_update.errors import MemberError
 
-VOCAB = 97
-EOS = 5
-PROMPTS = [[1, 2, 3, 4], [7, 8], [9, 10, 11, 12, 13, 14, 15], [96], [20, 21, 22]]
-WAIT_S = 20.0
-
-
-def tiny(seed: int) -> LlamaForCausalLM:
-    """The weights of version `seed`. Large ones, so that the logits of different tokens lie far apart."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.3,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    return model.eval().requires_grad_(False)
-
-
-class Breaking:
-    """A model that raises at forward number `at`."""
-
-    def __init__(self, model: LlamaForCausalLM, at: int) -> None:
-        self._model, self.config, self._left = model, model.config, at
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._left -= 1
-        if self._left == 0:
-            raise RuntimeError("this forward broke")
-        return self._model(**inputs)
-
-
-class Rank:
-    """One rank of a replica: its model and engine, and a refresh that loads the next version's weights."""
-
-    def __init__(
-        self,
-        rank: int,
-        *,
-        rendezvous: str,
-        world: int,
-        sharded: bool = False,
-        break_at: dict[int, int] | None = None,
-        **options: Any,
-    ) -> None:
-        torch.set_num_threads(1)
-        timeout = datetime.timedelta(seconds=WAIT_S)
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timeout)
-        self.model = tiny(1)
-        self.refreshes = 0
-        if sharded:
-            mesh = init_device_mesh("cpu", (world,))
-            for layer in self.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
-        model = Breaking(self.model, break_at[rank]) if break_at and rank in break_at else self.model
-        group = dist.new_group(backend="gloo", timeout=timeout)
-        self.engine = Engine(
-            model, [EOS], group=group, rank=rank, world=world, on_refresh=self.refresh, version=1, **options
-        )
-        self.engine.start()
-
-    def refresh(self) -> None:
-        self.refreshes += 1
-        if self.refreshes == 3:
-            raise RuntimeError("this refresh broke")
-        self.model.load_state_dict(tiny(1 + self.refreshes).state_dict())
-
-    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A property of the engine, or what its method returns or raises; or `close`."""
-        value = getattr(self if name == "close" else self.engine, name)
-        return value(*args, **kwargs) if callable(value) else value
-
-    def close(self) -> None:
-        self.engine.stop(timeout_s=5.0)
-        dist.destroy_process_group()
-
-
-def serve_rank(pipe: Connection) -> None:
-    """Another process: builds a rank when told to, and answers for its engine."""
-    rank: Rank | None = None
-    while True:
-        name, args, kwargs = pipe.recv()
-        try:
-            if name == "build":
-                rank, answer = Rank(*args, **kwargs), None
-            else:
-                assert rank is not None
-                answer = rank.ask(name, *args, **kwargs)
-        except Exception as error:
-            answer = error
-        pipe.send(answer)
-
-
-class Peer:
-    """A rank in another process, as seen from here."""
-
-    def __init__(self) -> None:
-        context = mp.get_context("spawn")
-        self._pipe, far = context.Pipe()
-        self.process = context.Process(target=serve_rank, args=(far,), daemon=True)
-        self.process.start()
-
-    def begin(self, name: str, *args: Any, **kwargs: Any) -> None:
-        self._pipe.send((name, args, kwargs))
-
-    def answer(self) -> Any:
-        assert self._pipe.poll(60), "the other process does not answer"
-        answer = self._pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self.begin(name, *args, **kwargs)
-        return self.answer()
+Build = Callable[..., tuple[Rank, Peer]]
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +44,10 @@ def peers() -> Iterator[list[Peer]]:
         peer.process.join()
 
 
-Build = Callable[..., tuple[Rank, Peer]]
-
-
 @pytest.fixture
 def build(peers: list[Peer], tmp_path: Path) -> Iterator[Build]:
     """Builds a replica of serving ranks, rank `here` in this process, with these options of rank and engine."""
-    closes: list[Callable[[], Any]] = []
+    replicas: list[tuple[Rank, list[Peer]]] = []
 
     def build(*, here: int = 0, world: int = 2, **options: Any) -> tuple[Rank, Peer]:
         options = {"rendezvous": f"file://{tmp_path}/store", "world": world, **options}
@@ -178,40 +57,17 @@ def build(peers: list[Peer], tmp_path: Path) -> Iterator[Build]:
         built = Rank(here, **options)
         for peer in others:
             peer.answer()
-        closes.extend([lambda: [peer.begin("close") for peer in others if peer.process.is_alive()], built.close])
-        closes.append(lambda: [peer.answer() for peer in others if peer.process.is_alive()])
+        replicas.append((built, others))
         return built, others[0]
 
     yield build
-    for close in closes:
-        close()
-
-
-def by_sequence(tokens: Iterator[TokenOut] | list[TokenOut]) -> dict[int, list[TokenOut]]:
-    sequences = defaultdict(list)
-    for token in tokens:
-        sequences[token.sequence].append(token)
-    return dict(sequences)
-
-
-def token_ids(tokens: Iterator[TokenOut] | list[TokenOut]) -> list[list[int]]:
-    return [[token.token_id for token in sequence] for _, sequence in sorted(by_sequence(tokens).items())]
-
-
-@functools.cache
-def plain_greedy(prompt: tuple[int, ...], num_tokens: int, seed: int = 1) -> list[int]:
-    """Reference: one sequence, no KV cache, the whole forward again for every token."""
-    model, ids = tiny(seed), list(prompt)
-    for _ in range(num_tokens):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not reached():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+    for built, others in replicas:
+        alive = [peer for peer in others if peer.process.is_alive()]
+        for peer in alive:
+            peer.begin("close")
+        built.close()
+        for peer in alive:
+            peer.answer()
 
 
 def test_a_batch_of_prompts_of_many_lengths_generates_what_a_plain_greedy_loop_does(build: Build) -> None:
@@ -452,18 +308,6 @@ def test_draws_follow_the_distribution_they_are_drawn_from() -> None:
         torch.testing.assert_close(shares, torch.tensor(expected), atol=0.03, rtol=0)
 
 
-class Stuck:
-    """A model whose forward never ends while `held`."""
-
-    def __init__(self) -> None:
-        self.config, self.held, self.entered = tiny(1).config, threading.Event(), threading.Event()
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.entered.set()
-        self.held.wait(WAIT_S)
-        raise RuntimeError("released")
-
-
 def test_stop_returns_even_from_a_forward_that_does_not_and_frees_its_readers() -> None:
     model = Stuck()
     engine = Engine(model, [], group=None, rank=0, world=1, on_refresh=lambda: None, version=1)
@@ -505,9 +349,9 @@ def test_a_dead_rank_fails_the_leader_and_the_other_ranks_at_once(build: Build, 
     next(stream)
     peers[1].process.kill()
     started_s = time.monotonic()
-    with pytest.raises(MemberError, match="rank 0, step"):
+    with pytest.raises(MemberError, match="rank 2: no longer reached"):
         list(stream)
-    wait_until(lambda: survivor.ask("state").startswith("failed: rank 0, step"))
+    wait_until(lambda: survivor.ask("state") == leader.engine.state)
     assert time.monotonic() - started_s < WAIT_S / 2
     peers[1].process.join()
 

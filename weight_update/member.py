@@ -35,6 +35,7 @@ class Member:
         self.epoch = epoch
         self.state = "idle"
         self.transaction = 0
+        self._ended = 0  # the last transaction that is over; ids only grow
         self._results: dict[str, object] = {}
 
     def check(self, step: str, *, epoch: int, transaction: int, version: int) -> bool:
@@ -43,6 +44,11 @@ class Member:
         if epoch < self.epoch:
             raise VersionError(f"{step}: epoch {epoch} is over, this rank follows {self.epoch}; stop that coordinator")
         self.epoch = epoch
+        if step == "abort":
+            # Remembered even where nothing is open: a step that the abort overtook on the network must not start anything.
+            self._ended = max(self._ended, transaction)
+        elif step != "publish" and transaction <= self._ended:
+            raise BusyError(f"{step}: transaction {transaction} is over on this rank; begin a new push")
         foreign = self.state != "idle" and transaction != self.transaction
         if foreign or (step, self.state) not in MEMBER_STEPS:
             raise BusyError(f"{step} of transaction {transaction}: this rank is {self.state} in {self.transaction}")

@@ -1,7 +1,7 @@
 """One buffer a rank, in which the rows of a push arrive in any order, twice, or after a reconnect.
 
-The buffer is the concatenation of this rank's rows of every pushed tensor, each aligned to 64 bytes, so that a tensor is a
-plain [rows, row_bytes] view once it is complete. Nothing is written unless the whole chunk fits.
+The buffer is the concatenation of this rank's rows of every pushed tensor, each aligned to 64 bytes, so that a tensor
+is a plain [rows, row_bytes] view once it is complete. Nothing is written unless the whole chunk fits.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class StagingBuffer:
         self._plan = plan
         self._memory = memory
         self._bytes = memory.numpy()
-        # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a chunk
-        # is copied; nothing else may run under it.
+        # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
+        # chunk is copied; nothing else may run under it.
         self._lock = threading.Lock()
         self._open = True
-        self._covered: list[list[int]] = [[] for _ in plan.specs]  # [start, stop, start, stop, ..] within the rank's rows
+        self._covered: list[list[int]] = [[] for _ in plan.specs]  # start, stop, start, .. within the rank's rows
         self._staged_bytes = 0
         self.expected_bytes = int((plan.stop - plan.first).sum())
 
