@@ -1,13 +1,14 @@
 """CPU loops behind formats and layouts: numba's where importable, a torch twin otherwise, the same bytes from both.
 
-The twins also serve other devices. Single thread; the numba loops release the GIL.
+The twins also serve other devices. One thread; the numba loops release the GIL.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,7 @@ from torch import Tensor
 
 from .steps import Located
 
-# Rows of the torch twins go in pieces of this many elements, so that their FP32 scratch stays small.
-_PIECE_ELEMENTS = 1 << 18
-
+_PIECE_ELEMENTS = 1 << 18  # the twins work in pieces, so that their FP32 scratch stays small
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantissa bits, rounded once, ties to even
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -31,58 +30,133 @@ def numba_loops() -> ModuleType | None:
     return importlib.import_module(".loops", __package__)
 
 
-def _loops(tensor: Tensor) -> ModuleType | None:
-    return numba_loops() if tensor.device.type == "cpu" else None
-
-
-def _array(tensor: Tensor, dtype: type[np.generic]) -> NDArray[np.generic]:
-    """The bytes of a contiguous tensor as a flat array of another type, not copied."""
-    return tensor.view(torch.uint8).numpy().reshape(-1).view(dtype)
-
-
 def amax_bits(rows: Tensor) -> int:
     """BF16 bits of the largest absolute value of contiguous rows."""
-    loops = _loops(rows)
-    return int(loops.amax(_array(rows, np.uint16))) if loops else amax_bits_torch(rows)
+    loops = _loops_for(rows)
+    return amax_bits_torch(rows) if loops is None else int(loops.amax(_flat(rows, np.uint16)))
 
 
 def encode_nvfp4_rows(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
     """BF16 [n, K] to codes [n, K / 2] and block scales [n, K / 16], all contiguous."""
-    loops = _loops(rows)
+    loops = _loops_for(rows)
     if loops is None:
-        return encode_nvfp4_rows_torch(rows, scale, weight, block_scale)
-    parts = (_array(weight, np.uint8), _array(block_scale, np.uint8))
-    loops.encode_nvfp4(_array(rows, np.uint32), np.float32(scale), *parts)
-    return None
+        encode_nvfp4_rows_torch(rows, scale, weight, block_scale)
+    else:
+        parts = _flat(weight, np.uint8), _flat(block_scale, np.uint8)
+        loops.encode_nvfp4(_flat(rows, np.uint32), np.float32(scale), *parts)
 
 
 def decode_nvfp4_rows(weight: Tensor, block_scale: Tensor, scale: float, out: Tensor) -> None:
-    """The reverse: e2m1 * (block scale * scale) in FP32, rounded to BF16."""
-    loops = _loops(out)
+    """The reverse: code * (block scale * scale), rounded to FP32 and then to BF16."""
+    loops = _loops_for(out)
     if loops is None:
-        return decode_nvfp4_rows_torch(weight, block_scale, scale, out)
-    parts = (_array(weight, np.uint8), _array(block_scale, np.uint8))
-    loops.decode_nvfp4(*parts, np.float32(scale), _e4m3_values(), _array(out, np.uint32))
-    return None
+        decode_nvfp4_rows_torch(weight, block_scale, scale, out)
+    else:
+        parts = _flat(weight, np.uint8), _flat(block_scale, np.uint8)
+        loops.decode_nvfp4(*parts, np.float32(scale), _e4m3_values(), _flat(out, np.uint32))
 
 
 def scatter_rows(src: Tensor, located: Located, row0: int, shift: int, local: Tensor) -> None:
-    """Rows [row0, row0 + len(src)) of a tensor to where they lie in `local`, `shift` bytes on."""
-    loops, item = _loops(local), _item_bytes(located, shift, src, local)
-    rows = located.rows[row0 : row0 + len(src)]
+    """Write contiguous rows [row0, row0 + len(src)) of a tensor where they lie in `local`, shifted by bytes."""
+    loops = _loops_for(local)
     if loops is None:
-        return scatter_rows_torch(src, located, row0, shift, local)
-    wide = _array(src, _ITEMS[item]).reshape(len(src), -1)
-    loops.scatter(wide, rows, shift, located.runs, located.run_bytes // item, _array(local, _ITEMS[item]))
-    return None
+        scatter_rows_torch(src, located, row0, shift, local)
+        return
+    item, bits = _item(located, shift, src, local)
+    rows, runs = located.rows[row0 : row0 + len(src)], located.runs
+    wide = _flat(src, item).reshape(len(src), -1)
+    loops.scatter(wide, rows, shift, runs, located.run_bytes >> bits, bits, _flat(local, item))
 
 
 def gather_rows(local: Tensor, located: Located, row0: int, shift: int, out: Tensor) -> None:
-    """The reverse of scatter_rows."""
-    loops, item = _loops(local), _item_bytes(located, shift, out, local)
-    rows = located.rows[row0 : row0 + len(out)]
+    """The reverse: read rows [row0, row0 + len(out)) from `local`."""
+    loops = _loops_for(local)
     if loops is None:
-        return gather_rows_torch(local, located, row0, shift, out)
-    wide = _array(out, _ITEMS[item]).reshape(len(out), -1)
-    loops.gather(_array(local, _ITEMS[item]), rows, shift, located.runs, located.run_bytes // item, wide)
-    return None
+        gather_rows_torch(local, located, row0, shift, out)
+        return
+    item, bits = _item(located, shift, out, local)
+    rows, runs = located.rows[row0 : row0 + len(out)], located.runs
+    wide = _flat(out, item).reshape(len(out), -1)
+    loops.gather(_flat(local, item), rows, shift, runs, located.run_bytes >> bits, bits, wide)
+
+
+def _loops_for(tensor: Tensor) -> ModuleType | None:
+    return numba_loops() if tensor.device.type == "cpu" else None
+
+
+def _flat(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
+    """The bytes of a contiguous tensor as a flat array of another type; no copy."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).view(dtype)
+
+
+def _item(located: Located, shift: int, *tensors: Tensor) -> tuple[type[np.generic], int]:
+    """Runs of 4 bytes move as one word where all is aligned: type of an item, log2 of its bytes."""
+    aligned = not shift % 4 and all(not t.data_ptr() % 4 and not t.numel() % 4 for t in tensors)
+    return (np.uint32, 2) if located.words and aligned else (np.uint8, 0)
+
+
+@cache
+def _e4m3_values() -> NDArray[np.float32]:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values: NDArray[np.float32] = codes.float().numpy()
+    return values
+
+
+def amax_bits_torch(rows: Tensor) -> int:
+    pieces = torch.split(rows.view(torch.int16).flatten(), _PIECE_ELEMENTS)
+    return max((int(piece.bitwise_and(0x7FFF).max()) for piece in pieces if piece.numel()), default=0)
+
+
+def encode_nvfp4_rows_torch(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
+    step = max(1, _PIECE_ELEMENTS // max(1, rows.shape[1]))
+    pieces = (torch.split(tensor, step) for tensor in (rows, weight, block_scale))
+    for piece, codes, scales in zip(*pieces, strict=True):
+        _encode_piece(piece, scale, codes, scales)
+
+
+def _encode_piece(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
+    bits = rows.view(torch.int16).to(torch.int32)
+    magnitude = (bits & 0x7FFF).bitwise_left_shift(16).view(torch.float32).view(*block_scale.shape, 16)
+    scale_2 = torch.tensor(scale, dtype=torch.float32, device=rows.device)
+    block = magnitude.amax(2) / (6.0 * scale_2)
+    block = torch.where(block == 0, 1.0, block).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+    block_scale.copy_(block.view(torch.uint8))
+    quotient = (magnitude / (block.float() * scale_2).unsqueeze(2)).flatten(1)
+    code = torch.where(quotient > 0, (bits >> 12) & 8, 0).to(torch.uint8) | _e2m1(quotient)
+    weight.copy_(code[:, 0::2] | (code[:, 1::2] << 4))
+
+
+def _e2m1(quotient: Tensor) -> Tensor:
+    """Codes 0..7: the least of the four lines of the E2M1 grid, each rounded once; a NaN stays at 7."""
+    least = torch.full_like(quotient, _MAGIC + 7)
+    for line in (quotient * 0.5 + (_MAGIC + 4), quotient + (_MAGIC + 2), quotient * 2 + _MAGIC):
+        least = torch.where(line < least, line, least)
+    return (least.view(torch.int32) & 7).to(torch.uint8)
+
+
+def decode_nvfp4_rows_torch(weight: Tensor, block_scale: Tensor, scale: float, out: Tensor) -> None:
+    step = max(1, _PIECE_ELEMENTS // max(1, out.shape[1]))
+    values = torch.tensor(_E2M1, device=weight.device)
+    scale_2 = torch.tensor(scale, dtype=torch.float32, device=weight.device)
+    pieces = (torch.split(tensor, step) for tensor in (weight, block_scale, out))
+    for codes, scales, piece in zip(*pieces, strict=True):
+        both = torch.stack((codes & 15, codes >> 4), dim=2).to(torch.int32)
+        factor = scales.view(torch.float8_e4m3fn).float() * scale_2
+        piece.copy_((values[both].view(*scales.shape, 16) * factor.unsqueeze(2)).view(piece.shape))
+
+
+def scatter_rows_torch(src: Tensor, located: Located, row0: int, shift: int, local: Tensor) -> None:
+    windows, starts = _windows(local, located, row0, shift, len(src))
+    windows[starts] = src.reshape(-1, located.run_bytes)
+
+
+def gather_rows_torch(local: Tensor, located: Located, row0: int, shift: int, out: Tensor) -> None:
+    windows, starts = _windows(local, located, row0, shift, len(out))
+    out.copy_(windows[starts].view(out.shape))
+
+
+def _windows(local: Tensor, located: Located, row0: int, shift: int, n: int) -> tuple[Tensor, Tensor]:
+    """`local` as a window of one run at every byte, and where the runs of n rows start."""
+    rows = located.rows[row0 : row0 + n]
+    starts = (rows[:, None] + (located.runs[None, :] + shift)).ravel()
+    return local.unfold(0, located.run_bytes, 1), torch.from_numpy(starts).to(local.device)

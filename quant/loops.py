@@ -8,15 +8,19 @@ bytes are those of torch. Two BF16 weights are one little-endian 32-bit word, as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-U8, U16, U32 = NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]
-U64, F32, I64 = NDArray[np.uint64], NDArray[np.float32], NDArray[np.int64]
+U8: TypeAlias = NDArray[np.uint8]
+U16: TypeAlias = NDArray[np.uint16]
+U32: TypeAlias = NDArray[np.uint32]
+U64: TypeAlias = NDArray[np.uint64]
+I64: TypeAlias = NDArray[np.int64]
+F32: TypeAlias = NDArray[np.float32]
 
 BLOCKS = 256  # a tile of blocks of 16: its scratch of 24 KiB stays in the L1 cache
 MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantissa bits, rounded once, ties to even
@@ -24,16 +28,15 @@ MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantis
 
 def loop(function: Function) -> Function:
     """Compile, with the machine code kept on disk where the cache directory can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        compiled: Function = numba.njit(cache=True, **options)(function)
+        compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # no place to cache
-        compiled = numba.njit(**options)(function)
-    return compiled
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(Function, compiled)
 
 
 @loop
-def amax(bits: U16) -> int:
+def amax(bits: U16) -> np.uint16:
     largest = np.uint16(0)
     for i in range(bits.size):
         largest = max(largest, np.uint16(bits[i] & np.uint16(0x7FFF)))
@@ -62,7 +65,7 @@ def _spread(factors: F32, out: U64) -> None:
 
 
 @loop
-def _block_scales(largest: U16, scale: float, codes: U8, factors: F32) -> None:
+def _block_scales(largest: U16, scale: np.float32, codes: U8, factors: F32) -> None:
     """E4M3 of amax / (6 scale), ties to even, and what the weights of the block are divided by."""
     divisor = np.float32(np.float32(6.0) * scale)
     for i in range(codes.size):
@@ -83,7 +86,7 @@ def _block_scales(largest: U16, scale: float, codes: U8, factors: F32) -> None:
 
 
 @loop
-def _e2m1(quotient: float) -> int:
+def _e2m1(quotient: np.float32) -> np.uint32:
     """Code 0..7: the least of the four lines of the E2M1 grid, each rounded once; a NaN stays at 7."""
     least = np.float32(MAGIC + 7)
     line = np.float32(quotient * np.float32(0.5) + np.float32(MAGIC + 4))
@@ -109,7 +112,7 @@ def _codes(words: U32, factors: F32, out: U8) -> None:
 
 
 @loop
-def encode_nvfp4(words: U32, scale: float, weight: U8, block_scale: U8) -> None:
+def encode_nvfp4(words: U32, scale: np.float32, weight: U8, block_scale: U8) -> None:
     by_2, by_4, by_8 = np.empty(BLOCKS * 8, np.uint16), np.empty(BLOCKS * 4, np.uint16), np.empty(BLOCKS * 2, np.uint16)
     largest, factors = np.empty(BLOCKS, np.uint16), np.empty(BLOCKS, np.float32)
     wide = np.empty((BLOCKS, 4), np.uint64)
@@ -126,7 +129,7 @@ def encode_nvfp4(words: U32, scale: float, weight: U8, block_scale: U8) -> None:
 
 
 @loop
-def _value(code: int, factor: float) -> int:
+def _value(code: np.uint32, factor: np.float32) -> np.uint32:
     """BF16 bits of one code times a factor: product rounded to FP32, then to BF16, ties to even."""
     twice = np.int32((np.uint32(0xC8643210) >> np.uint32((code & np.uint32(7)) << np.uint32(2))) & np.uint32(15))
     product = np.float32(np.float32(np.float32(twice) * np.float32(0.5)) * factor)
@@ -141,11 +144,12 @@ def _value(code: int, factor: float) -> int:
 def _values(weight: U8, factors: F32, out: U32) -> None:
     for i in range(out.size):
         byte, factor = np.uint32(weight[i]), factors[i]
-        out[i] = np.uint32(_value(byte & np.uint32(15), factor) | (_value(byte >> np.uint32(4), factor) << np.uint32(16)))
+        first, second = _value(byte & np.uint32(15), factor), _value(byte >> np.uint32(4), factor)
+        out[i] = np.uint32(first | (second << np.uint32(16)))
 
 
 @loop
-def decode_nvfp4(weight: U8, block_scale: U8, scale: float, e4m3: F32, out: U32) -> None:
+def decode_nvfp4(weight: U8, block_scale: U8, scale: np.float32, e4m3: F32, out: U32) -> None:
     """e4m3: the values of the 256 scale bytes."""
     factors = np.empty(BLOCKS, np.float32)
     wide = np.empty((BLOCKS, 4), np.uint64)
@@ -159,24 +163,30 @@ def decode_nvfp4(weight: U8, block_scale: U8, scale: float, e4m3: F32, out: U32)
 
 
 @loop
-def scatter(src: U8, rows: I64, shift: int, runs: I64, run_items: int, local: U8) -> None:
-    """Runs of every row to where they lie; offsets in items of `src` and `local` after division by the item's bytes."""
-    item = src.itemsize
+def scatter(src: U8, rows: I64, shift: int, runs: I64, run_items: int, bits: int, local: U8) -> None:
+    """Runs of every row to where they lie. Offsets are in bytes, items of `src` and `local` hold 2^bits of them."""
     for i in range(rows.size):
-        for j in range(runs.size):
-            at = np.uint64((rows[i] + shift + runs[j]) // item)
-            first = np.uint64(j * run_items)
-            for k in range(np.uint64(run_items)):
-                local[at + k] = src[i, first + k]
+        base = rows[i] + shift
+        if run_items == 1:
+            for j in range(runs.size):
+                local[np.uint64((base + runs[j]) >> bits)] = src[i, j]
+        else:
+            for j in range(runs.size):
+                at, first = np.uint64((base + runs[j]) >> bits), np.uint64(j * run_items)
+                for k in range(np.uint64(run_items)):
+                    local[at + k] = src[i, first + k]
 
 
 @loop
-def gather(local: U8, rows: I64, shift: int, runs: I64, run_items: int, out: U8) -> None:
+def gather(local: U8, rows: I64, shift: int, runs: I64, run_items: int, bits: int, out: U8) -> None:
     """The reverse of scatter."""
-    item = out.itemsize
     for i in range(rows.size):
-        for j in range(runs.size):
-            at = np.uint64((rows[i] + shift + runs[j]) // item)
-            first = np.uint64(j * run_items)
-            for k in range(np.uint64(run_items)):
-                out[i, first + k] = local[at + k]
+        base = rows[i] + shift
+        if run_items == 1:
+            for j in range(runs.size):
+                out[i, j] = local[np.uint64((base + runs[j]) >> bits)]
+        else:
+            for j in range(runs.size):
+                at, first = np.uint64((base + runs[j]) >> bits), np.uint64(j * run_items)
+                for k in range(np.uint64(run_items)):
+                    out[i, first + k] = local[at + k]

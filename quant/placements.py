@@ -65,9 +65,7 @@ def apply_rows(placement: Placement, src: Tensor, row0: int, local: Tensor, base
     local: 1-D uint8, the bytes of the rank's shard of the storage; base: where the shard starts in the whole storage.
     """
     _check_rows(placement, src, row0, local, base)
-    located = placement.located
-    rows = located.rows[row0 : row0 + len(src)]
-    kernels.scatter_rows(src.contiguous(), rows, placement.origin - base, located.runs, located.run_bytes, local)
+    kernels.scatter_rows(src.contiguous(), placement.located, row0, placement.origin - base, local)
 
 
 def invert_rows(
@@ -77,9 +75,7 @@ def invert_rows(
     if out is None:
         out = torch.empty((n, placement.tensor.row_bytes), dtype=torch.uint8, device=local.device)
     _check_rows(placement, out, row0, local, base)
-    located = placement.located
-    rows = located.rows[row0 : row0 + n]
-    kernels.gather_rows(local, rows, placement.origin - base, located.runs, located.run_bytes, out)
+    kernels.gather_rows(local, placement.located, row0, placement.origin - base, out)
     return out
 
 

@@ -10,7 +10,7 @@ located, written and read back without touching another:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -108,6 +108,8 @@ class Located:
     num_bytes: int
     pitch: int
 
+    words: bool = False  # every run is one aligned word of 4 bytes
+
 
 class Order(Protocol):
     """How a matrix of rows becomes bytes."""
@@ -157,6 +159,7 @@ def locate(maps: tuple[RowMap, ...], order: Order, num_rows: int, row_bytes: int
     for step in maps:
         rows, total = step.place(rows, total), step.num_rows(total)
     located = order.locate(rows, total, row_bytes)
-    located.rows.setflags(write=False)
-    located.runs.setflags(write=False)
-    return located
+    for offsets in (located.rows, located.runs):
+        offsets.setflags(write=False)
+    aligned = not any((offsets % 4).any() for offsets in (located.rows, located.runs))
+    return replace(located, words=aligned and located.run_bytes == 4)

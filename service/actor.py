@@ -85,6 +85,8 @@ class RankActor:
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             cold_load(receiver, checkpoint, dist.group.WORLD)
             config_dir = checkpoint.config_dir
+        for module in quantized:
+            module.mark_applied()
 
         def refresh() -> None:
             reshard_all(model)

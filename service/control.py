@@ -38,7 +38,7 @@ class ControlServer:
 
     def __init__(self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path) -> None:
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self._server, self._checks = make_server(services)
+        self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES)
         self._names = [service.full_name for service in services]
         codec = TextCodec(tokenizer_dir)
         pb_grpc.add_ControlServicer_to_server(ControlServicer(shell), self._server)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from weight_update.errors import BusyError, MemberError
 
-from .lockstep import Command, Kind, Link, Report
+from .lockstep import Command, Kind, Link, Report, describe
 from .requests import Limits, Request, Running, TokenStream, check_request
 from .sampling import Decoder, Model, Sampled, Start
 
@@ -379,8 +379,3 @@ _ACTIONS: dict[Kind, Callable[[Engine, Command], bool]] = {
     Kind.STOP: Engine._finish,
     Kind.FAIL: Engine._finish,
 }
-
-
-def describe(error: BaseException) -> str:
-    """An error on one line: its type and its text."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

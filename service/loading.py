@@ -15,7 +15,7 @@ from quant.formats import FORMATS, TensorSpec, amax, encode, global_scale
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
-from weight_update.chunks import Chunk
+from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.errors import ManifestError, raise_all
 from weight_update.manifest import Manifest
 from weight_update.receiver import Receiver
@@ -43,7 +43,7 @@ def cold_load(receiver: Receiver, checkpoint: Checkpoint, group: dist.ProcessGro
     encoded = [row for row in manifest.parameters if not _has_checkpoint_form(manifest, row, entries)]
     _check(manifest, encoded, entries, checkpoint)
     scales = _scales(receiver, encoded, entries, checkpoint, group)
-    receiver.begin(LOAD_TRANSACTION, receiver.version, receiver.version, np.arange(len(manifest.tensors)))
+    receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, np.arange(len(manifest.tensors)))
     names = {row.name for row in encoded}
     for row in manifest.parameters:
         fill = _encoded if row.name in names else _copied
@@ -187,13 +187,9 @@ def _copied(
 
 
 def _chunk(index: int, first: int, data: Tensor) -> Chunk:
+    """The chunk that a push would send for these rows."""
     payload = memoryview(data.numpy().reshape(-1))
-    row_bytes = data.shape[1]
-    return Chunk(
-        sequence=0,
-        tensor=np.array([index], np.uint32),
-        offset=np.array([first * row_bytes], np.uint64),
-        length=np.array([len(payload)], np.uint32),
-        checksum=0,
-        payload=payload,
-    )
+    tensor, offset = np.array([index], np.uint32), np.array([first * data.shape[1]], np.uint64)
+    chunk = decode_request(encode_chunk(0, tensor, offset, np.array([len(payload)], np.uint32), [payload]))
+    assert isinstance(chunk, Chunk)
+    return chunk

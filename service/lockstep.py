@@ -187,7 +187,7 @@ class Link:
         try:
             yield
         except RuntimeError as error:
-            self.lost[peer] = f"no longer reached: {error}"
+            self.lost[peer] = f"no longer reached: {describe(error)}"
 
 
 def check_group(group: dist.ProcessGroup | None, rank: int, world: int) -> None:
@@ -203,3 +203,8 @@ def check_group(group: dist.ProcessGroup | None, rank: int, world: int) -> None:
             f"engine group: expected a backend for CPU tensors, got {backends}; "
             'make one beside it with torch.distributed.new_group(ranks, backend="gloo")'
         )
+
+
+def describe(error: BaseException) -> str:
+    """An error on one line of ASCII: its type and its text."""
+    return " ".join(f"{type(error).__name__}: {error}".encode("ascii", "ignore").decode().split())

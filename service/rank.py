@@ -19,7 +19,7 @@ import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.chunks import Chunk, StageOpen, check, decode_request
+from weight_update.chunks import MAX_MESSAGE_BYTES, Chunk, StageOpen, decode_request
 from weight_update.errors import BusyError, MemberError, TransferError, WeightUpdateError
 from weight_update.member import Member
 from weight_update.receiver import Receiver
@@ -61,7 +61,7 @@ class RankServer:
         self.operator_paused = False
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self._server, self._checks = make_server(services)
+        self._server, self._checks = make_server(services, max_message_bytes=MAX_MESSAGE_BYTES)
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
         pb_grpc.add_GenerationServicer_to_server(GenerationServicer(self), self._server)
@@ -281,7 +281,6 @@ class DataServicer:
             if not isinstance(chunk, Chunk):
                 raise TransferError("stage: a second StageOpen on one stream; open another stream")
             rank.faults.reached("stage")
-            check(chunk)
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
             received_bytes += len(chunk.payload)
             yield pb.StageReply(

@@ -82,9 +82,12 @@ def refusing_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Itera
     return wrapped
 
 
-def make_server(services: Sequence[descriptor.ServiceDescriptor]) -> tuple[grpc.Server, health.HealthServicer]:
+def make_server(
+    services: Sequence[descriptor.ServiceDescriptor], *, max_message_bytes: int
+) -> tuple[grpc.Server, health.HealthServicer]:
     """A server with health and reflection for these services; add the servicers, then `bind` it."""
-    server = grpc.server(futures.ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="rpc"), options=SERVER_OPTIONS)
+    options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+    server = grpc.server(futures.ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="rpc"), options=options)
     checks = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [service.full_name for service in services]

@@ -161,7 +161,9 @@ def test_a_pause_while_idle_holds_new_requests_until_resume_and_can_be_undone_wi
     assert leader.engine.request_pause() == 0
     assert leader.engine.wait_paused(WAIT_S) and peer.ask("wait_paused", WAIT_S)
     stream = leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)
-    time.sleep(0.2)
+    cpu_s = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - cpu_s < 0.15, "waits without spinning"
     assert (leader.engine.step, leader.engine.num_sequences, leader.engine.state) == (0, 1, "paused")
     assert not peer.ask("wait_resumed", 1, 0.0)
     leader.engine.resume(1, refresh=False)
@@ -204,15 +206,15 @@ def test_requests_beyond_the_batch_wait_their_turn(build: Build) -> None:
 
 
 def test_a_cancelled_a_closed_and_an_abandoned_stream_free_their_sequences(build: Build) -> None:
-    leader, peer = build()
-    stream = leader.engine.submit(PROMPTS, 400, ignore_eos=True)
+    leader, peer = build(max_tokens=100_000)  # more than can end by itself while we wait
+    stream = leader.engine.submit(PROMPTS, 90_000, ignore_eos=True)
     next(stream)
     assert leader.engine.num_sequences == 5
     stream.cancel()
-    assert len(list(stream)) < 5 * 400
-    with leader.engine.submit(PROMPTS, 400, ignore_eos=True) as closed:
+    assert len(list(stream)) < 5 * 90_000
+    with leader.engine.submit(PROMPTS, 90_000, ignore_eos=True) as closed:
         next(closed)
-    abandoned = leader.engine.submit(PROMPTS, 400, ignore_eos=True)
+    abandoned = leader.engine.submit(PROMPTS, 90_000, ignore_eos=True)
     next(abandoned)
     del abandoned
     gc.collect()

@@ -14,6 +14,9 @@ from .chunks import CHUNK_BYTES, encode_chunk
 from .transport import StageStream
 
 
+CHUNK_PIECES = 1 << 16  # a piece costs 16 bytes of index: a chunk of tiny pieces stays below the message limit
+
+
 class Door:
     """Chunks for one set of rows, built once and streamed to the rank of every replica that owns them."""
 
@@ -35,7 +38,7 @@ class Door:
             self._pieces.append(data[:take])
             self._bytes += take
             offset, data = offset + take, data[take:]
-            if self._bytes == CHUNK_BYTES:
+            if self._bytes == CHUNK_BYTES or len(self._pieces) == CHUNK_PIECES:
                 self.flush()
 
     def flush(self) -> None:

@@ -78,22 +78,25 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Padding:
-    """Bytes that belong to no tensor: columns `positions` of `units`, uint8 [units, unit_bytes]."""
+    """Bytes that belong to no tensor: columns `positions` of `units`, uint8 [units, unit_bytes], the first of them being
+    unit `first` of the shard."""
 
     storage: str
+    first: int
     units: Tensor
     positions: Tensor
 
     def problem(self, scratch: Tensor) -> str | None:
         """What is wrong, None while all are zero."""
         step = max(1, scratch.numel() // len(self.positions))
-        for block in self.units.split(step):
+        for start in range(0, len(self.units), step):
+            block = self.units[start : start + step]
             out = scratch[: len(block) * len(self.positions)].view(len(block), -1)
             torch.index_select(block, 1, self.positions, out=out)
             if out.any():
-                unit, column = (int(i[0]) for i in out.nonzero(as_tuple=True))
-                byte = int(self.positions[column])
-                return f"{self.storage}: padding byte {byte} of unit {unit} is {int(out[unit, column])}, expected 0"
+                row, column = (int(i) for i in out.nonzero()[0])
+                at = f"byte {int(self.positions[column])} of unit {self.first + start + row} of this rank"
+                return f"{self.storage}: padding {at} is {int(out[row, column])}, expected 0"
         return None
 
 
@@ -240,7 +243,7 @@ def _padding_of(storage: str, writes: Sequence[Write], known: dict[object, Tenso
         if key not in known:
             known[key] = _unfilled(unit_bytes, parts[start])
         if len(known[key]):
-            found.append(Padding(storage=storage, units=units[start:stop], positions=known[key]))
+            found.append(Padding(storage=storage, first=start, units=units[start:stop], positions=known[key]))
         start = stop
     return tuple(found)
 

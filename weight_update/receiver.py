@@ -17,24 +17,36 @@ import enum
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quant.layouts import Derived, Placement
 from quant.parameters import ParameterRow
 
 from .chunks import Chunk, check
 from .digest import Digests, digest_rows
-from .errors import BusyError, DigestError, LayoutError, ManifestError, PlanError, TransferError, VersionError, raise_all
+from .errors import (
+    BusyError,
+    DigestError,
+    LayoutError,
+    ManifestError,
+    PlanError,
+    TransferError,
+    VersionError,
+    raise_all,
+)
 from .inplace import AddressAudit, Storages
 from .live import (
     BLOCK_BYTES,
     Padding,
     Recompute,
     Shards,
+    Span,
     Write,
     bytes_of,
     merge_spans,
@@ -43,7 +55,7 @@ from .live import (
     plan_writes,
 )
 from .manifest import Manifest
-from .staging import Arena, StagingBuffer, StagingPlan, plan_staging
+from .staging import Arena, StagingBuffer, plan_staging
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
@@ -90,9 +102,9 @@ class _Push:
 class Receiver:
     """The storages of one rank and the transaction that rewrites them.
 
-    storages: live local tensors by name, written in place, never replaced. placements: where each checkpoint tensor lies.
-    derived: values recomputed from storages. shards: units [start, stop) of each storage that this rank holds, by default
-    all. Bytes that nothing fills are padding and stay zero. live: looks storages up anew for the address audit.
+    storages: live local tensors by name, written in place, never replaced. placements: where each checkpoint tensor
+    lies. derived: values recomputed from storages. shards: units [start, stop) of each storage that this rank holds, by
+    default all. Bytes that nothing fills are padding and stay zero. live: looks storages up anew for the address audit.
     """
 
     def __init__(
@@ -127,9 +139,7 @@ class Receiver:
         self.row_stop = self.row_start + np.array([write.num_rows for write in self._writes], np.int64)
 
     @classmethod
-    def from_module(
-        cls, model: nn.Module, *, memory_budget_bytes: int | None = None, version: int = 0
-    ) -> Receiver:
+    def from_module(cls, model: nn.Module, *, memory_budget_bytes: int | None = None, version: int = 0) -> Receiver:
         """The receiver of a model of quant.models, sharded by FSDP2 or not; call it while the model is sharded."""
         from quant.models import derived_of, parameters_of, placements_of, storage_parameters  # only here: a library
         from sharding.fsdp import unit_range  # of named storages needs neither
@@ -149,23 +159,18 @@ class Receiver:
     # -- the transaction
 
     def begin(
-        self, transaction: int, version: int, base_version: int, tensors: npt.NDArray[np.integer] | Sequence[int]
+        self, transaction: int, version: int, base_version: int, tensors: npt.NDArray[np.integer[Any]] | Sequence[int]
     ) -> MemoryPlan:
-        """Open a transaction over these tensors of the manifest; reserves all memory that it will need."""
+        """Open a transaction over these tensors of the manifest; reserves all the memory that it will need."""
         with self._lock:
             self._expect("begin", State.IDLE)
             if base_version != self.version or version <= self.version:
                 raise VersionError(
                     f"version {version} on base {base_version}: this rank holds {self.version}; describe again"
                 )
-            indices = self._checked(tensors)
-            writes = [self._writes[i] for i in indices]
-            staging = plan_staging(
-                [write.placement.tensor for write in writes], self.row_start[indices], self.row_stop[indices]
-            )
-            self._push = self._plan(transaction, version, writes, staging)
+            self._push, memory = self._plan(transaction, version, self._checked(tensors))
             self.state = State.OPEN
-            return self._memory(writes, staging)[0]
+            return memory
 
     def stage(self, chunk: Chunk, transaction: int | None = None) -> int:
         """Check a chunk and put it where it belongs; returns the bytes staged so far. Any thread, any order, any number
@@ -176,3 +181,200 @@ class Receiver:
             raise BusyError(f"chunk {chunk.sequence} of transaction {transaction}: the open one is {held}; begin again")
         check(chunk)
         return push.staging.place(chunk)
+
+    def prepare(self) -> Digests:
+        """Everything is here: digests of the staged rows, [n, 2] in the order of begin. Takes the undo copy."""
+        with self._lock:
+            push = self._expect("prepare", State.OPEN)
+            missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in push.staging.missing()]
+            raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
+            push.staging.close()
+            push.staged = np.array(
+                [
+                    digest_rows(write.key, rows, write.row0)
+                    for write, rows in zip(push.writes, push.rows, strict=True)
+                ],
+                np.uint64,
+            )
+            for live, copy in push.undo:
+                copy.copy_(live)
+            self.state = State.PREPARED
+            return push.staged
+
+    def install(self) -> Digests:
+        """Write in place, recompute what is derived, read back: digests of the installed rows, [n, 2].
+
+        Whatever fails puts the old bytes back before it is raised; the transaction is then prepared again.
+        """
+        with self._lock:
+            push = self._expect("install", State.PREPARED)
+            self.state = State.INSTALLED
+            try:
+                return self._install(push)
+            except BaseException:
+                self.undo()
+                raise
+
+    def undo(self) -> None:
+        """Put the bytes from before install back, derived values included."""
+        with self._lock:
+            push = self._expect("undo", State.INSTALLED)
+            for live, copy in push.undo:
+                live.copy_(copy)
+            self.state = State.PREPARED
+
+    def publish(self) -> None:
+        """What is installed is the version from now on."""
+        with self._lock:
+            push = self._expect("publish", State.INSTALLED)
+            self.version = push.version
+            self._end(push)
+
+    def abort(self) -> None:
+        """Back to the old bytes and to idle, from any state; nothing where nothing is open."""
+        with self._lock:
+            if self._push is None:
+                return
+            if self.state is State.INSTALLED:
+                self.undo()
+            self._end(self._push)
+
+    def digests(self, tensors: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None) -> Digests:
+        """Digests of the live bytes of these tensors, all by default, [n, 2]."""
+        with self._lock:
+            writes = self._writes if tensors is None else [self._writes[int(i)] for i in tensors]
+            return _digests(writes, torch.empty(_block_bytes(writes), dtype=torch.uint8))
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the open transaction that are here, duplicates not counted; 0 when none is open."""
+        push = self._push
+        return 0 if push is None else push.staging.staged_bytes
+
+    def audit(self) -> None:
+        """Raise LayoutError if any storage moved or changed its shape, strides or dtype."""
+        self._audit.check()
+
+    def storage_bytes(self) -> dict[str, bytes]:
+        """Every live storage of this rank as it lies in memory."""
+        with self._lock:
+            return {name: local.numpy(force=True).tobytes() for name, local in self._bytes.items()}
+
+    def storage_addresses(self) -> dict[str, int]:
+        """The data pointer of every live storage of this rank."""
+        return {name: local.data_ptr() for name, local in self._bytes.items()}
+
+    # -- planning
+
+    def _expect(self, what: str, state: State) -> _Push:
+        if self.state is not state:
+            by = f" by transaction {self._push.transaction}" if self._push else ""
+            raise BusyError(f"{what}: this rank is {self.state.value}{by}, expected {state.value}; abort, or wait")
+        return self._push  # type: ignore[return-value]
+
+    def _checked(self, tensors: npt.NDArray[np.integer[Any]] | Sequence[int]) -> list[int]:
+        indices = [int(i) for i in tensors]
+        count = len(self._writes)
+        problems = [f"tensor {i}: the manifest has {count}" for i in indices if not 0 <= i < count]
+        problems += ["no tensor"] if not indices else []
+        problems += ["a tensor is named twice"] if len(set(indices)) != len(indices) else []
+        raise_all(ManifestError, "begin refused", problems)
+        return indices
+
+    def _plan(self, transaction: int, version: int, indices: list[int]) -> tuple[_Push, MemoryPlan]:
+        writes = [self._writes[i] for i in indices]
+        recomputes = self._stale({write.span[0] for write in writes if write.num_rows})
+        derived = [(each.name, 0, self._bytes[each.name].numel()) for each in recomputes]
+        spans = merge_spans([*(write.span for write in writes), *derived])
+        layout = plan_staging(
+            [write.placement.tensor for write in writes], self.row_start[indices], self.row_stop[indices]
+        )
+        undo_bytes = sum(stop - first for _, first, stop in spans)
+        block_bytes = _block_bytes(writes)
+        memory = MemoryPlan(
+            staging_bytes=layout.num_bytes,
+            undo_bytes=undo_bytes,
+            scratch_bytes=block_bytes + SLACK_BYTES + TENSOR_BYTES * len(writes),
+        )
+        self._require_budget(memory)
+        arena = self._arena.reserve(layout.num_bytes + undo_bytes + block_bytes)
+        staging = StagingBuffer(layout, arena[: layout.num_bytes])
+        push = _Push(
+            transaction=transaction,
+            version=version,
+            writes=writes,
+            rows=[staging.rows(i) for i in range(len(writes))],
+            staging=staging,
+            undo=self._copies(spans, arena[layout.num_bytes :]),
+            recomputes=recomputes,
+            padding=[each for name in {span[0]: None for span in spans} for each in self._padding.get(name, ())],
+            scratch=arena[layout.num_bytes + undo_bytes :],
+        )
+        return push, memory
+
+    def _copies(self, spans: Sequence[Span], memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Live bytes and where their copy goes, one after the other in `memory`."""
+        copies, at = [], 0
+        for name, first, stop in spans:
+            copies.append((self._bytes[name][first:stop], memory[at : at + stop - first]))
+            at += stop - first
+        return copies
+
+    def _stale(self, touched: set[str]) -> list[Recompute]:
+        """Derived values, in their order, that follow from these storages or from each other."""
+        stale = []
+        for each in self._recomputes:
+            if touched & set(each.sources):
+                stale.append(each)
+                touched = touched | {each.name}
+        return stale
+
+    def _require_budget(self, memory: MemoryPlan) -> None:
+        if self._budget_bytes is not None and memory.peak_bytes > self._budget_bytes:
+            raise PlanError(
+                f"this push needs {memory.peak_bytes} bytes above idle on this rank (staging {memory.staging_bytes},"
+                f" undo {memory.undo_bytes}, scratch {memory.scratch_bytes}), the budget is {self._budget_bytes};"
+                " push fewer tensors at a time or raise the budget"
+            )
+
+    # -- execution
+
+    def _install(self, push: _Push) -> Digests:
+        for write, rows in zip(push.writes, push.rows, strict=True):
+            write.apply(rows)
+        for each in push.recomputes:
+            each.apply()
+        installed = _digests(push.writes, push.scratch)
+        self._verify(push, installed)
+        return installed
+
+    def _verify(self, push: _Push, installed: Digests) -> None:
+        assert push.staged is not None
+        problems = [
+            f"{push.writes[i].placement.tensor.name}: installed {_hex(installed[i])}, staged {_hex(push.staged[i])}"
+            for i in np.flatnonzero((installed != push.staged).any(axis=1))
+        ]
+        raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
+        stained = [problem for each in push.padding if (problem := each.problem(push.scratch)) is not None]
+        raise_all(LayoutError, "install: padding was written; the old bytes are back", stained)
+        self._audit.check()
+
+    def _end(self, push: _Push) -> None:
+        push.staging.close()
+        self._push, self.state = None, State.IDLE
+
+
+def _digests(writes: Sequence[Write], scratch: Tensor) -> Digests:
+    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
+
+
+def _block_bytes(writes: Sequence[Write]) -> int:
+    return max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
+
+
+def _hex(digest: npt.NDArray[np.uint64]) -> str:
+    return "".join(f"{int(lane):016x}" for lane in digest)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -100,6 +100,11 @@ class StagingBuffer:
                 self._staged_bytes += cover(self._covered[tensor], within, within + length)
             return self._staged_bytes
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that are here, duplicates not counted."""
+        return self._staged_bytes
+
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
         plan = self._plan

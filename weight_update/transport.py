@@ -36,7 +36,6 @@ CONTROL_MESSAGE_BYTES = 256 << 20  # a manifest of a million tensors is about 10
 # An error that lists fifty tensors is longer than gRPC's default of 8 KiB of metadata.
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", CONTROL_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", CONTROL_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 256 << 10),
     ("grpc.absolute_max_metadata_size", 512 << 10),
     ("grpc.keepalive_time_ms", 20_000),
@@ -48,7 +47,8 @@ CHANNEL_OPTIONS = (
 
 def connect(target: str) -> grpc.Channel:
     """A channel to `host:port`; it connects at the first call."""
-    return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", CONTROL_MESSAGE_BYTES)]
+    return grpc.insecure_channel(target, options=options)
 
 
 def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
@@ -61,6 +61,8 @@ def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
     at = f"{where}: " if where else ""
     if call.code() in RETRY_CODES:
         return TransferError(f"{at}no connection ({call.details()}); is the service up? try 'transfuse status'")
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return TransferError(f"{at}{call.details()}; send smaller messages")
     return MemberError(f"{at}{call.code().name}: {call.details()}")
 
 

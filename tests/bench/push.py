@@ -1,0 +1,176 @@
+"""What a push costs over gRPC: one trainer process, one actor process, loopback.
+
+    python -m tests.bench.push [--json] [--pushes N]
+
+Prints, each as a ratio to something measured in the same run: payload rate of the transfer phase over a one-thread memcpy,
+pause over a plain copy of the same bytes, actor memory above idle over what was planned, and seconds per tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from quant.checkpoint import open_checkpoint
+from tests.local import local_service
+from weight_update.client import PushReport, Pusher
+
+COPY_BYTES = 256 << 20
+NUM_LAYERS_OF_TINY = 400  # 9 parameters each: thousands of tensors of a few hundred bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measured case; medians over the pushes after the first, which touches fresh pages."""
+
+    case: str
+    tensors: int
+    wire_mb: float
+    transfer_gb_s: float
+    transfer_over_memcpy: float
+    pause_ms: float
+    pause_over_copy: float
+    memory_over_planned: float
+    us_per_tensor: float
+
+
+def memcpy_bytes_s() -> float:
+    """Bytes a second of one thread copying 256 MiB between touched buffers; the best of seven."""
+    source, target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
+    return COPY_BYTES / min(_seconds(lambda: np.copyto(target, source)) for _ in range(7))
+
+
+def _seconds(function: object) -> float:
+    start = time.perf_counter()
+    function()  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+@contextmanager
+def actor_process(model_dir: Path, format: str, layout: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A service of one rank in its own process: its address and the process."""
+    command = [sys.executable, "-m", "tests.bench.push", "--serve", str(model_dir), format, layout]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip(), psutil.Process(process.pid)
+    finally:
+        process.communicate("stop\n", timeout=60)
+
+
+def serve(model_dir: str, format: str, layout: str) -> None:
+    """The actor process: serve until standard input says stop."""
+    with tempfile.TemporaryDirectory() as state, local_service(Path(model_dir), Path(state), (layout,), format) as service:
+        print(service.address, flush=True)
+        sys.stdin.readline()
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """The largest resident size since `reset_peak`."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
+
+
+def reset_peak(process: psutil.Process) -> None:
+    """Linux: start a new peak of the resident size."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+
+
+def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, layout: str, pushes: int) -> Row:
+    """Push `pushes` + 1 times; every push is a full one."""
+    memcpy = memcpy_bytes_s()
+    reports: list[PushReport] = []
+    with actor_process(model_dir, format, layout) as (address, process):
+        pusher = Pusher(address)
+        idle = process.memory_info().rss
+        reset_peak(process)
+        for _ in range(pushes + 1):
+            with torch.no_grad():
+                next(iter(model.parameters())).view(-1)[:8].add_(1)
+            reports.append(pusher.push(model))
+        above = peak_bytes(process) - idle
+        pusher.close()
+    warm = reports[1:]
+    transfer_s = statistics.median(report.phases["transfer"] for report in warm)
+    pause_s = statistics.median(report.pause_s for report in warm)
+    wire = warm[0].wire_bytes
+    tensors = len(list(model.parameters()))
+    return Row(
+        case=case,
+        tensors=tensors,
+        wire_mb=wire / 1e6,
+        transfer_gb_s=wire / transfer_s / 1e9,
+        transfer_over_memcpy=wire / transfer_s / memcpy,
+        pause_ms=pause_s * 1e3,
+        pause_over_copy=pause_s / (wire / memcpy),
+        memory_over_planned=above / max(report.planned_bytes for report in reports),
+        us_per_tensor=statistics.median(report.seconds for report in warm) / tensors * 1e6,
+    )
+
+
+def tiny_tensors(directory: Path) -> torch.nn.Module:
+    """Thousands of tensors of a few hundred bytes: what a tensor costs, not its bytes."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=NUM_LAYERS_OF_TINY,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(directory)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--pushes", type=int, default=3)
+    parser.add_argument("--serve", nargs=3, metavar=("DIR", "FORMAT", "LAYOUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny = tiny_tensors(Path(scratch))
+        with open_checkpoint("smollm2") as checkpoint:
+            real_dir = checkpoint.config_dir
+        real = AutoModelForCausalLM.from_pretrained(real_dir, dtype=torch.bfloat16)
+        rows = [
+            measure("SmolLM2-135M as bf16", real, real_dir, "bf16", "plain", options.pushes),
+            measure("SmolLM2-135M to nvfp4, trtllm", real, real_dir, "nvfp4", "trtllm", options.pushes),
+            measure("3,602 tiny tensors as bf16", tiny, Path(scratch), "bf16", "plain", options.pushes),
+        ]
+    if options.json:
+        print(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
+        return
+    for row in rows:
+        print(f"{row.case} ({row.tensors} tensors, {row.wire_mb:.1f} MB on the wire)")
+        print(f"  transfer {row.transfer_gb_s:.2f} GB/s = {row.transfer_over_memcpy:.3f} of a one-thread memcpy")
+        print(f"  pause {row.pause_ms:.1f} ms = {row.pause_over_copy:.1f} times a plain copy of the same bytes")
+        print(f"  actor memory above idle = {row.memory_over_planned:.2f} of planned")
+        print(f"  whole push {row.us_per_tensor:.1f} us a tensor")
+
+
+if __name__ == "__main__":
+    main()

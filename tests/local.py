@@ -1,0 +1,93 @@
+"""A whole service in this process, over real gRPC on loopback, without Ray: one rank a replica. For tests that need no process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quant.checkpoint import open_checkpoint
+from quant.models import build_model
+from quant.modules import decode_all, quantized_modules
+from service.control import ControlServer
+from service.coordinator import CoordinatorShell
+from service.engine import Engine
+from service.faults import Faults
+from service.loading import cold_load
+from service.rank import RankIdentity, RankServer
+from service.text import eos_ids
+from weight_update.receiver import Receiver
+
+
+@dataclass(frozen=True)
+class LocalService:
+    """address: of Control and Generation. ranks, models: one a replica."""
+
+    address: str
+    ranks: Sequence[RankServer]
+    models: Sequence[nn.Module]
+    shell: CoordinatorShell
+
+    def bytes(self) -> list[dict[str, bytes]]:
+        """Every live storage of every replica, as it lies in memory."""
+        return [rank.receiver.storage_bytes() for rank in self.ranks]
+
+    def addresses(self) -> list[dict[str, int]]:
+        """The data pointers of every live storage of every replica."""
+        return [rank.receiver.storage_addresses() for rank in self.ranks]
+
+
+def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module, Receiver]:
+    """A model and its receiver, freshly loaded from a checkpoint."""
+    with open_checkpoint(str(model_dir)) as checkpoint:
+        model = build_model(checkpoint.config_dir, format, layout)
+        receiver = Receiver.from_module(model)
+        cold_load(receiver, checkpoint, None)
+    for module in quantized_modules(model):
+        module.mark_applied()
+    return model, receiver
+
+
+def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple[RankServer, nn.Module]:
+    """One replica of one rank, serving."""
+    model, receiver = cold(model_dir, layout, format)
+    engine = Engine(
+        model,
+        eos_ids(model_dir),
+        group=None,
+        rank=0,
+        world=1,
+        on_refresh=lambda: decode_all(model),
+        version=0,
+        max_tokens=512,
+    )
+    engine.start()
+    names = sorted({str(module.layout.name) for module in quantized_modules(model)})
+    identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(names))
+    rank = RankServer(identity=identity, receiver=receiver, engine=engine, faults=Faults(), listen="127.0.0.1:0")
+    return rank, model
+
+
+@contextmanager
+def local_service(
+    model_dir: Path, state_dir: Path, layouts: Sequence[str] = ("trtllm",), format: str = "nvfp4"
+) -> Iterator[LocalService]:
+    """Replicas with these layouts behind one coordinator."""
+    torch.set_num_threads(1)
+    started = [start_rank(model_dir, replica, layout, format) for replica, layout in enumerate(layouts)]
+    ranks = [rank for rank, _ in started]
+    shell = CoordinatorShell(
+        addresses=[rank.address for rank in ranks], state_file=state_dir / "state.sqlite", source=str(model_dir)
+    )
+    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir)
+    try:
+        yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
+    finally:
+        server.stop()
+        shell.stop()
+        for rank in ranks:
+            rank.stop()
