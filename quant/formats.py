@@ -174,8 +174,12 @@ def encode(fmt: Format, rows: Tensor, scale: Tensor | None = None, out: Parts | 
     `scale` is the global scale, required exactly where the format has one.
     """
     _require_bf16(rows)
-    if not rows.is_contiguous():
-        raise ValueError(f"rows of shape {tuple(rows.shape)}, strides {rows.stride()}: expected contiguous rows")
+    block = fmt.encode_block[1]
+    if not rows.is_contiguous() or (rows.ndim and rows.shape[-1] % block):
+        raise ValueError(
+            f"rows of shape {tuple(rows.shape)}, strides {rows.stride()}: {fmt.name} expects contiguous rows whose "
+            f"last dim is a multiple of {block}"
+        )
     if out is None:
         out = {
             part.suffix: torch.empty((len(rows), _row_bytes(part, rows)), dtype=torch.uint8, device=rows.device)

@@ -61,11 +61,11 @@ def scatter_rows(src: Tensor, located: Located, row0: int, shift: int, local: Te
     loops = _loops_for(local)
     if loops is None:
         scatter_rows_torch(src, located, row0, shift, local)
-        return
-    item, bits = _item(located, shift, src, local)
-    rows, runs = located.rows[row0 : row0 + len(src)], located.runs
-    wide = _flat(src, item).reshape(len(src), -1)
-    loops.scatter(wide, rows, shift, runs, located.run_bytes >> bits, bits, _flat(local, item))
+    elif src.numel():
+        item, bits = _item(located, shift, src, local)
+        rows, runs = located.rows[row0 : row0 + len(src)], located.runs
+        wide = _flat(src, item).reshape(len(src), -1)
+        loops.scatter(wide, rows, shift, runs, located.run_bytes >> bits, bits, _flat(local, item))
 
 
 def gather_rows(local: Tensor, located: Located, row0: int, shift: int, out: Tensor) -> None:
@@ -73,11 +73,11 @@ def gather_rows(local: Tensor, located: Located, row0: int, shift: int, out: Ten
     loops = _loops_for(local)
     if loops is None:
         gather_rows_torch(local, located, row0, shift, out)
-        return
-    item, bits = _item(located, shift, out, local)
-    rows, runs = located.rows[row0 : row0 + len(out)], located.runs
-    wide = _flat(out, item).reshape(len(out), -1)
-    loops.gather(_flat(local, item), rows, shift, runs, located.run_bytes >> bits, bits, wide)
+    elif out.numel():
+        item, bits = _item(located, shift, out, local)
+        rows, runs = located.rows[row0 : row0 + len(out)], located.runs
+        wide = _flat(out, item).reshape(len(out), -1)
+        loops.gather(_flat(local, item), rows, shift, runs, located.run_bytes >> bits, bits, wide)
 
 
 def _loops_for(tensor: Tensor) -> ModuleType | None:
@@ -86,7 +86,8 @@ def _loops_for(tensor: Tensor) -> ModuleType | None:
 
 def _flat(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
     """The bytes of a contiguous tensor as a flat array of another type; no copy."""
-    return tensor.view(torch.uint8).numpy().reshape(-1).view(dtype)
+    # Not .numpy(): that pins the storage for good, and FSDP2 resizes what it gathered to free it.
+    return np.from_dlpack(tensor.detach().reshape(-1).view(torch.uint8)).view(dtype)
 
 
 def _item(located: Located, shift: int, *tensors: Tensor) -> tuple[type[np.generic], int]:
@@ -146,13 +147,15 @@ def decode_nvfp4_rows_torch(weight: Tensor, block_scale: Tensor, scale: float, o
 
 
 def scatter_rows_torch(src: Tensor, located: Located, row0: int, shift: int, local: Tensor) -> None:
-    windows, starts = _windows(local, located, row0, shift, len(src))
-    windows[starts] = src.reshape(-1, located.run_bytes)
+    if src.numel():
+        windows, starts = _windows(local, located, row0, shift, len(src))
+        windows[starts] = src.reshape(-1, located.run_bytes)
 
 
 def gather_rows_torch(local: Tensor, located: Located, row0: int, shift: int, out: Tensor) -> None:
-    windows, starts = _windows(local, located, row0, shift, len(out))
-    out.copy_(windows[starts].view(out.shape))
+    if out.numel():
+        windows, starts = _windows(local, located, row0, shift, len(out))
+        out.copy_(windows[starts].view(out.shape))
 
 
 def _windows(local: Tensor, located: Located, row0: int, shift: int, n: int) -> tuple[Tensor, Tensor]:

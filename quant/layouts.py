@@ -263,7 +263,7 @@ def choose_layout(
 
     arch: compute capability of the device (100), None without one. A row of another kind stands for its family.
     """
-    device = "a device without compute capability" if arch is None else f"sm_{arch}"
+    device = "a device of no compute capability" if arch is None else f"sm_{arch}"
     if wanted == "auto":
         able = next(row for row in _fitting(kind, fmt, shape) if not row.archs or arch in row.archs)
         return able, f"auto: first row that holds {fmt.name} {shape} and serves {device}"

@@ -137,7 +137,7 @@ def _value(code: np.uint32, factor: np.float32) -> np.uint32:
     rounded = np.uint32((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
     rounded = rounded if product == product else np.uint32(0x7FC0)
     sign = np.uint32((code & np.uint32(8)) << np.uint32(12)) if twice > np.int32(0) else np.uint32(0)
-    return np.uint32(rounded | sign)
+    return np.uint32(rounded ^ sign)
 
 
 @loop

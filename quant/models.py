@@ -8,7 +8,6 @@ All names are checkpoint names: wrapper prefixes are stripped and experts are na
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -244,16 +243,6 @@ def placements_of(model: nn.Module) -> list[Placement]:
 def owners_of(model: nn.Module) -> dict[str, nn.Module]:
     """Parameter name -> the module that holds it."""
     return {entry.row.name: entry.module for entry in _entries(model)}
-
-
-def eos_ids_of(config_dir: Path) -> frozenset[int]:
-    """The token ids that end a sequence: from generation_config.json, else from config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(config_dir) / name
-        stated = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if stated is not None:
-            return frozenset(stated if isinstance(stated, list) else [stated])
-    return frozenset()
 
 
 def derived_of(model: nn.Module) -> list[Derived]:

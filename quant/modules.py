@@ -194,6 +194,7 @@ class QuantExperts(QuantModule):
     ) -> None:
         super().__init__(plan_experts(layout, fmt, name, num_experts, hidden, inter), fmt, layout, name, device)
         self.num_experts, self.hidden, self.inter, self.act_fn = num_experts, hidden, inter, act_fn
+        self._scalars = tuple(derived.leaf for derived in self.plan.derived)
         self.register_buffer("decoded_w13", None, persistent=False)
         self.register_buffer("decoded_w2", None, persistent=False)
 
@@ -227,7 +228,7 @@ class QuantExperts(QuantModule):
         """The epilogues of the layout's two GEMMs, each scalar where its kernel applies it."""
         gate, up = F.linear(x, w13).chunk(2, dim=-1)
         # Shape [1] each, not 0-d: a 0-d FP32 factor would leave the products in BF16.
-        scale = {name: _of_expert(self.get_parameter(name), expert) for name in self.layout.derived}
+        scale = {name: _of_expert(self.get_parameter(name), expert) for name in self._scalars}
         quant13 = scale["w13_input_scale_quant"]
         activated = self.act_fn(gate * (scale["g1_alphas"] * quant13))
         if "g1_scale_c" in scale:

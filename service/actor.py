@@ -112,7 +112,12 @@ class RankActor:
             layout=", ".join(sorted({str(module.layout.name) for module in quantized})) or "plain",
         )
         self._server = RankServer(
-            identity=identity, receiver=receiver, engine=engine, faults=self._faults, listen=f"{config.host}:0"
+            identity=identity,
+            receiver=receiver,
+            engine=engine,
+            reshard=lambda: reshard_all(model),
+            faults=self._faults,
+            listen=f"{config.host}:0",
         )
         return self._server.address
 

@@ -47,10 +47,21 @@ class RankIdentity:
 
 
 class RankServer:
-    """Serves Data, Member and Generation for one rank. `listen`: host:port, port 0 for any."""
+    """Serves Data, Member and Generation for one rank.
+
+    reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
+    audited (the engine's refresh gathers them again). listen: host:port, port 0 for any.
+    """
 
     def __init__(
-        self, *, identity: RankIdentity, receiver: Receiver, engine: Engine, faults: Faults, listen: str
+        self,
+        *,
+        identity: RankIdentity,
+        receiver: Receiver,
+        engine: Engine,
+        reshard: Callable[[], None],
+        faults: Faults,
+        listen: str,
     ) -> None:
         self.identity = identity
         self.receiver = receiver
@@ -59,6 +70,8 @@ class RankServer:
         self.member = Member(version=0)
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
+        self._reshard = reshard
+        self._stale = False  # resharded since the last refresh
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
         self._server, self._checks = make_server(services, max_message_bytes=MAX_MESSAGE_BYTES)
@@ -98,6 +111,8 @@ class RankServer:
     def install(self, request: Any) -> np.ndarray:
         self._pause()
         self.timing.pause_start_s = time.time()
+        self._stale = True
+        self._reshard()
         digests = self.receiver.install()
         self.timing.install_stop_s = time.time()
         self.faults.reached("installed")
@@ -116,7 +131,7 @@ class RankServer:
 
     def abort(self, request: Any) -> None:
         self.receiver.abort()
-        self._resume(self.member.version, refresh=False)
+        self._resume(self.member.version, refresh=self._stale)
 
     def pause(self, request: Any) -> None:
         self.operator_paused = True
@@ -141,6 +156,7 @@ class RankServer:
             raise MemberError(f"the engine is gone: {self.engine.state}; rebuild the replica")
         if self.identity.rank == 0 and (self.engine.state == "paused" or refresh):
             self.engine.resume(version, refresh=refresh, stay_paused=self.operator_paused)
+        self._stale = self._stale and not refresh
         if not self.engine.wait_resumed(version, PAUSE_TIMEOUT_S):
             raise MemberError(f"serving did not go on within {PAUSE_TIMEOUT_S:.0f} s: {self.engine.state}")
 

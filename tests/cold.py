@@ -42,8 +42,9 @@ def install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         source = tensors[spec.name].contiguous().view(-1).view(torch.uint8).view(spec.num_rows, spec.row_bytes)
         unit_start, unit_stop = unit_range(storage)
         row_start, row_stop = placement.rows_of_units(unit_start, unit_stop)
-        base = unit_start * placement.unit_bytes
-        apply_rows(placement, source[row_start:row_stop], row_start, local_bytes(storage), base)
+        if row_start < row_stop:
+            base = unit_start * placement.unit_bytes
+            apply_rows(placement, source[row_start:row_stop], row_start, local_bytes(storage), base)
     for derived in derived_of(model):
         inputs = [_local(storages[name]) for name in derived.inputs]
         if all(value.numel() for value in inputs):

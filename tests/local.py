@@ -68,7 +68,14 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
     engine.start()
     names = sorted({str(module.layout.name) for module in quantized_modules(model)})
     identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(names))
-    rank = RankServer(identity=identity, receiver=receiver, engine=engine, faults=Faults(), listen="127.0.0.1:0")
+    rank = RankServer(
+        identity=identity,
+        receiver=receiver,
+        engine=engine,
+        reshard=lambda: None,
+        faults=Faults(),
+        listen="127.0.0.1:0",
+    )
     return rank, model
 
 

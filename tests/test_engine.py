@@ -163,7 +163,7 @@ def test_a_pause_while_idle_holds_new_requests_until_resume_and_can_be_undone_wi
     stream = leader.engine.submit([PROMPTS[0]], 4, temperature=0, ignore_eos=True)
     cpu_s = time.process_time()
     time.sleep(0.3)
-    assert time.process_time() - cpu_s < 0.15, "waits without spinning"
+    assert time.process_time() - cpu_s < 0.05, "waits without spinning"
     assert (leader.engine.step, leader.engine.num_sequences, leader.engine.state) == (0, 1, "paused")
     assert not peer.ask("wait_resumed", 1, 0.0)
     leader.engine.resume(1, refresh=False)

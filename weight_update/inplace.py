@@ -58,11 +58,12 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: Tensor) -> Literal
     """Give a parameter or buffer a new value: into its storage where shape and dtype fit, else in new storage.
 
     A rebind keeps the Parameter object and its attributes and renews registered aliases. It raises LayoutError after
-    seal(), on a sharded parameter and across devices. Either way requires_grad is off afterwards.
+    seal(), on a sharded parameter and across devices. Either way requires_grad is off afterwards. Call it while the
+    model is sharded: FSDP drops what is written to gathered parameters.
     """
     tensor = _tensor_of(module, name)
     where = f"{type(module).__name__}.{name}"
-    live = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    live = local_of(tensor)
     value = value.detach()
     if live.shape == value.shape and live.dtype == value.dtype:
         _copy(live.detach(), value, where)
@@ -172,11 +173,11 @@ class AddressAudit:
     @classmethod
     def capture(cls, storages: Storages) -> AddressAudit:
         """Remember where everything is now."""
-        return cls(storages, {name: Address.of(_local(tensor)) for name, tensor in _looked_up(storages).items()})
+        return cls(storages, {name: Address.of(local_of(tensor)) for name, tensor in _looked_up(storages).items()})
 
     def check(self) -> None:
         """Raise LayoutError that names every tensor that moved, changed its form, came or went."""
-        now = {name: Address.of(_local(tensor)) for name, tensor in _looked_up(self._storages).items()}
+        now = {name: Address.of(local_of(tensor)) for name, tensor in _looked_up(self._storages).items()}
         if now == self._held:
             return
         problems = [f"{name}: is gone" for name in self._held.keys() - now.keys()]
@@ -193,7 +194,8 @@ def _looked_up(storages: Storages) -> Mapping[str, Tensor]:
     return storages() if callable(storages) else storages
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_of(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this rank's shard of a sharded one: a view of its storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

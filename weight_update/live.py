@@ -19,6 +19,7 @@ from quant.layouts import Derived, Placement, apply_rows, invert_rows
 
 from .digest import MASK, digest_rows, name_key
 from .errors import PlanError, raise_all
+from .inplace import local_of
 
 BLOCK_BYTES = 1 << 20  # rows go in blocks of about this size: what a core's cache holds, and bounded scratch
 
@@ -78,8 +79,8 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Padding:
-    """Bytes that belong to no tensor: columns `positions` of `units`, uint8 [units, unit_bytes], the first of them being
-    unit `first` of the shard."""
+    """Bytes that belong to no tensor: columns `positions` of `units`, uint8 [units, unit_bytes], which start at unit
+    `first` of the shard."""
 
     storage: str
     first: int
@@ -171,6 +172,7 @@ def plan_recomputes(storages: Mapping[str, Tensor], derived: Sequence[Derived]) 
         if name not in storages
     ]
     raise_all(PlanError, "derived values lack storages", problems)
+    storages = {name: local_of(tensor).detach() for name, tensor in storages.items()}
     held = [each for each in derived if storages[each.name].numel()]
     problems = [
         f"{each.name}: its input {name} is on another rank; shard both alike"
@@ -182,8 +184,8 @@ def plan_recomputes(storages: Mapping[str, Tensor], derived: Sequence[Derived]) 
     return tuple(
         Recompute(
             name=each.name,
-            target=storages[each.name].detach(),
-            inputs=tuple(storages[name].detach() for name in each.inputs),
+            target=storages[each.name],
+            inputs=tuple(storages[name] for name in each.inputs),
             sources=each.inputs,
             function=each.function,
         )

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from quant.layouts import Derived, Placement
 from quant.parameters import ParameterRow
@@ -40,7 +39,7 @@ from .errors import (
     VersionError,
     raise_all,
 )
-from .inplace import AddressAudit, Storages
+from .inplace import AddressAudit, Storages, local_of
 from .live import (
     BLOCK_BYTES,
     Padding,
@@ -102,9 +101,10 @@ class _Push:
 class Receiver:
     """The storages of one rank and the transaction that rewrites them.
 
-    storages: live local tensors by name, written in place, never replaced. placements: where each checkpoint tensor
-    lies. derived: values recomputed from storages. shards: units [start, stop) of each storage that this rank holds, by
-    default all. Bytes that nothing fills are padding and stay zero. live: looks storages up anew for the address audit.
+    storages: live tensors by name (of a DTensor the local shard), written in place, never replaced. placements: where
+    each checkpoint tensor lies. derived: values recomputed from storages. shards: units [start, stop) of each storage
+    that this rank holds, by default all. Bytes that nothing fills are padding and stay zero. live: looks the storages
+    up anew for the address audit. All memory is host memory.
     """
 
     def __init__(
@@ -125,11 +125,12 @@ class Receiver:
         self.version = version
         self.state = State.IDLE
         self._budget_bytes = memory_budget_bytes
-        self._bytes = {name: bytes_of(name, tensor) for name, tensor in storages.items()}
+        self._storages = dict(storages)
+        self._bytes = {name: bytes_of(name, local_of(tensor)) for name, tensor in storages.items()}
         self._writes = plan_writes(self._bytes, placements, derived, {} if shards is None else shards)
-        self._recomputes = plan_recomputes(storages, derived)
+        self._recomputes = plan_recomputes(self._storages, derived)
         self._padding = plan_padding(self._bytes, self._writes)
-        self._audit = AddressAudit.capture(dict(storages) if live is None else live)
+        self._audit = AddressAudit.capture(self._storages if live is None else live)
         self._arena = Arena()
         self._push: _Push | None = None
         # Guards the state, and the live bytes between an install and a re-read. Staging has its own lock, so that bytes
@@ -146,7 +147,7 @@ class Receiver:
 
         held = storage_parameters(model)
         return cls(
-            {name: _local(parameter) for name, parameter in held.items()},
+            held,
             placements_of(model),
             derived_of(model),
             shards={name: unit_range(parameter) for name, parameter in held.items()},
@@ -245,24 +246,27 @@ class Receiver:
             writes = self._writes if tensors is None else [self._writes[int(i)] for i in tensors]
             return _digests(writes, torch.empty(_block_bytes(writes), dtype=torch.uint8))
 
+    # -- what is there
+
     @property
     def staged_bytes(self) -> int:
-        """Bytes of the open transaction that are here, duplicates not counted; 0 when none is open."""
+        """Bytes staged so far in the open transaction, duplicates not counted."""
         push = self._push
         return 0 if push is None else push.staging.staged_bytes
 
     def audit(self) -> None:
-        """Raise LayoutError if any storage moved or changed its shape, strides or dtype."""
-        self._audit.check()
+        """Raise LayoutError unless every storage is where it was when this receiver was built."""
+        with self._lock:
+            self._audit.check()
 
     def storage_bytes(self) -> dict[str, bytes]:
-        """Every live storage of this rank as it lies in memory."""
+        """A copy of every storage of this rank, as it lies in memory."""
         with self._lock:
-            return {name: local.numpy(force=True).tobytes() for name, local in self._bytes.items()}
+            return {name: data.numpy().tobytes() for name, data in self._bytes.items()}
 
     def storage_addresses(self) -> dict[str, int]:
-        """The data pointer of every live storage of this rank."""
-        return {name: local.data_ptr() for name, local in self._bytes.items()}
+        """The data pointer of every storage of this rank."""
+        return {name: local_of(tensor).data_ptr() for name, tensor in self._storages.items()}
 
     # -- planning
 
@@ -375,6 +379,3 @@ def _block_bytes(writes: Sequence[Write]) -> int:
 def _hex(digest: npt.NDArray[np.uint64]) -> str:
     return "".join(f"{int(lane):016x}" for lane in digest)
 
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -76,7 +76,7 @@ class StagingBuffer:
         self._lock = threading.Lock()
         self._open = True
         self._covered: list[list[int]] = [[] for _ in plan.specs]  # start, stop, start, .. within the rank's rows
-        self._staged_bytes = 0
+        self.staged_bytes = 0
         self.expected_bytes = int((plan.stop - plan.first).sum())
 
     def place(self, chunk: Chunk) -> int:
@@ -97,13 +97,8 @@ class StagingBuffer:
             for tensor, start, within, length in pieces:
                 self._bytes[start : start + length] = payload[read : read + length]
                 read += length
-                self._staged_bytes += cover(self._covered[tensor], within, within + length)
-            return self._staged_bytes
-
-    @property
-    def staged_bytes(self) -> int:
-        """Bytes that are here, duplicates not counted."""
-        return self._staged_bytes
+                self.staged_bytes += cover(self._covered[tensor], within, within + length)
+            return self.staged_bytes
 
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
