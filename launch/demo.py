@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from service.fleet import Fleet, FleetConfig
 from weight_update.client import Pusher
 
 from .progress import Bars
-from .report import Results, write_report
+from .report import COLUMNS, Results, write_report
 from .rpc import generate
 from .trainer import SHORT_LETTERS, Sample, Trainer, load_policy, reward_of, short_words
 
@@ -123,13 +123,60 @@ def run(num_steps: int, out_dir: Path, audience: Audience) -> Path:
     """Run the whole demo; returns where the report is. Whatever it started is stopped when this returns or raises."""
     bars = Bars()
     with ExitStack() as stack:
-        state_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="transfuse-demo-"))
-        stack.callback(_stopping)
-        config = FleetConfig(
-            model=MODEL, format=FORMAT, replicas=REPLICAS, ranks=RANKS, state_dir=Path(state_dir)
-        )
+        state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transfuse-demo-")))
+        config = FleetConfig(model=MODEL, format=FORMAT, replicas=REPLICAS, ranks=RANKS, state_dir=state_dir)
         with bars.show():
-            fleet = stack.enter_context(Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total)))
+            fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
+            stack.enter_context(fleet)
             bars.update("load the trainer", 0, 0)
             session = Session(fleet.address, bars)
-        return _train(session, num_steps, out_dir, audience)
+        results = _train(session, num_steps, audience)
+        with bars.show("stop"):
+            stack.close()
+    path = out_dir / "report.html"
+    write_report(path, results)
+    audience.say(f"reward {results.steps[0]['reward']:.3f} -> {results.reward_after:.3f}; report: {path}")
+    return path
+
+
+def _train(session: Session, num_steps: int, audience: Audience) -> Results:
+    before = session.write()
+    audience.say(_shown("before", before))
+    steps = []
+    for number in range(1, num_steps + 1):
+        steps.append(session.step(number))
+        audience.step(steps[-1])
+    reward_after = session.reward(seed=num_steps + 1)
+    after = session.write()
+    audience.say(_shown("after", after))
+    return Results(
+        title=f"{MODEL} in {FORMAT}: {REPLICAS} replicas of {RANKS} ranks, {num_steps} policy-gradient steps",
+        steps=steps,
+        reward_after=reward_after,
+        reward_means=REWARD_MEANS,
+        texts=list(zip(PROMPTS, before, after, strict=False)),
+    )
+
+
+def _shown(when: str, texts: Sequence[str]) -> str:
+    """The first prompts with their texts, one line each."""
+    lines = [f"  {prompt}{' '.join(text.splitlines())}" for prompt, text in zip(PROMPTS, texts, strict=False)]
+    return "\n".join([f"text {when}:", *lines])
+
+
+def to_people() -> Audience:
+    """A line a step under one header."""
+    width = 11
+    header = ["".join(name.rjust(width) for name in COLUMNS)]
+
+    def step(step: Step) -> None:
+        while header:
+            print(header.pop())
+        print("".join(show(step).rjust(width) for show in COLUMNS.values()), flush=True)
+
+    return Audience(step=step, say=lambda text: print(text, flush=True))
+
+
+def to_scripts() -> Audience:
+    """One JSON object a step, and nothing else."""
+    return Audience(step=lambda step: print(json.dumps(step), flush=True), say=lambda text: None)

@@ -111,13 +111,19 @@ def quantize_model(
     model.requires_grad_(False)
     if len(fmt.components) == 1:
         return
+    problems: dict[str, list[str]] = {}
     for path, module in list(_in_layers(model)):
         name = canonical_name(path)
-        if any(fnmatchcase(name, pattern) for pattern in (*EXCLUDED, *exclude)):
-            continue
         make = next((make for fits, make in REPLACEMENTS if fits(module, fmt)), None)
-        if make is not None:
+        if make is None or any(fnmatchcase(name, pattern) for pattern in (*EXCLUDED, *exclude)):
+            continue
+        try:
             model.set_submodule(path, make(module, fmt, layout, name, arch))
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(name)
+    if problems:
+        lines = [f"{error} (at {names[0]}, {len(names)} modules in all)" for error, names in problems.items()]
+        raise ModelError("\n  - ".join([f"{type(model).__name__} cannot be quantized to {format_name}", *lines]))
 
 
 def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

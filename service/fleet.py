@@ -70,7 +70,7 @@ class Fleet:
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._started_ray = False
         self._groups: list[Any] = []
-        self._coordinator: Any = None
+        self.coordinator: Any = None
 
     def __enter__(self) -> Fleet:
         try:
@@ -98,10 +98,10 @@ class Fleet:
         addresses = self._start_ranks(str(config_dir))
         self._on_progress("coordinator", 0, 1)
         state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="transfuse-"))
-        self._coordinator = coordinator_actor_class().remote(
+        self.coordinator = coordinator_actor_class().remote(
             addresses, str(state_dir / "transfuse.sqlite"), self._listen(), config.model, str(config_dir)
         )
-        self.address = _get(self._coordinator.address.remote(), "the coordinator")
+        self.address = _get(self.coordinator.address.remote(), "the coordinator")
         self._on_progress("coordinator", 1, 1)
 
     def _connect(self) -> None:
@@ -178,12 +178,12 @@ class Fleet:
 
     def stop(self) -> None:
         """Stop every process that this fleet started."""
-        actors = [*([self._coordinator] if self._coordinator is not None else []), *self.ranks]
+        actors = [*([self.coordinator] if self.coordinator is not None else []), *self.ranks]
         for actor in actors:
             ray.kill(actor, no_restart=True)
         for group in self._groups:
             ray.util.remove_placement_group(group)
-        self.ranks, self._groups, self._coordinator = [], [], None
+        self.ranks, self._groups, self.coordinator = [], [], None
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False

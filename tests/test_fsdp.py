@@ -33,7 +33,6 @@ from sharding.fsdp import (
 )
 
 WORLD = 2
-Work = Callable[[Path], Mapping[str, Any]]
 TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 
 
@@ -130,10 +129,10 @@ def serve_and_update(directory: Path) -> Mapping[str, Any]:
     seen["shards_moved"] = [name for name, pointer in pointers(model).items() if pointer and pointer != first[name]]
     seen["collectives_when_sharded"] = num_collectives(lambda: logits(model))
     seen["version_1_sharded"] = torch.equal(logits(model), expected[1])
-    return seen
+    return {**seen, **placements()}
 
 
-def describe_placements(directory: Path) -> Mapping[str, Any]:
+def placements() -> Mapping[str, Any]:
     """Unit ranges under HSDP and of a replicated tensor, and what is refused."""
     mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
     layer = nn.Linear(4, 6, bias=False)
@@ -151,11 +150,11 @@ def describe_placements(directory: Path) -> Mapping[str, Any]:
 # ---------------------------------------------------------------- ranks
 
 
-def entry(rank: int, directory: Path, work: Work, results: Any) -> None:
+def entry(rank: int, directory: Path, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/{work.__name__}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD)
     try:
-        results.put((rank, work(directory)))
+        results.put((rank, serve_and_update(directory)))
     except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
@@ -163,26 +162,23 @@ def entry(rank: int, directory: Path, work: Work, results: Any) -> None:
         dist.destroy_process_group()
 
 
-def on_ranks(directory: Path, work: Work) -> list[Mapping[str, Any]]:
-    """What `work` returned on each rank: rank 0 is here, where everything is imported already."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
+    """What each rank saw; rank 0 is in this process, where everything is imported already."""
+    directory = tmp_path_factory.mktemp("ranks")
     build(directory, "meta")  # writes config.json
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    others = [context.Process(target=entry, args=(rank, directory, work, results)) for rank in range(1, WORLD)]
+    others = [context.Process(target=entry, args=(rank, directory, results)) for rank in range(1, WORLD)]
     for process in others:
         process.start()
-    entry(0, directory, work, results)
+    entry(0, directory, results)
     found = dict(results.get() for _ in range(WORLD))
     for process in others:
         process.join()
     failures = [str(found[rank]) for rank in range(WORLD) if isinstance(found[rank], str)]
     assert not failures, "\n".join(failures)
     return [found[rank] for rank in range(WORLD)]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
-    return on_ranks(tmp_path_factory.mktemp("ranks"), serve_and_update)
 
 
 def test_no_parameter_requires_grad_and_all_start_at_zero_with_real_buffers(ranks: list[Mapping[str, Any]]) -> None:
@@ -223,8 +219,8 @@ def test_local_shards_and_decoded_buffers_never_move(ranks: list[Mapping[str, An
         assert seen["sharded_again"] and seen["same_parameters"]
 
 
-def test_unit_ranges_under_replication(tmp_path: Path) -> None:
-    for seen in on_ranks(tmp_path, describe_placements):
+def test_unit_ranges_under_replication(ranks: list[Mapping[str, Any]]) -> None:
+    for seen in ranks:
         assert seen["hsdp"] == (0, 6) and seen["replicated"] == (0, 6)
         assert "expected Replicate() and at most one Shard(0)" in seen["refused"]
 

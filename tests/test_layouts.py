@@ -186,6 +186,23 @@ def test_derived_scalars_of_experts_are_those_of_sglang(name: str, layout: str) 
         assert torch.equal(value[0], expected[derived.leaf]), derived.leaf
 
 
+@pytest.mark.parametrize("layout", ["trtllm_linear", "cutlass_linear"])
+@pytest.mark.parametrize("name", goldens.names("dit_nvfp4"))
+def test_a_linear_gets_the_bytes_that_sglang_feeds_the_kernel(name: str, layout: str) -> None:
+    """Ours are whole tiles of 128 rows; CUTLASS' weight is the first of them, padded to 32, the rest zero."""
+    stored, args = goldens.load(name), goldens.fixtures()[name]["args"]
+    plan = plan_linear(LAYOUTS[layout], NVFP4, "a", args["N"], args["K"])
+    tensors = random_tensors(plan, 0) | {
+        f"a.{suffix}": rows_of(stored[f"ckpt.{suffix}"]) for suffix in ("weight", "weight_scale")
+    }
+    storages = apply_all(plan, tensors)
+    prefix = f"out.{layout.removesuffix('_linear')}"
+    expected = goldens.bytes_of(stored[f"{prefix}.weight"])
+    assert torch.equal(storages["a.weight"][: len(expected)], expected)
+    assert not storages["a.weight"][len(expected) :].any()
+    assert torch.equal(storages["a.weight_scale"], goldens.bytes_of(stored[f"{prefix}.weight_scale_interleaved"]))
+
+
 def test_derived_scalars_of_a_linear() -> None:
     plan = plan_linear(LAYOUTS["trtllm_linear"], NVFP4, "a", 128, 64)
     values = {"a.input_scale": torch.tensor([0.3]), "a.weight_scale_2": torch.tensor([0.007])}

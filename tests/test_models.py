@@ -62,13 +62,13 @@ def test_parameters_are_named_as_a_trainer_names_them(tmp_path: Path) -> None:
     rows = {row.name: row for row in parameters_of(build_model(config_dir(tmp_path, "llama"), "nvfp4", "trtllm"))}
     reference = AutoModelForCausalLM.from_config(CONFIGS["llama"])
     assert list(rows) == [name for name, _ in reference.named_parameters()]
-    assert {name: row.shape for name, row in rows.items()} == {n: tuple(p.shape) for n, p in reference.named_parameters()}
+    assert [row.shape for row in rows.values()] == [tuple(parameter.shape) for parameter in reference.parameters()]
     assert rows["model.embed_tokens.weight"].aliases == ("lm_head.weight",)
     quantized = [name for name, row in rows.items() if row.format == "nvfp4"]
     assert quantized == [*ATTENTION, *(f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))]
     groups = {name: row.group for name, row in rows.items() if row.group}
     assert set(groups.values()) == {"model.layers.0.self_attn.qkv", "model.layers.0.mlp.gate_up"}
-    assert "model.layers.0.self_attn.o_proj.weight" not in groups and "model.layers.0.mlp.down_proj.weight" not in groups
+    assert not any("o_proj" in name or "down_proj" in name for name in groups)
 
 
 def test_experts_are_named_one_by_one_each_with_its_own_group(tmp_path: Path) -> None:
@@ -201,7 +201,8 @@ def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
 def test_excluded_modules_and_misfitting_linears_stay_in_bf16(tmp_path: Path) -> None:
     model = build_model(config_dir(tmp_path, "llama"), "nvfp4", "plain", exclude=("*.o_proj", "model.layers.0.mlp*"))
     left = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    assert left == {"lm_head", "model.layers.0.self_attn.o_proj", *(f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down"))}
+    mlp = {f"model.layers.0.mlp.{half}_proj" for half in ("gate", "up", "down")}
+    assert left == {"lm_head", "model.layers.0.self_attn.o_proj", *mlp}
     odd = nn.Sequential(nn.ModuleList([nn.Linear(24, 8), nn.Linear(32, 8)]))
     quantize_model(odd, "nvfp4", "auto")
     assert [type(module) for module in odd[0]] == [nn.Linear, QuantLinear]
@@ -211,8 +212,16 @@ def test_unknown_formats_and_layouts_are_refused_with_the_known_ones(tmp_path: P
     config_dir(tmp_path, "llama")
     with pytest.raises(ModelError, match=r"'fp5': unknown; known: bf16, nvfp4"):
         build_model(tmp_path, "fp5", "auto")
-    with pytest.raises(ValueError, match=r"'marlin': unknown; known: auto, .*trtllm_linear"):
+    with pytest.raises(ModelError, match=r"'marlin': unknown; known: auto, .*trtllm_linear.*7 modules in all"):
         build_model(tmp_path, "nvfp4", "marlin")
+
+
+def test_modules_that_do_not_fit_the_layout_asked_for_are_named(tmp_path: Path) -> None:
+    config = {**CONFIGS["qwen3_moe"].to_dict(), "moe_intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"inter 48 is no multiple of 64.*at model.layers.0.mlp.experts, 1 modules"):
+        build_model(tmp_path, "nvfp4", "trtllm")
+    assert build_model(tmp_path, "nvfp4", "cutlass")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -298,7 +307,7 @@ def smollm2() -> Iterator[Checkpoint]:
 
 @pytest.fixture(scope="module")
 def dense_and_moe(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, nn.Module]:
-    """Two layers of SmolLM2 in NVFP4, and the same with each MLP split by neurons into 4 experts, all of them routed."""
+    """Two layers of SmolLM2 in NVFP4, and the same with each MLP split by neurons into 4 experts, all routed."""
     directory = tmp_path_factory.mktemp("dense")
     config = json.loads((smollm2.config_dir / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
@@ -327,12 +336,14 @@ def split(dense: Mapping[str, Tensor], smollm2: Checkpoint, inter: int) -> Itera
         for expert in range(4):
             neurons = slice(expert * inter, (expert + 1) * inter)
             for half in ("gate", "up", "down"):
-                weight, scale = smollm2.rows(f"{layer}.{half}_proj.weight"), dense[f"{layer}.{half}_proj.weight_scale_2"]
+                name = f"{layer}.{half}_proj"
+                weight, scale = smollm2.rows(f"{name}.weight"), dense[f"{name}.weight_scale_2"]
                 # Routing weights are 1/4 each, so w2 is 4 times as large: exact, and so are its global scale's codes.
                 rows = (weight[:, neurons] * 4).contiguous() if half == "down" else weight[neurons]
                 scale = scale * 4 if half == "down" else scale
                 stem = f"{layer}.experts.{expert}.{half}_proj"
-                yield from ((f"{stem}.{suffix}", part) for suffix, part in encode(FORMATS["nvfp4"], rows, scale).items())
+                parts = encode(FORMATS["nvfp4"], rows, scale)
+                yield from ((f"{stem}.{suffix}", part) for suffix, part in parts.items())
                 yield f"{stem}.weight_scale_2", scale
                 yield f"{stem}.input_scale", torch.ones(())
 
@@ -374,7 +385,7 @@ def test_logits_of_the_mixture_differ_from_the_dense_model_by_summation_order_on
     dense, moe = dense_and_moe
     expected = logits(dense, torch.float32)
     difference = (logits(moe, torch.float32) - expected).abs().max()
-    # The yardstick: the dense model itself with its neurons in another order, which changes nothing but the order of sums.
+    # The yardstick: the dense model itself with its neurons in another order, which changes only the order of sums.
     order = torch.randperm(1536, generator=torch.Generator().manual_seed(0))
     mlps = [layer.mlp for layer in dense.model.layers]
     saved = [(mlp.gate_proj.decoded, mlp.up_proj.decoded, mlp.down_proj.decoded) for mlp in mlps]

@@ -1,0 +1,357 @@
+"""The `transfuse` command. Each command imports what it needs when it runs: `--help` loads neither torch nor ray."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from weight_update.errors import ManifestError, PlanError, WeightUpdateError
+
+from . import exits
+
+DEFAULT_TARGET = "127.0.0.1:7464"
+CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
+
+app = typer.Typer(
+    name="transfuse",
+    help="Puts new weights into running, quantized, FSDP-sharded models.",
+    epilog="\b\nExit codes:\n" + exits.as_text(),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise typer.BadParameter(f"{value!r} is no HOST:PORT, for instance {DEFAULT_TARGET}")
+    return value
+
+
+Target = Annotated[
+    str,
+    typer.Option(
+        "--to", envvar="TRANSFUSE_SERVICE", metavar="HOST:PORT", callback=_address, help="The service's coordinator."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")]
+
+
+def _print(value: Any, text: Callable[[], str] | str, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(value) if as_json else text if isinstance(text, str) else text()) + "\n")
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- what runs processes
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps, each with a push.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("transfuse-demo"),
+    as_json: Json = False,
+) -> None:
+    """The main job on this machine: 2 replicas of 2 ranks serve SmolLM2-135M in NVFP4, a trainer learns from their
+    samples and pushes its weights after each step.
+
+    With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s, digest_verified
+    (true only if every rank's installed digest equals the trainer's), phases, timings and more.
+    """
+    _interrupt_once()
+    from .demo import run, to_people, to_scripts
+
+    run(steps, out, to_scripts() if as_json else to_people())
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help=CHECKPOINT)],
+    format: Annotated[str, typer.Option(help="Row of 'transfuse formats'.")] = "nvfp4",
+    layout: Annotated[
+        str, typer.Option(help="'auto', a row of 'transfuse formats' or its family; several, by commas, for the replicas.")
+    ] = "auto",
+    replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", callback=_address, help="Of the coordinator; port 0 takes a free one.")
+    ] = DEFAULT_TARGET,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of the decision record; a restart goes on from it. Default: none is kept.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a model until Ctrl-C or SIGTERM; prints its address once it serves (with --json as an object)."""
+    _interrupt_once()
+    from tempfile import TemporaryDirectory
+
+    from quant.checkpoint import CheckpointError
+    from service.fleet import Fleet, FleetConfig
+
+    from .progress import Bars
+
+    bars = Bars()
+    with TemporaryDirectory(prefix="transfuse-serve-") as scratch:
+        config = FleetConfig(
+            model=model,
+            format=format,
+            layout=layout,
+            replicas=replicas,
+            ranks=ranks,
+            listen=listen,
+            state_dir=Path(scratch) if state is None else state,
+        )
+        fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
+        try:
+            with bars.show():
+                fleet.__enter__()
+            _print({"address": fleet.address}, f"serving {model} at {fleet.address}; Ctrl-C stops it", as_json)
+            fleet.wait()
+        except CheckpointError as error:
+            raise PlanError(f"serve: {error}") from error
+        except KeyboardInterrupt:
+            return
+        finally:
+            fleet.stop()
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT)],
+    target: Target = DEFAULT_TARGET,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Name pattern of what to push, repeatable; the rest is carried over.")
+    ] = None,
+    base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
+    push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Push a checkpoint's weights as the next version of a running service."""
+    from dataclasses import asdict
+
+    from quant.checkpoint import CheckpointError, open_checkpoint
+    from weight_update.client import Pusher
+
+    from .progress import Bars
+    from .tables import mebibytes
+
+    bars = Bars()
+    pusher = Pusher(target, on_progress=lambda phase, done, total: bars.update("push", done, total))
+    try:
+        with bars.show("push"), open_checkpoint(checkpoint) as opened:
+            items = ((name, opened.rows(name)) for name in opened.names())
+            report = pusher.push(items, scope or "all", base_version=base_version, push_id=push_id)
+    except CheckpointError as error:
+        raise ManifestError(f"push: {error}") from error
+    finally:
+        pusher.close()
+    verified = "digest verified" if report.digest_verified else "digest not verified"
+    _print(
+        asdict(report),
+        f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
+        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s, pause {1e3 * report.pause_s:.0f} ms,"
+        f" {report.carried_over} parameters carried over",
+        as_json,
+    )
+
+
+# ---------------------------------------------------------------- what asks a running service
+
+
+@app.command()
+def status(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Version, replicas and the open push, if any."""
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask, values
+    from .tables import aligned
+
+    reply = values(ask(target, "Status", pb.StatusRequest()))
+
+    def text() -> str:
+        head = f"{reply['model']}: version {reply['version']}, digest {reply['digest']}, up {reply['uptime_s']:.0f} s"
+        names = ("replica", "state", "version", "format", "layout", "num_sequences", "reason")
+        rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
+        since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
+        push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
+        return "\n".join([head, aligned(rows), push if reply["transaction_state"] else "no push is open"])
+
+    _print(reply, text, as_json)
+
+
+@app.command()
+def versions(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Committed versions, oldest first."""
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask, values
+    from .tables import aligned, mebibytes
+
+    rows = values(ask(target, "Versions", pb.VersionsRequest()))["versions"]
+
+    def text() -> str:
+        return aligned(
+            [
+                {
+                    "version": row["version"],
+                    "base": row["base_version"],
+                    "state": row["state"],
+                    "committed": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_s"])),
+                    "wire": mebibytes(row["wire_bytes"]),
+                    "seconds": round(row["seconds"], 2),
+                    "pause ms": round(1e3 * row["pause_s"]),
+                    "digest": row["digest"],
+                    "by": row["pushed_by"],
+                }
+                for row in rows
+            ]
+        )
+
+    _print(rows, text, as_json)
+
+
+@app.command()
+def verify(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Every rank reads back all that it serves; exit code 1 where a digest is not the committed one."""
+    from protos import transfuse_pb2 as pb
+
+    from .progress import Bars
+    from .rpc import ask, values
+    from .tables import mebibytes
+
+    with Bars().show("verify"):
+        reply = values(ask(target, "Verify", pb.VerifyRequest(), timeout_s=600.0))
+    found = f"version {reply['version']}: {mebibytes(reply['bytes'])} read back in {reply['seconds']:.2f} s"
+    _print(reply, "\n".join([f"{found}, {'all as committed' if reply['ok'] else 'MISMATCH'}", *reply["mismatches"]]), as_json)
+    if not reply["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pause(
+    reason: Annotated[str, typer.Option(help="Kept in the service's log.")] = "",
+    target: Target = DEFAULT_TARGET,
+    as_json: Json = False,
+) -> None:
+    """Stop generation on all replicas at the next step; sequences wait."""
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask
+
+    ask(target, "Pause", pb.PauseRequest(reason=reason), timeout_s=60.0)
+    _print({"paused": True}, "paused; 'transfuse resume' goes on", as_json)
+
+
+@app.command()
+def resume(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Go on after a pause."""
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask
+
+    ask(target, "Resume", pb.ResumeRequest(), timeout_s=60.0)
+    _print({"paused": False}, "serving", as_json)
+
+
+@app.command()
+def probe(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    target: Target = DEFAULT_TARGET,
+    as_json: Json = False,
+) -> None:
+    """Stream text; [v3] marks where the version of the weights changes. With --json one object a token."""
+    from collections import Counter
+
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import generate, values
+
+    request = pb.GenerateRequest(
+        prompts=[pb.Prompt(text=prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    counts: Counter[int] = Counter()
+    previous = None
+    for token in generate(target, request):
+        mark = f"[v{token.version}]" if token.version != previous else ""
+        previous = token.version
+        counts[token.version] += 1
+        sys.stdout.write(json.dumps(values(token)) + "\n" if as_json else mark + token.text)
+        sys.stdout.flush()
+    if not as_json:
+        sys.stdout.write("\n" + ", ".join(f"{n} tokens of version {version}" for version, n in counts.items()) + "\n")
+
+
+@app.command()
+def describe(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """What a push has to bring: every parameter, and which rows of it each rank holds."""
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask, values
+    from .tables import aligned
+
+    reply = values(ask(target, "Describe", pb.DescribeRequest(), timeout_s=60.0))
+
+    def text() -> str:
+        manifest = reply["manifest"]
+        parameters = [
+            {"parameter": row["name"], "shape": " x ".join(map(str, row["shape"])), "format": row["format"], "group": row["group"]}
+            for row in manifest["parameters"]
+        ]
+        ranks = [{"replica": rank["replica"], "rank": rank["rank"], "address": rank["address"]} for rank in reply["ranks"]]
+        head = f"version {reply['version']}, {len(parameters)} parameters in {len(manifest['tensors'])} tensors"
+        return "\n\n".join([head, aligned(parameters), aligned(ranks)])
+
+    _print(reply, text, as_json)
+
+
+@app.command()
+def formats(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False, as_json: Json = False
+) -> None:
+    """The formats and layouts that this release knows."""
+    from . import tables
+
+    rows = {"formats": tables.formats(), "layouts": tables.layouts()}
+    render = tables.markdown if as_markdown else tables.aligned
+    _print(rows, lambda: "\n\n".join(render(table) for table in rows.values()), as_json)
+
+
+# ---------------------------------------------------------------- the end of a command
+
+
+def _interrupt_once() -> None:
+    """The first Ctrl-C or SIGTERM ends the command; later ones let it finish stopping what it started."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command; an error of weight_update.errors becomes one message on stderr and its exit code."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        app(args=given, prog_name="transfuse")
+    except WeightUpdateError as error:
+        code = exits.exit_code(error)
+        told = {"error": error.code, "message": str(error), "exit_code": code}
+        sys.stderr.write((json.dumps(told) if "--json" in given else f"transfuse: {error}") + "\n")
+        sys.exit(code)
