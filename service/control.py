@@ -85,7 +85,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             spec.CopyFrom(member.spec)
             spec.address = member.address
             ranks.append(spec)
-        decision = shell.index.decisions()[-1]
+        decision = shell.index.decision()
         return pb.DescribeReply(
             manifest=to_manifest_proto(shell.manifest),
             ranks=ranks,
@@ -129,7 +129,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         timings: list[pb.RankTiming] = list(result["timings"].values())
         pause_s = max((timing.pause_stop_s - timing.pause_start_s for timing in timings), default=0.0)
         shell.index.set_pause(result["version"], pause_s)
-        decision = next(each for each in shell.index.decisions() if each.version == result["version"])
+        decision = shell.index.decision(result["version"])
         fenced = shell.protocol.fenced
         states = [
             f"{replica}: " + (f"fenced, {fenced[replica]}" if replica in fenced else f"version {decision.version}")
@@ -160,7 +160,7 @@ class ControlServicer(pb_grpc.ControlServicer):
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
         shell, protocol = self._shell, self._shell.protocol
         open_ = protocol.transaction
-        decision = shell.index.decisions()[-1]
+        decision = shell.index.decision()
         return pb.StatusReply(
             version=decision.version,
             digest=decision.digest,

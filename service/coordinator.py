@@ -4,6 +4,7 @@ clocks."""
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -167,7 +168,7 @@ class CoordinatorShell:
             digests=digests,
             num_tensors=len(self.manifest.tensors),
             wire_bytes=0,
-            logical_bytes=sum(2 * int(np.prod(row.shape, dtype=np.int64)) for row in self.manifest.parameters),
+            logical_bytes=sum(2 * math.prod(row.shape) for row in self.manifest.parameters),
             seconds=0.0,
         )
         self.index.decide(decision, self.manifest.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -98,7 +99,7 @@ def _blocks(
     """(first row, BF16 rows [n, columns]) of the rows of a parameter that this rank owns."""
     entry = entries[row.name]
     start, stop = _owned(receiver, receiver.manifest.tensors_of(row)[0])
-    columns = int(np.prod(row.shape[1:], dtype=np.int64))
+    columns = math.prod(row.shape[1:])
     step = max(1, BLOCK_BYTES // (2 * columns))
     for first in range(start, stop, step):
         last = min(first + step, stop)

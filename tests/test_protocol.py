@@ -67,7 +67,7 @@ class World:
         self.rank = {member: Member(version=1) for member in MEMBERS}
         self.held = dict.fromkeys(MEMBERS, 1)  # the version of the bytes in each rank's live storages
         self.flight: list[Send] = []
-        self.timer: SetTimer | None = None
+        self.timed = ""  # the phase in which the last timer was set
         self.next_id = 0
         self.coordinator = self.start(epoch=1)
 
@@ -165,7 +165,7 @@ class World:
             elif isinstance(action, Reply):
                 self.replies[action.id] = action
             elif isinstance(action, SetTimer):
-                self.timer = action
+                self.timed = self.coordinator.phase.value
             elif isinstance(action, Notify):
                 self.events.append(action)
             elif isinstance(action, Persist):
@@ -266,6 +266,7 @@ def test_a_lapsed_lease_frees_the_transaction(phase: str) -> None:
     if phase == "installed":
         world.answer("install", transaction=transaction)
     assert world.coordinator.phase.value == phase
+    assert world.timed == phase  # every phase in which only the trainer can go on has a timer of its own
     world.do(world.coordinator.handle(Timeout(name="lease", transaction=transaction, now_s=61.0)))
     world.run()
     world.check_quiet(version=1)
@@ -289,6 +290,15 @@ def test_the_same_push_id_renews_an_open_push_and_returns_the_version_of_a_commi
     world.answer("decide", transaction=transaction)
     assert world.begin().result == {"already_committed": True, "version": 2}
     assert len(world.disk) == 1
+
+
+def test_the_same_push_id_while_members_still_open_is_answered_with_the_first() -> None:
+    world = World()
+    args = {"base_version": 0, "fingerprint": MANIFEST.fingerprint, "pushed_by": "me", "logical_bytes": 36, "lease_s": 9.0}
+    ids = [world.ask("begin", push_id="p", tensors=MANIFEST.tensors, **args) for _ in range(2)]
+    assert world.replies == {}
+    world.run()
+    assert world.replies[ids[0]].result == world.replies[ids[1]].result
 
 
 def test_a_wrong_base_version_fingerprint_or_manifest_is_refused_before_anything_is_sent() -> None:

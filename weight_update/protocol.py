@@ -201,8 +201,10 @@ class Coordinator:
         if push_id in self.committed:
             return [Reply(id=request.id, result={"already_committed": True, "version": self.committed[push_id]})]
         if open_ is not None and open_.push_id == push_id and self.phase is not Phase.ABORTING:
-            lease = SetTimer(name="lease", transaction=open_.id, delay_s=open_.lease_s)
-            return [lease, Reply(id=request.id, result=self._begun())]
+            if self.phase is Phase.OPENING:  # answered with the first caller
+                open_.callers.append(request.id)
+                return []
+            return [self._lease(), Reply(id=request.id, result=self._begun())]
         if open_ is not None:
             age_s = request.now_s - open_.since_s
             raise BusyError(
@@ -304,9 +306,7 @@ class Coordinator:
         ]
 
     def _opened(self, now_s: float) -> list[Action]:
-        open_ = self._open()
-        lease = SetTimer(name="lease", transaction=open_.id, delay_s=open_.lease_s)
-        return [lease, *self._answer(self._begun())]
+        return self._answer(self._begun())
 
     def _prepared(self, now_s: float) -> list[Action]:
         return self._checked("prepare", "staged") or self._answer({})
@@ -384,9 +384,14 @@ class Coordinator:
         return self._start("abort")
 
     def _answer(self, result: object) -> list[Action]:
+        """Answer the callers and wait for the trainer's next step, for as long as its lease runs."""
         open_ = self._open()
         callers, open_.callers = open_.callers, []
-        return [Reply(id=caller, result=result) for caller in callers]
+        return [self._lease(), *(Reply(id=caller, result=result) for caller in callers)]
+
+    def _lease(self) -> SetTimer:
+        open_ = self._open()
+        return SetTimer(name="lease", transaction=open_.id, delay_s=open_.lease_s)
 
     def _close(self, result: object) -> list[Action]:
         open_ = self._open()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import VersionError
 from .messages import Decision
 
 SCHEMA = """
@@ -72,7 +73,18 @@ class VersionIndex:
 
     def decisions(self) -> list[Decision]:
         """All decisions, oldest first."""
-        cursor = self._db.execute(f"SELECT {COLUMNS} FROM versions ORDER BY version")
+        return self._decisions("ORDER BY version")
+
+    def decision(self, version: int | None = None) -> Decision:
+        """The decision of one version, the last one by default."""
+        where = "ORDER BY version DESC LIMIT 1" if version is None else f"WHERE version = {version:d}"
+        found = self._decisions(where)
+        if not found:
+            raise VersionError(f"version {version}: unknown; 'transfuse versions' lists what was committed")
+        return found[0]
+
+    def _decisions(self, where: str) -> list[Decision]:
+        cursor = self._db.execute(f"SELECT {COLUMNS} FROM versions {where}")
         names = [column[0] for column in cursor.description]
         rows = [dict(zip(names, row, strict=True)) for row in cursor]
         return [
