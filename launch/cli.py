@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from weight_update.errors import ManifestError, PlanError, WeightUpdateError
+from weight_update.errors import PlanError, WeightUpdateError
 
 from . import exits
 
@@ -48,8 +48,8 @@ Target = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")]
 
 
-def _print(value: Any, text: Callable[[], str] | str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(value) if as_json else text if isinstance(text, str) else text()) + "\n")
+def _print(value: Any, text: str, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(value) if as_json else text) + "\n")
     sys.stdout.flush()
 
 
@@ -62,11 +62,11 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("transfuse-demo"),
     as_json: Json = False,
 ) -> None:
-    """The main job on this machine: 2 replicas of 2 ranks serve SmolLM2-135M in NVFP4, a trainer learns from their
-    samples and pushes its weights after each step.
+    """Run the main job on this machine.
 
-    With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s, digest_verified
-    (true only if every rank's installed digest equals the trainer's), phases, timings and more.
+    2 replicas of 2 ranks serve SmolLM2-135M in NVFP4; a trainer learns from their samples and pushes its weights after
+    each step. With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s,
+    digest_verified (true only if every rank's installed digest equals the trainer's), phases, timings and more.
     """
     _interrupt_once()
     from .demo import run, to_people, to_scripts
@@ -79,7 +79,7 @@ def serve(
     model: Annotated[str, typer.Option(help=CHECKPOINT)],
     format: Annotated[str, typer.Option(help="Row of 'transfuse formats'.")] = "nvfp4",
     layout: Annotated[
-        str, typer.Option(help="'auto', a row of 'transfuse formats' or its family; several, by commas, for the replicas.")
+        str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")
     ] = "auto",
     replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
@@ -87,21 +87,25 @@ def serve(
         str, typer.Option(metavar="HOST:PORT", callback=_address, help="Of the coordinator; port 0 takes a free one.")
     ] = DEFAULT_TARGET,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of the decision record; a restart goes on from it. Default: none is kept.")
+        Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a model until Ctrl-C or SIGTERM; prints its address once it serves (with --json as an object)."""
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Prints the address once it serves, with --json as an object.
+    """
     _interrupt_once()
     from tempfile import TemporaryDirectory
 
-    from quant.checkpoint import CheckpointError
-    from service.fleet import Fleet, FleetConfig
+    from service.fleet import FleetConfig
 
-    from .progress import Bars
+    from .serve import run
 
-    bars = Bars()
-    with TemporaryDirectory(prefix="transfuse-serve-") as scratch:
+    def ready(address: str) -> None:
+        _print({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
+
+    with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = FleetConfig(
             model=model,
             format=format,
@@ -111,18 +115,7 @@ def serve(
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
         )
-        fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
-        try:
-            with bars.show():
-                fleet.__enter__()
-            _print({"address": fleet.address}, f"serving {model} at {fleet.address}; Ctrl-C stops it", as_json)
-            fleet.wait()
-        except CheckpointError as error:
-            raise PlanError(f"serve: {error}") from error
-        except KeyboardInterrupt:
-            return
-        finally:
-            fleet.stop()
+        run(config, ready)
 
 
 @app.command()
@@ -130,16 +123,16 @@ def push(
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT)],
     target: Target = DEFAULT_TARGET,
     scope: Annotated[
-        list[str] | None, typer.Option(help="Name pattern of what to push, repeatable; the rest is carried over.")
-    ] = None,
+        list[str], typer.Option(help="'all', or a name pattern, repeatable; the rest is carried over.")
+    ] = ["all"],  # noqa: B006 - typer copies it
     base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
     push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Push a checkpoint's weights as the next version of a running service."""
+    """Push a checkpoint as the next version."""
     from dataclasses import asdict
 
-    from quant.checkpoint import CheckpointError, open_checkpoint
+    from quant.checkpoint import open_checkpoint
     from weight_update.client import Pusher
 
     from .progress import Bars
@@ -147,14 +140,10 @@ def push(
 
     bars = Bars()
     pusher = Pusher(target, on_progress=lambda phase, done, total: bars.update("push", done, total))
-    try:
-        with bars.show("push"), open_checkpoint(checkpoint) as opened:
-            items = ((name, opened.rows(name)) for name in opened.names())
-            report = pusher.push(items, scope or "all", base_version=base_version, push_id=push_id)
-    except CheckpointError as error:
-        raise ManifestError(f"push: {error}") from error
-    finally:
-        pusher.close()
+    with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
+        items = ((name, opened.rows(name)) for name in opened.names())
+        one = scope[0] if len(scope) == 1 else scope
+        report = pusher.push(items, one, base_version=base_version, push_id=push_id)
     verified = "digest verified" if report.digest_verified else "digest not verified"
     _print(
         asdict(report),
@@ -170,23 +159,14 @@ def push(
 
 @app.command()
 def status(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Version, replicas and the open push, if any."""
+    """Version, replicas and the open push."""
     from protos import transfuse_pb2 as pb
 
     from .rpc import ask, values
-    from .tables import aligned
+    from .tables import status_text
 
     reply = values(ask(target, "Status", pb.StatusRequest()))
-
-    def text() -> str:
-        head = f"{reply['model']}: version {reply['version']}, digest {reply['digest']}, up {reply['uptime_s']:.0f} s"
-        names = ("replica", "state", "version", "format", "layout", "num_sequences", "reason")
-        rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
-        since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
-        push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
-        return "\n".join([head, aligned(rows), push if reply["transaction_state"] else "no push is open"])
-
-    _print(reply, text, as_json)
+    _print(reply, status_text(reply), as_json)
 
 
 @app.command()
@@ -195,34 +175,18 @@ def versions(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     from protos import transfuse_pb2 as pb
 
     from .rpc import ask, values
-    from .tables import aligned, mebibytes
+    from .tables import aligned, version_row
 
     rows = values(ask(target, "Versions", pb.VersionsRequest()))["versions"]
-
-    def text() -> str:
-        return aligned(
-            [
-                {
-                    "version": row["version"],
-                    "base": row["base_version"],
-                    "state": row["state"],
-                    "committed": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_s"])),
-                    "wire": mebibytes(row["wire_bytes"]),
-                    "seconds": round(row["seconds"], 2),
-                    "pause ms": round(1e3 * row["pause_s"]),
-                    "digest": row["digest"],
-                    "by": row["pushed_by"],
-                }
-                for row in rows
-            ]
-        )
-
-    _print(rows, text, as_json)
+    _print(rows, aligned([version_row(row) for row in rows]), as_json)
 
 
 @app.command()
 def verify(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Every rank reads back all that it serves; exit code 1 where a digest is not the committed one."""
+    """Read back and compare all that is served.
+
+    Exit code 1 where a digest is not the committed one, naming the tensor and the rank.
+    """
     from protos import transfuse_pb2 as pb
 
     from .progress import Bars
@@ -232,7 +196,8 @@ def verify(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     with Bars().show("verify"):
         reply = values(ask(target, "Verify", pb.VerifyRequest(), timeout_s=600.0))
     found = f"version {reply['version']}: {mebibytes(reply['bytes'])} read back in {reply['seconds']:.2f} s"
-    _print(reply, "\n".join([f"{found}, {'all as committed' if reply['ok'] else 'MISMATCH'}", *reply["mismatches"]]), as_json)
+    outcome = "all as committed" if reply["ok"] else "MISMATCH"
+    _print(reply, "\n".join([f"{found}, {outcome}", *reply["mismatches"]]), as_json)
     if not reply["ok"]:
         raise typer.Exit(1)
 
@@ -243,7 +208,7 @@ def pause(
     target: Target = DEFAULT_TARGET,
     as_json: Json = False,
 ) -> None:
-    """Stop generation on all replicas at the next step; sequences wait."""
+    """Stop generation; running sequences wait."""
     from protos import transfuse_pb2 as pb
 
     from .rpc import ask
@@ -272,7 +237,10 @@ def probe(
     target: Target = DEFAULT_TARGET,
     as_json: Json = False,
 ) -> None:
-    """Stream text; [v3] marks where the version of the weights changes. With --json one object a token."""
+    """Stream text with the version of its tokens.
+
+    [v3] marks where version 3 of the weights takes over. With --json one object a token.
+    """
     from collections import Counter
 
     from protos import transfuse_pb2 as pb
@@ -296,40 +264,44 @@ def probe(
 
 @app.command()
 def describe(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """What a push has to bring: every parameter, and which rows of it each rank holds."""
+    """Parameters that a push brings, and the ranks.
+
+    With --json also every tensor, and which of its rows each rank holds.
+    """
     from protos import transfuse_pb2 as pb
 
     from .rpc import ask, values
-    from .tables import aligned
+    from .tables import describe_text
 
     reply = values(ask(target, "Describe", pb.DescribeRequest(), timeout_s=60.0))
-
-    def text() -> str:
-        manifest = reply["manifest"]
-        parameters = [
-            {"parameter": row["name"], "shape": " x ".join(map(str, row["shape"])), "format": row["format"], "group": row["group"]}
-            for row in manifest["parameters"]
-        ]
-        ranks = [{"replica": rank["replica"], "rank": rank["rank"], "address": rank["address"]} for rank in reply["ranks"]]
-        head = f"version {reply['version']}, {len(parameters)} parameters in {len(manifest['tensors'])} tensors"
-        return "\n\n".join([head, aligned(parameters), aligned(ranks)])
-
-    _print(reply, text, as_json)
+    _print(reply, describe_text(reply), as_json)
 
 
 @app.command()
 def formats(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False, as_json: Json = False
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """The formats and layouts that this release knows."""
+    """Formats and layouts that this release knows."""
     from . import tables
 
     rows = {"formats": tables.formats(), "layouts": tables.layouts()}
     render = tables.markdown if as_markdown else tables.aligned
-    _print(rows, lambda: "\n\n".join(render(table) for table in rows.values()), as_json)
+    _print(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
 # ---------------------------------------------------------------- the end of a command
+
+
+@contextmanager
+def _reading_checkpoints() -> Iterator[None]:
+    """A checkpoint that cannot be read is bad input, like any other plan that does not fit."""
+    from quant.checkpoint import CheckpointError
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise PlanError(str(error)) from error
 
 
 def _interrupt_once() -> None:

@@ -24,7 +24,8 @@ class Bars:
     def show(self, what: str = "") -> Iterator[None]:
         """Show bars; the first one is for `what`, where it is given."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as self._progress:
+        disable = not self._console.is_terminal
+        with Progress(*columns, console=self._console, transient=True, disable=disable) as self._progress:
             try:
                 if what:
                     self.update(what, 0, 0)

@@ -1,7 +1,8 @@
-"""Tables as text: aligned for a terminal, Markdown for the README."""
+"""What the service says, as text: aligned tables for a terminal, Markdown for the README."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,48 @@ def _cell(value: Any, width: int) -> str:
 def mebibytes(num_bytes: int) -> str:
     """Bytes for people."""
     return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def status_text(reply: Row) -> str:
+    """StatusReply for people."""
+    head = f"{reply['model']}: version {reply['version']}, digest {reply['digest']}, up {reply['uptime_s']:.0f} s"
+    names = ("replica", "state", "version", "format", "layout", "num_sequences", "reason")
+    rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
+    since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
+    push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
+    return "\n".join([head, aligned(rows), push if reply["transaction_state"] else "no push is open"])
+
+
+def version_row(info: Row) -> Row:
+    """VersionInfo for people."""
+    return {
+        "version": info["version"],
+        "base": info["base_version"],
+        "state": info["state"],
+        "committed": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["created_s"])),
+        "wire": mebibytes(info["wire_bytes"]),
+        "seconds": round(info["seconds"], 2),
+        "pause ms": round(1e3 * info["pause_s"]),
+        "digest": info["digest"],
+        "by": info["pushed_by"],
+    }
+
+
+def describe_text(reply: Row) -> str:
+    """DescribeReply for people."""
+    parameters = [
+        {
+            "parameter": row["name"],
+            "shape": " x ".join(map(str, row["shape"])),
+            "format": row["format"],
+            "group": row["group"],
+        }
+        for row in reply["manifest"]["parameters"]
+    ]
+    ranks = [{name: rank[name] for name in ("replica", "rank", "address")} for rank in reply["ranks"]]
+    num_tensors = len(reply["manifest"]["tensors"])
+    head = f"version {reply['version']}, {len(parameters)} parameters in {num_tensors} tensors"
+    return "\n\n".join([head, aligned(parameters), aligned(ranks)])
 
 
 def formats() -> list[Row]:

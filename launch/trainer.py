@@ -125,6 +125,8 @@ def is_short_word(text: str) -> bool:
 def load_policy(config_dir: Path) -> nn.Module:
     """The model of a checkpoint directory as FP32 masters."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: nn.Module = AutoModelForCausalLM.from_pretrained(config_dir, dtype=torch.float32)
     return model.train()

@@ -738,6 +738,11 @@ class MemberStub:
                 request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
                 _registered_method=True)
+        self.Undo = channel.unary_unary(
+                '/transfuse.v1.Member/Undo',
+                request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/transfuse.v1.Member/Abort',
                 request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
@@ -801,6 +806,12 @@ class MemberServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Undo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -855,6 +866,11 @@ def add_MemberServicer_to_server(servicer, server):
             ),
             'Publish': grpc.unary_unary_rpc_method_handler(
                     servicer.Publish,
+                    request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
+            ),
+            'Undo': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undo,
                     request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
             ),
@@ -1041,6 +1057,33 @@ class Member:
             request,
             target,
             '/transfuse.v1.Member/Publish',
+            protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+            protos_dot_transfuse__pb2.MemberReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Member/Undo',
             protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
             protos_dot_transfuse__pb2.MemberReply.FromString,
             options,

@@ -5,7 +5,7 @@
 
 A directory holds safetensors (one file or indexed) with their config.json: BF16, F16 or F32, or a ModelOpt export in
 NVFP4. A GGUF file is converted once to a BF16 directory in a cache; conversion reads it through transformers.
-What a tensor means to a model is none of this module's business: see quant.loading.
+What a tensor means to a model is none of this module's business.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,8 +98,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.config_dir}: no tensor {name!r} among {len(self._file_of)}")
         path = self._file_of[name]
         if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt", device="cpu")
+            self._files[path] = _safe_open(path)
         return self._files[path]
+
+
+def _safe_open(path: str | Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}; copy it again") from error
 
 
 def tensor_files(directory: Path) -> dict[str, str]:
@@ -112,11 +119,11 @@ def tensor_files(directory: Path) -> dict[str, str]:
         return {name: str(directory / file) for name, file in listed.items()}
     found: dict[str, str] = {}
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            twice = [name for name in file.keys() if name in found]  # noqa: SIM118 - not a dict
-            if twice:
-                raise CheckpointError(f"{path}: {twice[0]} is also in {found[twice[0]]}; add {INDEX}, or drop a file")
-            found.update(dict.fromkeys(file.keys(), str(path)))
+        names = _safe_open(path).keys()
+        twice = [name for name in names if name in found]
+        if twice:
+            raise CheckpointError(f"{path}: {twice[0]} is also in {found[twice[0]]}; add {INDEX}, or drop a file")
+        found.update(dict.fromkeys(names, str(path)))
     if not found:
         raise CheckpointError(f"{directory}: no *.safetensors; expected {WEIGHTS} or {INDEX} beside config.json")
     return found

@@ -21,6 +21,8 @@ _PIECE_ELEMENTS = 1 << 18  # the twins work in pieces, so that their FP32 scratc
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantissa bits, rounded once, ties to even
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+_TYPES: dict[type[np.generic], tuple[str, int]] = {np.uint8: ("|u1", 1), np.uint16: ("<u2", 2), np.uint32: ("<u4", 4)}
+
 
 @cache
 def numba_loops() -> ModuleType | None:
@@ -84,10 +86,23 @@ def _loops_for(tensor: Tensor) -> ModuleType | None:
     return numba_loops() if tensor.device.type == "cpu" else None
 
 
+class _Memory:
+    """The memory of a contiguous tensor, as numpy asks for it."""
+
+    # Not Tensor.numpy(): that pins the storage for good, and FSDP2 resizes what it gathered to free it.
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, tensor: Tensor, dtype: type[np.generic]) -> None:
+        code, item = _TYPES[dtype]
+        shape = (tensor.numel() * tensor.element_size() // item,)
+        self.owner = tensor
+        self.__array_interface__ = {"version": 3, "typestr": code, "shape": shape, "data": (tensor.data_ptr(), False)}
+
+
 def _flat(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
     """The bytes of a contiguous tensor as a flat array of another type; no copy."""
-    # Not .numpy(): that pins the storage for good, and FSDP2 resizes what it gathered to free it.
-    return np.from_dlpack(tensor.detach().reshape(-1).view(torch.uint8)).view(dtype)
+    return np.asarray(_Memory(tensor, dtype)) if tensor.numel() else np.empty(0, dtype)
 
 
 def _item(located: Located, shift: int, *tensors: Tensor) -> tuple[type[np.generic], int]:

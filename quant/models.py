@@ -256,5 +256,8 @@ def derived_of(model: nn.Module) -> list[Derived]:
 
 
 def storage_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Storage name -> live parameter, derived scalars included, tied ones once; DTensors while the model is sharded."""
+    """Storage name -> live parameter, derived scalars included, tied ones once.
+
+    Look them up while the model is sharded: while it is unsharded these are gathered copies, whose addresses move.
+    """
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}

@@ -80,19 +80,20 @@ def invert_rows(
 
 
 def _check_rows(placement: Placement, rows: Tensor, row0: int, local: Tensor, base: int) -> None:
-    spec = placement.tensor
+    spec, located, row1 = placement.tensor, placement.located, row0 + len(rows)
     problems = []
     if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] != spec.row_bytes:
         problems.append(f"rows are {rows.dtype} {tuple(rows.shape)}, expected torch.uint8 [n, {spec.row_bytes}]")
     if local.dtype != torch.uint8 or local.ndim != 1 or not local.is_contiguous():
         problems.append(f"shard is {local.dtype} {tuple(local.shape)}, expected contiguous torch.uint8 [bytes]")
-    if not 0 <= row0 <= row0 + len(rows) <= spec.num_rows:
-        problems.append(f"rows [{row0}, {row0 + len(rows)}) lie outside [0, {spec.num_rows})")
-    elif len(rows) and spec.row_bytes:
-        touched = placement.located.rows[row0 : row0 + len(rows)]
-        first = placement.origin - base + int(touched.min())
-        last = placement.origin - base + int(touched.max() + placement.located.runs.max()) + placement.run_bytes
-        if first < 0 or last > local.numel():
-            problems.append(f"bytes [{first}, {last}) lie outside the shard's [0, {local.numel()})")
+    if not 0 <= row0 <= row1 <= spec.num_rows:
+        problems.append(f"rows [{row0}, {row1}) lie outside [0, {spec.num_rows})")
+    elif row0 < row1:
+        shift, size = placement.origin - base, local.numel()
+        first, last = located.first, located.last
+        if first + shift < 0 or last + shift > size:  # not all of the tensor is in this shard
+            first, last = located.span(row0, row1)
+        if first + shift < 0 or last + shift > size:
+            problems.append(f"bytes [{first + shift}, {last + shift}) lie outside the shard's [0, {size})")
     if problems:
         raise ValueError(f"{spec.name} in {placement.storage}: {'; '.join(problems)}; check row_start and shards")

@@ -99,7 +99,8 @@ class ShuffleRows:
 class Located:
     """Where the rows of a tensor and the runs of a row start, and the bytes of the padded matrix they are part of.
 
-    pitch: bytes from one row of the matrix to the next, 0 where the order scatters rows.
+    pitch: bytes from one row of the matrix to the next, 0 where the order scatters rows. `locate` fills in the rest:
+    words: every run is one aligned word of 4 bytes; first, last: the bytes [first, last) that hold all of the tensor.
     """
 
     rows: Offsets
@@ -108,7 +109,14 @@ class Located:
     num_bytes: int
     pitch: int
 
-    words: bool = False  # every run is one aligned word of 4 bytes
+    words: bool = False
+    first: int = 0
+    last: int = 0
+
+    def span(self, row0: int, row1: int) -> tuple[int, int]:
+        """The bytes [first, last) that hold rows [row0, row1), at least one."""
+        rows = self.rows[row0:row1]
+        return int(rows.min()), int(rows.max() + self.runs.max()) + self.run_bytes
 
 
 class Order(Protocol):
@@ -161,5 +169,6 @@ def locate(maps: tuple[RowMap, ...], order: Order, num_rows: int, row_bytes: int
     located = order.locate(rows, total, row_bytes)
     for offsets in (located.rows, located.runs):
         offsets.setflags(write=False)
-    aligned = not any((offsets % 4).any() for offsets in (located.rows, located.runs))
-    return replace(located, words=aligned and located.run_bytes == 4)
+    words = located.run_bytes == 4 and not (located.rows % 4).any() and not (located.runs % 4).any()
+    first, last = located.span(0, num_rows) if num_rows else (0, 0)
+    return replace(located, words=words, first=first, last=last)

@@ -101,6 +101,7 @@ class RankActor:
             world=config.world,
             on_refresh=refresh,
             version=0,
+            device=device_type,
             max_batch=config.max_batch,
             max_tokens=config.max_tokens,
         )

@@ -19,7 +19,7 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.digest import Digests, total
-from weight_update.errors import BusyError, DigestError, MemberError, WeightUpdateError, raise_all
+from weight_update.errors import BusyError, DigestError, MemberError, TransferError, WeightUpdateError, raise_all
 from weight_update.manifest import Manifest
 from weight_update.messages import (
     Action,
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 PROBE_PERIOD_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 PROBE_FAILURES = 3  # probes in a row that a rank may miss before its replica is fenced
+# Steps that only go one way are tried again when a member cannot be reached; all steps are idempotent.
+ATTEMPTS = {"publish": 3, "undo": 3, "abort": 3}
+RETRY_DELAY_S = 1.0
 INSTALLING = frozenset({Phase.INSTALLING, Phase.INSTALLED, Phase.CONFIRMING, Phase.PUBLISHING})
 
 
@@ -213,10 +216,15 @@ class CoordinatorShell:
     def _answered(self, send: Send) -> None:
         result: Any = None
         error: WeightUpdateError | None = None
-        try:
-            result = SENDERS[send.step](self._stubs[send.member], send, self.index.epoch)
-        except WeightUpdateError as failure:
-            error = failure
+        for attempt in range(ATTEMPTS.get(send.step, 1)):
+            time.sleep(RETRY_DELAY_S if attempt else 0.0)
+            result = error = None
+            try:
+                result = SENDERS[send.step](self._stubs[send.member], send, self.index.epoch)
+            except WeightUpdateError as failure:
+                error = failure
+            if not isinstance(error, TransferError):
+                break
         self._events.put(
             MemberReply(
                 member=send.member,
@@ -274,6 +282,21 @@ class CoordinatorShell:
         with self._guard:
             for watcher in self._watchers:
                 watcher.put(event)
+        if notify.kind == "fence":
+            self._silence()
+
+    def _silence(self) -> None:
+        """Ranks of fenced replicas that still live must not serve on; those that cannot be reached are dead or
+        partitioned."""
+        for member in self.members:
+            if member.id.replica in self.protocol.fenced:
+                self._pool.submit(self._try_pause, member.id)
+
+    def _try_pause(self, member: MemberId) -> None:
+        try:
+            self._step(member, "pause", 0, self.protocol.version)
+        except WeightUpdateError as error:
+            log.info("fenced %s was not told to pause: %s", member, error)
 
     def _probe(self) -> None:
         """Notice ranks that died between two pushes, so that status says so before the next push does."""

@@ -21,7 +21,7 @@ def _kill(point: str) -> None:
 
 
 ACTIONS: Mapping[str, Callable[[str], None]] = {"raise": _raise, "kill": _kill}
-POINTS = ("open", "stage", "prepare", "install", "installed", "confirm", "publish", "abort")
+POINTS = ("open", "stage", "prepare", "install", "installed", "confirm", "publish", "undo", "abort")
 
 
 class Faults:

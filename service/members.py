@@ -61,6 +61,7 @@ SENDERS: Mapping[str, Callable[[Any, Send, int], Any]] = {
     "install": _send_digests("Install"),
     "confirm": _send_plain("Confirm"),
     "publish": _send_plain("Publish"),
+    "undo": _send_plain("Undo"),
     "abort": _send_plain("Abort"),
     "digest": _send_digests("Digest"),
     "pause": _send_plain("Pause"),

@@ -22,7 +22,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.chunks import MAX_MESSAGE_BYTES, Chunk, StageOpen, decode_request
 from weight_update.errors import BusyError, MemberError, TransferError, WeightUpdateError
 from weight_update.member import Member
-from weight_update.receiver import Receiver
+from weight_update.receiver import Receiver, State
 from weight_update.transport import to_digests_proto, to_manifest_proto
 
 from .engine import Engine
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 PAUSE_TIMEOUT_S = 60.0
+PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")
 
 
@@ -72,6 +73,7 @@ class RankServer:
         self.operator_paused = False
         self._reshard = reshard
         self._stale = False  # resharded since the last refresh
+        self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
         self._server, self._checks = make_server(services, max_message_bytes=MAX_MESSAGE_BYTES)
@@ -94,6 +96,7 @@ class RankServer:
 
     def open(self, request: Any) -> int:
         tensors = np.array(request.tensors, np.int64)
+        self.given_up.clear()
         plan = self.receiver.begin(request.transaction, request.version, request.base_version, tensors)
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
@@ -129,6 +132,11 @@ class RankServer:
         self.timing.pause_stop_s = time.time()
         self.set_serving(True)
 
+    def undo(self, request: Any) -> None:
+        if self.receiver.state is State.INSTALLED:
+            self.receiver.undo()
+        self._stale = True  # a peer may have resharded where this rank had not yet
+
     def abort(self, request: Any) -> None:
         self.receiver.abort()
         self._resume(self.member.version, refresh=self._stale)
@@ -146,7 +154,10 @@ class RankServer:
     def _pause(self) -> None:
         if self.identity.rank == 0:
             self.engine.request_pause()
-        if not self.engine.wait_paused(PAUSE_TIMEOUT_S):
+        deadline_s = time.monotonic() + PAUSE_TIMEOUT_S
+        while not self.engine.wait_paused(PAUSE_POLL_S):
+            if time.monotonic() < deadline_s and not self.given_up.is_set():
+                continue
             state = self.engine.state
             raise MemberError(f"serving did not stop at a step boundary within {PAUSE_TIMEOUT_S:.0f} s: {state}")
 
@@ -168,6 +179,7 @@ STEPS: Mapping[str, Callable[[RankServer, Any], Any]] = {
     "install": RankServer.install,
     "confirm": RankServer.confirm,
     "publish": RankServer.publish,
+    "undo": RankServer.undo,
     "abort": RankServer.abort,
 }
 
@@ -180,6 +192,8 @@ class MemberServicer(pb_grpc.MemberServicer):
 
     def _step(self, step: str, request: Any) -> Any:
         rank = self._rank
+        if step == "undo":
+            rank.given_up.set()
         with rank.steps:
             due = rank.member.check(step, epoch=request.epoch, transaction=request.transaction, version=request.version)
             if not due:
@@ -241,6 +255,11 @@ class MemberServicer(pb_grpc.MemberServicer):
     @refusing
     def Publish(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
         self._step("publish", request)
+        return self._reply()
+
+    @refusing
+    def Undo(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
+        self._step("undo", request)
         return self._reply()
 
     @refusing

@@ -1,1 +1,1 @@
-"""Where bytes live: FSDP2 of quantized modules (fsdp) and who sends which rows to whom (routes). Never hears of formats."""
+"""Where bytes live: FSDP2 of quantized modules (fsdp), who sends which rows to whom (routes). Knows no formats."""

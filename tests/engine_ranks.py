@@ -24,7 +24,8 @@ from service.requests import TokenOut
 VOCAB = 97
 EOS = 5
 PROMPTS = [[1, 2, 3, 4], [7, 8], [9, 10, 11, 12, 13, 14, 15], [96], [20, 21, 22]]
-WAIT_S = 20.0
+WAIT_S = 30.0  # for what takes milliseconds on an idle machine
+START_S = 120.0  # for a process to import what it needs
 
 
 def tiny(seed: int) -> LlamaForCausalLM:
@@ -109,8 +110,9 @@ class Rank:
 
 
 def serve_rank(pipe: Connection) -> None:
-    """Another process: builds a rank when told to, and answers for its engine."""
+    """Another process: says that it is up, builds a rank when told to, and answers for its engine."""
     rank: Rank | None = None
+    pipe.send(None)
     while True:
         name, args, kwargs = pipe.recv()
         try:
@@ -133,11 +135,17 @@ class Peer:
         self.process = context.Process(target=serve_rank, args=(far,), daemon=True)
         self.process.start()
 
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
     def begin(self, name: str, *args: Any, **kwargs: Any) -> None:
         self._pipe.send((name, args, kwargs))
 
     def answer(self) -> Any:
-        assert self._pipe.poll(60), "the other process does not answer"
+        if not self._pipe.poll(START_S):
+            self.kill()  # or its late answer would pass for that to another question
+            raise TimeoutError("the other process does not answer")
         answer = self._pipe.recv()
         if isinstance(answer, Exception):
             raise answer

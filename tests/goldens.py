@@ -1,4 +1,4 @@
-"""The fixtures in tests/golden: what third-party libraries really produce. README of the format: tests/golden/README.md."""
+"""The fixtures in tests/golden: what third-party libraries really produce (format: its README.md)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def nvfp4_block(values: NDArray[np.float32], scale_2: np.float32) -> tuple[list[
 def nvfp4_encode(bits: NDArray[np.uint16], scale_2: np.float32) -> tuple[Bytes, Bytes]:
     """BF16 bits [n, K] to packed codes [n, K / 2] and scale bytes [n, K / 16]."""
     num_rows, num_elements = bits.shape
-    packed, scales = np.zeros((num_rows, num_elements // 2), np.uint8), np.zeros((num_rows, num_elements // 16), np.uint8)
+    packed, scales = (np.zeros((num_rows, num_elements // width), np.uint8) for width in (2, 16))
     for row in range(num_rows):
         for block in range(num_elements // 16):
             values = bf16_values(bits[row, 16 * block : 16 * block + 16])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from weight_update.receiver import Receiver
 N, K = 200, 80  # two tiles, the second not full; five scale columns, padded to eight
 E, H, I = 3, 192, 64  # noqa: E741 - hidden is no multiple of 128: trtllm pads it to 256
 LAYOUT_PAIRS = (("plain", "plain"), ("cutlass_linear", "cutlass_moe"), ("trtllm_linear", "trtllm_moe"))
-PLAIN = (TensorSpec(name="norm.weight", dtype="BF16", shape=(50,)), TensorSpec(name="embed.weight", dtype="BF16", shape=(30, 24)))
+PLAIN = (
+    TensorSpec(name="norm.weight", dtype="BF16", shape=(50,)),
+    TensorSpec(name="embed.weight", dtype="BF16", shape=(30, 24)),
+)
+NUM_TENSORS = len(PLAIN) + 4 + 3 * 4 * E
 
 Bytes = NDArray[np.uint8]
 Content = dict[str, Bytes]  # tensor name -> [rows, row_bytes]
@@ -90,8 +95,8 @@ def _expected_experts(layout: str, content: Content) -> dict[str, bytes]:
         "w13_input_scale_quant": one / a13,
         "w2_input_scale_quant": one / a2,
     }
-    consumed = LAYOUTS[layout].derived
-    return found | {f"x.{name}": value.astype(np.float32).tobytes() for name, value in derived.items() if name in consumed}
+    consumed = {name: value for name, value in derived.items() if name in LAYOUTS[layout].derived}
+    return found | {f"x.{name}": value.astype(np.float32).tobytes() for name, value in consumed.items()}
 
 
 def shard_of(num_units: int, rank: int, world: int) -> tuple[int, int]:
@@ -218,7 +223,7 @@ def chunks_for(receiver: Receiver, tensors: Sequence[int], content: Content, see
         first, stop = int(receiver.row_start[i]) * row_bytes, int(receiver.row_stop[i]) * row_bytes
         data = content[receiver.manifest.tensors[i].name].tobytes()
         cuts = sorted({first, stop, *rng.integers(first, stop + 1, 3).tolist()})
-        pieces += [(position, a, data[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        pieces += [(position, a, data[a:b]) for a, b in pairwise(cuts)]
     order = [*rng.permutation(len(pieces)).tolist(), *rng.integers(0, max(1, len(pieces)), 5).tolist()]
     chosen = [pieces[i] for i in order if i < len(pieces)]
     return [chunk_of(chosen[start : start + 7]) for start in range(0, len(chosen), 7)]

@@ -114,6 +114,15 @@ def test_files_without_an_index_must_not_hold_a_tensor_twice(tmp_path: Path) -> 
         open_checkpoint(tmp_path)
 
 
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    write_directory(tmp_path, {"a": torch.ones(200)})
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (whole[:-8], whole[:5], b""):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read as safetensors"):
+            open_checkpoint(tmp_path).rows("a")
+
+
 @pytest.mark.parametrize("what", ["nowhere", "empty"])
 def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(tmp_path: Path, what: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -166,6 +166,13 @@ def test_a_truncated_message_is_refused(sent: Pieces, data: st.DataObject) -> No
         check(decoded(message[: data.draw(st.integers(0, len(message) - 1))]))
 
 
+def test_a_truncated_open_is_refused() -> None:
+    opening = pb.StageRequest(open=pb.StageOpen(transaction=2**63, epoch=3, trainer_rank=300)).SerializeToString()
+    for size in range(len(opening)):
+        with pytest.raises(TransferError):
+            decode_request(opening[:size])
+
+
 def test_pieces_that_do_not_add_up_are_refused() -> None:
     request = Pieces(3, [0, 1], [0, 0], [b"abcd", b"ef"]).generated()
     request.chunk.length[1] = 3

@@ -36,12 +36,13 @@ Build = Callable[..., tuple[Rank, Peer]]
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[list[Peer]]:
-    """Two processes for all tests: starting one costs seconds. The last tests kill them."""
+    """Two processes for all tests: starting one costs seconds."""
     peers = [Peer(), Peer()]
+    for peer in peers:
+        peer.answer()
     yield peers
     for peer in peers:
-        peer.process.kill()
-        peer.process.join()
+        peer.kill()
 
 
 @pytest.fixture
@@ -52,13 +53,18 @@ def build(peers: list[Peer], tmp_path: Path) -> Iterator[Build]:
     def build(*, here: int = 0, world: int = 2, **options: Any) -> tuple[Rank, Peer]:
         options = {"rendezvous": f"file://{tmp_path}/store", "world": world, **options}
         others = [peer for peer in peers if peer.process.is_alive()][: world - 1]
+        assert len(others) == world - 1, "an earlier test lost a process"
         for rank, peer in zip((rank for rank in range(world) if rank != here), others, strict=True):
             peer.begin("build", rank, **options)
-        built = Rank(here, **options)
+        try:
+            replicas.append((Rank(here, **options), others))
+        except BaseException:
+            for peer in others:  # theirs will not end either, and its answer would come too late
+                peer.kill()
+            raise
         for peer in others:
             peer.answer()
-        replicas.append((built, others))
-        return built, others[0]
+        return replicas[-1][0], others[0]
 
     yield build
     for built, others in replicas:
@@ -349,20 +355,18 @@ def test_a_dead_rank_fails_the_leader_and_the_other_ranks_at_once(build: Build, 
     leader, survivor = build(world=3)
     stream = leader.engine.submit(PROMPTS[:3], 400, ignore_eos=True)
     next(stream)
-    peers[1].process.kill()
+    peers[1].kill()
     started_s = time.monotonic()
     with pytest.raises(MemberError, match="rank 2: no longer reached"):
         list(stream)
     wait_until(lambda: survivor.ask("state") == leader.engine.state)
     assert time.monotonic() - started_s < WAIT_S / 2
-    peers[1].process.join()
 
 
 def test_a_dead_leader_fails_its_followers_at_once(build: Build) -> None:
     follower, leader = build(here=1)
-    leader.process.kill()
+    leader.kill()
     started_s = time.monotonic()
     with pytest.raises(MemberError, match="rank 1, step 0: "):
         follower.engine.wait_paused(WAIT_S)
     assert time.monotonic() - started_s < WAIT_S / 2
-    leader.process.join()

@@ -98,6 +98,7 @@ def serve_and_update(directory: Path) -> Mapping[str, Any]:
         expected.append(logits(whole))
 
     model = build(directory, "meta")
+    model.get_parameter("model.norm.weight").requires_grad_(True)
     shard_model(model, init_device_mesh("cpu", (WORLD,)), quantized=quantized_modules(model))
     seen: dict[str, Any] = {"expected_differ": not torch.equal(*expected)}
     seen["units"] = {name: unit_range(parameter) for name, parameter in storage_parameters(model).items()}

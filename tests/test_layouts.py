@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,56 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import kernels
-from quant.formats import FORMATS, TensorSpec
+from quant.formats import FORMATS
 from quant.layouts import (
     LAYOUTS,
     LayoutPlan,
-    Placement,
-    apply_rows,
     choose_layout,
     invert_rows,
-    place_row_major,
     plan_experts,
     plan_linear,
     quantized_names,
 )
 from quant.steps import GatedInterleave, PadRows, Part, RowMajor, ShuffleRows, Swizzle128x4, locate
 from tests import goldens, reference
+from tests.plans import PLANS, Storages, apply_all, random_tensors, rows_of
 
 BF16, NVFP4 = FORMATS["bf16"], FORMATS["nvfp4"]
 LINEAR = [row.name for row in LAYOUTS.values() if row.kind in ("linear", "any")]
 EXPERTS = [row.name for row in LAYOUTS.values() if row.kind in ("experts", "any")]
 SHUFFLES = sorted(key.split("_permute_")[1] for key in goldens.load("layout_shuffle") if "w2_permute" in key)
 MOE = goldens.names("moe_nvfp4")
-
-Storages = dict[str, Tensor]
-
-
-def empty(plan: LayoutPlan) -> Storages:
-    """Bytes of every storage of a plan."""
-    return {spec.name: torch.zeros(spec.num_bytes, dtype=torch.uint8) for spec in plan.storages}
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """uint8 [rows, row bytes]; a scalar is one row."""
-    return goldens.bytes_of(tensor).view(len(tensor) if tensor.ndim else 1, -1)
-
-
-def apply_all(plan: LayoutPlan, tensors: Mapping[str, Tensor]) -> Storages:
-    storages = empty(plan)
-    for placement in plan.placements:
-        apply_rows(placement, tensors[placement.tensor.name], 0, storages[placement.storage], 0)
-    return storages
-
-
-def random_tensors(plan: LayoutPlan, seed: int) -> dict[str, Tensor]:
-    """Bytes 1..255 for every tensor of a plan, so that padding shows."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {p.tensor.name: (p.tensor.num_rows, p.tensor.row_bytes) for p in plan.placements}
-    return {
-        name: torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator) for name, shape in shapes.items()
-    }
-
 
 def place(located_rows: np.ndarray, matrix: Tensor) -> Tensor:
     out = torch.empty_like(matrix)
@@ -276,164 +245,12 @@ def test_scalars_of_experts_are_gate_before_up_in_every_row_order() -> None:
         assert storages["a.w2_weight_scale_2"].view(torch.float32).tolist() == [2, 5, 8]
 
 
-PLANS: dict[str, Callable[[], LayoutPlan]] = {
-    **{f"{n}-{rows}": lambda n=n, rows=rows: plan_linear(LAYOUTS[n], NVFP4, "a", rows, 80)  # type: ignore[misc]
-       for n in LINEAR for rows in (1, 128, 300, 515)},
-    **{n: lambda n=n: plan_experts(LAYOUTS[n], NVFP4, "a", 5, 192, 64) for n in EXPERTS},  # type: ignore[misc]
-    "bf16-linear": lambda: plan_linear(LAYOUTS["plain"], BF16, "a", 300, 24),
-    "bf16-experts": lambda: plan_experts(LAYOUTS["plain"], BF16, "a", 3, 24, 40),
-}  # fmt: skip
-
-
-def shards(num_units: int, world: int) -> list[tuple[int, int]]:
-    """torch.chunk over units: ranks at the end may get none."""
-    step = -(-num_units // world)
-    return [(min(rank * step, num_units), min((rank + 1) * step, num_units)) for rank in range(world)]
-
-
-@pytest.mark.parametrize("case", PLANS)
-@pytest.mark.parametrize("world", [2, 3, 7])
-def test_applying_to_shards_is_a_shard_of_applying(case: str, world: int) -> None:
-    plan = PLANS[case]()
-    tensors = random_tensors(plan, 1)
-    whole = apply_all(plan, tensors)
-    for spec in plan.storages:
-        placements = [p for p in plan.placements if p.storage == spec.name]
-        num_rows = dict.fromkeys((p.tensor.name for p in placements), 0)
-        for start, stop in shards(spec.shape[0], world):
-            base = start * spec.unit_bytes
-            local = torch.zeros((stop - start) * spec.unit_bytes, dtype=torch.uint8)
-            for placement in placements:
-                row0, row1 = placement.rows_of_units(start, stop)
-                source = tensors[placement.tensor.name]
-                apply_rows(placement, source[row0:row1], row0, local, base)
-                assert torch.equal(invert_rows(placement, row0, row1 - row0, local, base), source[row0:row1])
-                num_rows[placement.tensor.name] += row1 - row0
-            assert torch.equal(local, whole[spec.name][base : base + len(local)])
-        assert num_rows == {p.tensor.name: p.tensor.num_rows for p in placements}
-
-
-@pytest.mark.parametrize("case", PLANS)
-def test_any_rows_are_written_without_touching_another_byte(case: str) -> None:
-    plan = PLANS[case]()
-    old, new = random_tensors(plan, 2), random_tensors(plan, 3)
-    storages = apply_all(plan, old)
-    rng = np.random.default_rng(0)
-    for placement in plan.placements:
-        name = placement.tensor.name
-        row0, row1 = sorted(rng.integers(0, placement.tensor.num_rows + 1, 2).tolist())
-        apply_rows(placement, new[name][row0:row1], row0, storages[placement.storage], 0)
-        old[name][row0:row1] = new[name][row0:row1]
-    expected = apply_all(plan, old)
-    assert all(torch.equal(storages[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("case", PLANS)
-def test_numba_and_torch_place_bytes_alike(case: str) -> None:
-    plan = PLANS[case]()
-    tensors = random_tensors(plan, 4)
-    ours, twins = apply_all(plan, tensors), empty(plan)
-    for placement in plan.placements:
-        whole = tensors[placement.tensor.name]
-        kernels.scatter_rows_torch(whole, placement.located, 0, placement.origin, twins[placement.storage])
-        back = torch.empty_like(whole)
-        kernels.gather_rows_torch(twins[placement.storage], placement.located, 0, placement.origin, back)
-        assert torch.equal(back, whole)
-    assert all(torch.equal(ours[name], twins[name]) for name in ours)
-
-
-@pytest.mark.parametrize("offset", [0, 1, 2, 4])
-def test_memory_need_not_be_aligned(offset: int) -> None:
-    plan = plan_linear(LAYOUTS["trtllm_linear"], NVFP4, "a", 130, 128)
-    placement = plan.placements[1]
-    source = random_tensors(plan, 5)["a.weight_scale"]
-    storage = torch.zeros(plan.storages[1].num_bytes + offset, dtype=torch.uint8)[offset:]
-    apply_rows(placement, source, 0, storage, 0)
-    assert torch.equal(storage, apply_all(plan, random_tensors(plan, 5))["a.weight_scale"])
-    assert torch.equal(invert_rows(placement, 3, 100, storage, 0), source[3:103])
-
-
-def test_a_row_of_a_strided_source_is_taken_as_it_reads() -> None:
-    plan = plan_linear(LAYOUTS["plain"], NVFP4, "a", 128, 64)
-    wide = torch.randint(0, 256, (128, 64), dtype=torch.uint8)
-    storage = torch.zeros(plan.storages[0].num_bytes, dtype=torch.uint8)
-    apply_rows(plan.placements[0], wide[:, ::2], 0, storage, 0)
-    assert torch.equal(storage.view(128, 32), wide[:, ::2])
-
-
-@pytest.mark.parametrize("case", PLANS)
-def test_placements_state_where_every_byte_lies(case: str) -> None:
-    """The offsets of all placements are distinct, inside the storage, and a row lies within its unit."""
-    plan = PLANS[case]()
-    for spec in plan.storages:
-        taken = np.zeros(spec.num_bytes, np.int64)
-        for placement in (p for p in plan.placements if p.storage == spec.name):
-            columns = np.arange(placement.tensor.row_bytes)
-            runs = placement.run_offsets[columns // placement.run_bytes] + columns % placement.run_bytes
-            offsets = placement.row_offsets[:, None] + runs
-            np.add.at(taken, offsets.ravel(), 1)
-            assert placement.unit_bytes == spec.unit_bytes
-            assert np.array_equal(offsets // spec.unit_bytes, offsets[:, :1] // spec.unit_bytes + 0 * offsets)
-        assert taken.max() == 1 and (taken.min() == 0) == spec.padding
-
-
-def test_a_plain_tensor_is_its_own_storage() -> None:
-    for shape in ((5, 3), (7,), (), (0, 4)):
-        spec = TensorSpec(name="model.norm.weight", dtype="BF16", shape=shape)
-        placement = place_row_major(spec, "model.norm.weight")
-        source = torch.randint(0, 256, (spec.num_rows, spec.row_bytes), dtype=torch.uint8)
-        storage = torch.zeros(spec.num_bytes, dtype=torch.uint8)
-        apply_rows(placement, source, 0, storage, 0)
-        assert torch.equal(storage.view(source.shape), source)
-        assert placement.rows_of_units(1, 3) == (min(1, spec.num_rows), min(3, spec.num_rows))
-
-
 def test_steps_are_bijections_in_closed_form() -> None:
     rows = np.arange(384)
     for step in (GatedInterleave(), GatedInterleave(64), ShuffleRows(128), ShuffleRows(64), PadRows(128)):
         assert sorted(step.place(rows, 384)) == rows.tolist()
     assert GatedInterleave(64).place(rows, 384)[[0, 63, 64, 192, 256]].tolist() == [0, 63, 128, 64, 192]
     assert (Part(1, 3).place(rows, 384)[0], Part(1, 3).num_rows(384), PadRows(128).num_rows(385)) == (384, 1152, 512)
-
-
-def placement_of(num_rows: int = 300) -> tuple[Placement, Tensor]:
-    plan = plan_linear(LAYOUTS["cutlass_linear"], NVFP4, "a", num_rows, 64)
-    return plan.placements[0], torch.zeros(plan.storages[0].num_bytes, dtype=torch.uint8)
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda p, local: apply_rows(p, zeros(4, 31), 0, local, 0), "expected torch.uint8 [n, 32]"),
-        (lambda p, local: apply_rows(p, torch.zeros(4, 32), 0, local, 0), "expected torch.uint8 [n, 32]"),
-        (lambda p, local: apply_rows(p, zeros(4, 32), 297, local, 0), "rows [297, 301) lie outside [0, 300)"),
-        (lambda p, local: apply_rows(p, zeros(4, 32), -1, local, 0), "lie outside [0, 300)"),
-        (lambda p, local: apply_rows(p, zeros(4, 32), 0, local[:-1].view(-1)[:96], 0), "outside the shard's [0, 96)"),
-        (lambda p, local: apply_rows(p, zeros(4, 32), 0, local, 32), "outside the shard"),
-        (lambda p, local: apply_rows(p, zeros(4, 32), 0, local.view(3, -1), 0), "expected contiguous torch.uint8"),
-        (lambda p, local: invert_rows(p, 299, 2, local, 0), "rows [299, 301) lie outside"),
-        (lambda p, local: invert_rows(p, 0, 300, local[: 128 * 32], 0), "outside the shard's [0, 4096)"),
-    ],
-)
-def test_rows_outside_a_tensor_or_a_shard_are_refused(call: Callable[..., object], message: str) -> None:
-    placement, local = placement_of()
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        call(placement, local)
-    assert str(error.value).startswith("a.weight in a.weight: ")
-    assert local.count_nonzero() == 0
-
-
-def test_a_shard_that_cuts_interleaved_rows_is_refused() -> None:
-    spec = TensorSpec(name="a.weight", dtype="U8", shape=(128, 8))
-    located = locate((ShuffleRows(),), RowMajor(), 128, 8)
-    placement = Placement(tensor=spec, storage="a.weight", origin=0, located=located, unit_bytes=16 * 8)
-    with pytest.raises(ValueError, match="not contiguous"):
-        placement.rows_of_units(0, 1)
-    assert placement.rows_of_units(0, 2) == (0, 32)
 
 
 @pytest.mark.parametrize(

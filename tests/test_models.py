@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import goldens
 import numpy as np
 import pytest
 import torch
 from cold import encode_all, install, random_weights, read_back, storage_bytes
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +33,6 @@ from quant.models import (
 )
 from quant.modules import QuantExperts, QuantLinear, decode_all, quantized_modules
 
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("plain", "cutlass", "trtllm")
 SMALL = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 CONFIGS: dict[str, Any] = {
@@ -254,18 +253,15 @@ def dequantized(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 EXPORTED = {"llama": LlamaConfig(hidden_size=128, intermediate_size=256, **SMALL), "qwen3moe": CONFIGS["qwen3_moe"]}
 
 
-def golden(file: str) -> dict[str, Tensor]:
-    """A fixture's tensors without their "in." or "out.", those that it stores once under several names included."""
-    stored = load_file(GOLDEN / file)
-    manifest = json.loads((GOLDEN / "manifest.json").read_text())
-    listed = next(row["tensors"] for row in manifest["fixtures"] if row["file"] == file)
-    return {name.partition(".")[2]: stored[tensor.get("same_as", name)] for name, tensor in listed.items()}
+def golden(name: str) -> dict[str, Tensor]:
+    """A fixture's tensors without their "in." or "out."."""
+    return {tensor.partition(".")[2]: value for tensor, value in goldens.load(name).items()}
 
 
 def exported(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(BF16 inputs with experts unstacked, tensors of the export; what it left in BF16 taken from the inputs)."""
     weights: dict[str, Tensor] = {}
-    for name, value in golden(f"export_{kind}_inputs.safetensors").items():
+    for name, value in golden(f"export_{kind}_inputs").items():
         stem, _, leaf = name.rpartition(".")
         halves = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(leaf)
         if halves is None:
@@ -274,7 +270,7 @@ def exported(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for expert, stacked in enumerate(value):
             for half, rows in zip(halves, stacked.chunk(len(halves)), strict=True):
                 weights[f"{stem}.{expert}.{half}_proj.weight"] = rows.contiguous()
-    packed = golden(f"export_{kind}_nvfp4_default.safetensors")
+    packed = golden(f"export_{kind}_nvfp4_default")
     return weights, {**{name: value for name, value in weights.items() if name not in packed}, **packed}
 
 
@@ -283,7 +279,9 @@ def exported(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_encoding_the_inputs_of_a_modelopt_export_changes_no_byte_of_an_actor_loaded_from_it(
     tmp_path: Path, kind: str, family: str
 ) -> None:
-    EXPORTED[kind].save_pretrained(tmp_path)
+    # What modelopt adds to config.json must not make transformers swap modules of its own.
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({**EXPORTED[kind].to_dict(), "quantization_config": quantization}))
     model = build_model(tmp_path, "nvfp4", family)
     weights, export = exported(kind)
     assert {row.name for row in parameters_of(model)} == set(weights)

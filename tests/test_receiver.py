@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quant.formats import TensorSpec
 from quant.layouts import Derived, place_row_major
-from tests.rig import LAYOUT_PAIRS, Rig, chunk_of, chunks_for, random_content
+from tests.rig import LAYOUT_PAIRS, NUM_TENSORS, Rig, chunk_of, chunks_for, random_content
 from weight_update.digest import digest_rows, name_key
 from weight_update.errors import (
     BusyError,
@@ -31,7 +31,8 @@ from weight_update.errors import (
 )
 from weight_update.receiver import Receiver, State
 
-ALL = range(44)  # tensors of a rig
+ALL = range(NUM_TENSORS)
+LAST = NUM_TENSORS - 1
 
 # ---------------------------------------------------------------- hot = cold, in place, all or nothing
 
@@ -60,11 +61,11 @@ def abort_prepared(rig: Rig, tensors: list[int], seed: int) -> None:
 
 
 def abort_installed(rig: Rig, tensors: list[int], seed: int) -> None:
+    content = random_content(rig.specs, seed)
     rig.begin(tensors)
-    rig.stage(tensors, random_content(rig.specs, seed), seed)
+    rig.stage(tensors, content, seed)
     rig.prepare()
-    rig.install()
-    assert rig.wrong()
+    assert np.array_equal(rig.install(), rig.expected_digests(tensors, content))
     rig.abort()
     rig.abort()
 
@@ -93,14 +94,14 @@ def some_ranks_fail(rig: Rig, tensors: list[int], seed: int) -> None:
 
 
 STEPS = (commit, commit, abort_open, abort_prepared, abort_installed, undo_and_publish, some_ranks_fail)
-subsets = st.lists(st.sampled_from(ALL), min_size=1, max_size=12, unique=True)
+subsets = st.one_of(st.just(list(ALL)), st.lists(st.sampled_from(ALL), min_size=1, max_size=12, unique=True))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(LAYOUT_PAIRS),
     st.integers(1, 3),
-    st.lists(st.tuples(st.sampled_from(STEPS), st.one_of(st.just(list(ALL)), subsets), st.integers(1, 999)), max_size=6),
+    st.lists(st.tuples(st.sampled_from(STEPS), subsets, st.integers(1, 999)), max_size=6),
 )
 def test_any_sequence_of_pushes_leaves_the_bytes_of_a_cold_load_at_the_same_addresses(
     layouts: tuple[str, str], world: int, steps: list[tuple[Callable[[Rig, list[int], int], None], list[int], int]]
@@ -180,8 +181,9 @@ def test_prepare_names_what_is_missing_and_the_rest_can_still_come() -> None:
     receiver.stage(chunk_of([(0, 0, content["norm.weight"].tobytes()), (1, 40, bytes(60))]))
     with pytest.raises(TransferError) as caught:
         receiver.prepare()
-    for part in ("3 problems", "d.weight: bytes [0, 40)", "d.weight: bytes [100, 8000)", "d.weight_scale_2: bytes [0, 4)"):
-        assert part in str(caught.value)
+    text = str(caught.value)
+    assert "d.weight: bytes [0, 40)" in text and "d.weight: bytes [100, 8000)" in text
+    assert "3 problems" in text and "d.weight_scale_2: bytes [0, 4)" in text
     rig.stage(tensors, content)
     assert np.array_equal(rig.prepare(), rig.expected_digests(tensors, content))
 
@@ -195,7 +197,6 @@ def test_a_corrupted_chunk_and_one_for_other_rows_are_refused() -> None:
     chunk = chunks_for(other, [i], content, 0)[0]
     with pytest.raises(TransferError, match=r"d\.weight: \d+ bytes at offset \d+, this rank takes bytes \[0, 5120\)"):
         mine.stage(chunk)
-    chunk.tensor.setflags(write=False)
     damaged = chunks_for(mine, [i], content, 0)[0]
     object.__setattr__(damaged, "checksum", damaged.checksum ^ 1)
     with pytest.raises(TransferError, match="checksum"):
@@ -205,7 +206,7 @@ def test_a_corrupted_chunk_and_one_for_other_rows_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
-    [([], "no tensor"), ([0, 0], "named twice"), ([44], "tensor 44: the manifest has 44"), ([-1], "tensor -1")],
+    [([], "no tensor"), ([0, 0], "named twice"), ([42], "tensor 42: the manifest has 42"), ([-1], "tensor -1")],
 )
 def test_begin_refuses_tensors_that_are_none(tensors: list[int], message: str) -> None:
     receiver = Rig(LAYOUT_PAIRS[0]).receivers[0]
@@ -225,7 +226,7 @@ def test_storages_and_placements_that_do_not_fit_are_all_named() -> None:
         ({"a.weight": good[:6]}, placed, (), "which hold 6 of 8 rows"),
         ({"a.weight": good, "z": good}, placed, (), "z: nothing fills it"),
         ({"a.weight": good.t().contiguous().t()}, placed, (), "expected contiguous memory"),
-        ({"a.weight": good[:, :3].clone()}, placed, (), "has 48 bytes on this rank, units"),
+        ({"a.weight": torch.zeros(9, dtype=torch.uint8)}, placed, (), r"has 9 bytes on this rank, units \[0, 1\) of 8"),
         ({"a.weight": good}, [*placed, place_row_major(two, "a.weight")], (), "they overlap"),
         ({"a.weight": good, "c": torch.zeros(1)}, placed, [doubled], "c: d is not among the storages"),
     ):
@@ -268,7 +269,10 @@ def test_threads_may_stage_while_another_aborts() -> None:
 # ---------------------------------------------------------------- damage is caught and undone
 
 
-def arming(damage: Callable[[Mapping[str, Tensor]], None], armed: list[bool]) -> Callable[[Mapping[str, Tensor]], Derived]:
+Damage = Callable[[Mapping[str, Tensor]], None]
+
+
+def arming(damage: Damage, armed: list[bool]) -> Callable[[Mapping[str, Tensor]], Derived]:
     """A derived value whose computation does damage: it runs between the writes and the read-back."""
 
     def make(storages: Mapping[str, Tensor]) -> Derived:
@@ -338,7 +342,7 @@ def explode(storages: Mapping[str, Tensor]) -> None:
     ],
 )
 def test_damage_in_an_install_is_caught_and_the_old_bytes_are_put_back(
-    damage: Callable[[Mapping[str, Tensor]], None], error: type[Exception], message: str
+    damage: Damage, error: type[Exception], message: str
 ) -> None:
     armed: list[bool] = []
     rig = Rig(("trtllm_linear", "trtllm_moe"), extra=[arming(damage, armed)])
@@ -364,7 +368,7 @@ def test_damage_in_an_install_is_caught_and_the_old_bytes_are_put_back(
 def test_staged_bytes_that_change_after_prepare_are_caught() -> None:
     rig = Rig(("trtllm_linear", "trtllm_moe"))
     rig.push_all(1)
-    for tensor in (0, 5, 43):
+    for tensor in (0, 5, LAST):
         rig.begin(ALL)
         rig.stage(ALL, random_content(rig.specs, 2))
         rig.prepare()
@@ -382,10 +386,9 @@ def test_live_bytes_that_rot_change_the_re_read_digest() -> None:
     rig.push_all(1)
     receiver, before = rig.receivers[0], rig.receivers[0].digests()
     flip_weight(rig.storages[0])
-    changed = np.flatnonzero((receiver.digests() != before).any(axis=1))
-    assert [rig.specs[i].name for i in changed] == [rig.specs[i].name for i in ALL if "x." in rig.specs[i].name][:0] or (
-        len(changed) == 1 and "_proj.weight" in rig.specs[int(changed[0])].name
-    )
+    (changed,) = np.flatnonzero((receiver.digests() != before).any(axis=1)).tolist()
+    assert "_proj.weight" in rig.specs[changed].name
+    assert np.array_equal(receiver.digests([0, changed])[0], before[0])
 
 
 # ---------------------------------------------------------------- memory

@@ -24,7 +24,8 @@ one word changes both lanes with certainty, since mix is a bijection; any other 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +41,6 @@ SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 BLOCK_BYTES = 1 << 20  # rows are taken in blocks of about this size: what a core's cache holds, and bounded scratch
 
-Words = npt.NDArray[np.uint64]  # [rows, words]
-
 
 def name_key(name: str) -> int:
     """The key of the tensor with this name."""
@@ -53,30 +52,19 @@ def digest_rows(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
     num_rows, row_bytes = rows.shape
     if num_rows == 0 or row_bytes == 0:
         return 0, 0
-    lanes = [mix((key ^ seed) + row_bytes * GOLDEN) for seed in SEEDS]
-    kernel = _compiled() if rows.device.type == "cpu" else None
-    digest = _digest_torch if kernel is None else functools.partial(_digest_numpy, kernel)
+    digest = _digest_torch if rows.device.type != "cpu" or _loops() is None else _digest_numba
     step = max(1, BLOCK_BYTES // max(row_bytes, 64))
-    sums = [0, 0]
+    lane0 = lane1 = 0
     for start in range(0, num_rows, step):
-        words = _words(rows[start : start + step])
-        for i, lane in enumerate(lanes):
-            sums[i] += digest(words, lane, row0 + start)
-    return sums[0] & MASK, sums[1] & MASK
+        part0, part1 = digest(_words(rows[start : start + step]), key, row_bytes, row0 + start)
+        lane0, lane1 = lane0 + part0, lane1 + part1
+    return lane0 & MASK, lane1 & MASK
 
 
 def total(digests: Digests) -> str:
     """The digest of a whole version, 32 hex digits: the sum over its tensors, whose keys tell them apart."""
     lane0, lane1 = digests.reshape(-1, 2).sum(axis=0, dtype=np.uint64).tolist()
     return f"{lane0:016x}{lane1:016x}"
-
-
-def mix(x: int) -> int:
-    """splitmix64's finalizer."""
-    x &= MASK
-    x = (x ^ (x >> 30)) * MULTIPLIERS[0] & MASK
-    x = (x ^ (x >> 27)) * MULTIPLIERS[1] & MASK
-    return x ^ (x >> 31)
 
 
 def _words(rows: Tensor) -> Tensor:
@@ -90,53 +78,41 @@ def _words(rows: Tensor) -> Tensor:
     return words.view(torch.int64)
 
 
-# ---------------------------------------------------------------- numba
-
-
-def _digest_words(words: Words, lane: np.uint64, row0: np.uint64) -> np.uint64:
-    """One lane of a block; LLVM vectorizes the inner loop: 12 GB/s for both lanes on one Zen 4 core."""
-    m0, m1, golden = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
-    s30, s27, s31, one = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(1)
-    result = np.uint64(0)
-    for r in range(words.shape[0]):
-        x = lane + (row0 + np.uint64(r) + one) * golden
-        x = (x ^ (x >> s30)) * m0
-        x = (x ^ (x >> s27)) * m1
-        row_key = x ^ (x >> s31)
-        for i in range(words.shape[1]):
-            x = words[r, i] ^ (row_key + np.uint64(i) * golden)
-            x = (x ^ (x >> s30)) * m0
-            x = (x ^ (x >> s27)) * m1
-            result += x ^ (x >> s31)
-    return result
-
-
-Kernel = Callable[[Words, np.uint64, np.uint64], np.uint64]
-
-
 @functools.cache
-def _compiled() -> Kernel | None:
-    """The compiled kernel; None where numba is not installed."""
+def _loops() -> ModuleType | None:
+    """The compiled loops, None where numba is not installed."""
     try:
-        import numba
+        return importlib.import_module(".loops", __package__)
     except ImportError:
         return None
-    try:
-        return numba.njit(nogil=True, cache=True)(_digest_words)
-    except RuntimeError:  # neither the source's folder nor the user's cache folder can be written
-        return numba.njit(nogil=True)(_digest_words)
 
 
-def _digest_numpy(kernel: Kernel, words: Tensor, lane: int, row0: int) -> int:
-    return int(kernel(words.numpy().view(np.uint64), np.uint64(lane), np.uint64(row0)))
+def _digest_numba(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[int, int]:
+    loops = _loops()
+    assert loops is not None
+    array = words.numpy().view(np.uint64)
+    lane0, lane1 = loops.digest(array, np.uint64(key), np.uint64(row_bytes), np.uint64(row0))
+    return int(lane0), int(lane1)
 
 
 # ---------------------------------------------------------------- torch twin
 
 
-def _signed(x: int) -> int:
-    x &= MASK
-    return x - (1 << 64) if x >> 63 else x
+def _digest_torch(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[int, int]:
+    num_rows, num_words = words.shape
+    steps = torch.arange(max(num_rows + 1, num_words), device=words.device) * _signed(GOLDEN)
+    sums = []
+    for seed in SEEDS:
+        lane = _mix(torch.tensor([_signed((key ^ seed) + row_bytes * GOLDEN)], device=words.device))
+        row_keys = _mix(lane + (steps[1 : num_rows + 1] + _signed(row0 * GOLDEN)))
+        sums.append(int(_mix(words ^ (row_keys[:, None] + steps[:num_words])).sum()) & MASK)
+    return sums[0], sums[1]
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(MULTIPLIERS[0])
+    x = (x ^ _shift(x, 27)) * _signed(MULTIPLIERS[1])
+    return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -144,14 +120,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix_torch(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(MULTIPLIERS[0])
-    x = (x ^ _shift(x, 27)) * _signed(MULTIPLIERS[1])
-    return x ^ _shift(x, 31)
-
-
-def _digest_torch(words: Tensor, lane: int, row0: int) -> int:
-    num_rows, num_words = words.shape
-    steps = torch.arange(max(num_rows + 1, num_words), device=words.device) * _signed(GOLDEN)
-    row_keys = _mix_torch(steps[1 : num_rows + 1] + _signed(lane + row0 * GOLDEN))
-    return int(_mix_torch(words ^ (row_keys[:, None] + steps[:num_words])).sum()) & MASK
+def _signed(x: int) -> int:
+    """The same 64 bits as torch's int64 takes them."""
+    x &= MASK
+    return x - (1 << 64) if x >> 63 else x

@@ -17,13 +17,14 @@ BLOCK_BYTES = 8 << 20  # BF16 bytes encoded at a time
 
 def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
     """(first row, BF16 rows) of a source to encode, in blocks of bounded size; nothing for checkpoint form."""
-    rows = source.rows.reshape(1) if source.rows.ndim == 0 else source.rows
-    if source.kind == "checkpoint" or rows.numel() == 0:
+    if source.kind == "checkpoint" or source.rows.numel() == 0:
         return
-    step = max(1, BLOCK_BYTES // max(1, 2 * rows[0].numel()))
+    rows = source.rows.reshape(max(1, source.rows.shape[0]) if source.rows.ndim else 1, -1)
+    step = max(1, BLOCK_BYTES // (2 * rows.shape[1]))
     for start in range(0, rows.shape[0], step):
-        block = rows[start : start + step].to(torch.bfloat16).cpu()
-        yield source.first + start, block.reshape(block.shape[0], -1).contiguous()
+        # A view where the rows are contiguous BF16 on the host already; otherwise scratch of one block.
+        block = rows[start : start + step].to(device="cpu", dtype=torch.bfloat16)
+        yield source.first + start, block.contiguous()
 
 
 def nonfinite_index(source: Source) -> tuple[int, ...]:

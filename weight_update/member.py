@@ -16,6 +16,10 @@ MEMBER_STEPS: Mapping[tuple[str, str], str] = {
     ("confirm", "installed"): "installed",
     ("publish", "installed"): "idle",
     ("publish", "idle"): "idle",
+    ("undo", "open"): "open",
+    ("undo", "prepared"): "prepared",
+    ("undo", "installed"): "prepared",
+    ("undo", "idle"): "idle",
     ("abort", "open"): "idle",
     ("abort", "prepared"): "idle",
     ("abort", "installed"): "idle",
@@ -44,8 +48,9 @@ class Member:
         if epoch < self.epoch:
             raise VersionError(f"{step}: epoch {epoch} is over, this rank follows {self.epoch}; stop that coordinator")
         self.epoch = epoch
-        if step == "abort":
-            # Remembered even where nothing is open: a step that the abort overtook on the network must not start anything.
+        if step in ("undo", "abort"):
+            # Remembered even where nothing is open: a step that this one overtook on the network must not start
+            # anything.
             self._ended = max(self._ended, transaction)
         elif step != "publish" and transaction <= self._ended:
             raise BusyError(f"{step}: transaction {transaction} is over on this rank; begin a new push")
@@ -55,7 +60,7 @@ class Member:
         adopts = step == "publish" and self.state == "idle" and version != self.version
         if adopts and self.version != 0:
             raise VersionError(f"publish: this rank holds {self.version} and never installed {version}; rebuild it")
-        return adopts or step == "confirm" or MEMBER_STEPS[step, self.state] != self.state
+        return adopts or step in ("confirm", "undo") or MEMBER_STEPS[step, self.state] != self.state
 
     def done(self, step: str, *, transaction: int, version: int, result: object = None) -> object:
         """Record that `step` was done, and its answer."""

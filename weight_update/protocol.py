@@ -2,7 +2,7 @@
 
     IDLE -begin-> OPENING -> OPEN -prepare-> PREPARING -> PREPARED -install-> INSTALLING -> INSTALLED
          -decide-> DECIDING (Persist: the commit point) PUBLISHING -> IDLE
-    any failure before the decision -> ABORTING -> IDLE
+    any failure before the decision -> (UNDOING, once an install began) -> ABORTING -> IDLE
 
 The coordinator owns the decision; `weight_update.member` is a rank's side. Neither knows gRPC, Ray, disk or clock: a
 shell feeds them events and carries out their actions in order, which lets a simulator stand in for all four. No
@@ -53,6 +53,7 @@ class Phase(enum.Enum):
     CONFIRMING = "confirming"
     DECIDING = "deciding"
     PUBLISHING = "publishing"
+    UNDOING = "undoing"
     ABORTING = "aborting"
 
 
@@ -72,6 +73,7 @@ class Transaction:
     digests: Digests | None = None
     wire_bytes: int = 0
     decide: bool = False  # go on to the decision once installed
+    touched: bool = False  # an install began: some rank may be paused and hold new bytes
     failure: WeightUpdateError | None = None
     decision: Decision | None = None
     callers: list[int] = field(default_factory=list)
@@ -95,6 +97,7 @@ ROUNDS: Mapping[str, tuple[Phase, Phase]] = {
     "install": (Phase.INSTALLING, Phase.INSTALLED),
     "confirm": (Phase.CONFIRMING, Phase.INSTALLED),
     "publish": (Phase.PUBLISHING, Phase.IDLE),
+    "undo": (Phase.UNDOING, Phase.ABORTING),
     "abort": (Phase.ABORTING, Phase.IDLE),
 }
 
@@ -200,7 +203,7 @@ class Coordinator:
         push_id, open_ = str(args["push_id"]), self.transaction
         if push_id in self.committed:
             return [Reply(id=request.id, result={"already_committed": True, "version": self.committed[push_id]})]
-        if open_ is not None and open_.push_id == push_id and self.phase is not Phase.ABORTING:
+        if open_ is not None and open_.push_id == push_id and self.phase not in (Phase.UNDOING, Phase.ABORTING):
             if self.phase is Phase.OPENING:  # answered with the first caller
                 open_.callers.append(request.id)
                 return []
@@ -292,6 +295,7 @@ class Coordinator:
         open_ = self._open()
         members = [member for member in self.members if member.replica not in self.fenced]
         self.phase = ROUNDS[step][0]
+        open_.touched = open_.touched or step == "install"
         self._round = Round(step=step, waiting=frozenset(members), failed={})
         return [
             Send(
@@ -358,6 +362,11 @@ class Coordinator:
         result = {"timings": open_.results.get("publish", {}), "version": open_.version, "digest_verified": True}
         return [*fences, *self._close(result)]
 
+    def _undone(self, now_s: float) -> list[Action]:
+        # A rank serves again only when all have their old bytes back: refreshing a sharded module reads its peers'
+        # shards.
+        return [*self._fence_failed(), *self._start("abort")]
+
     def _aborted(self, now_s: float) -> list[Action]:
         open_ = self._open()
         return [*self._fence_failed(), self._notify("abort", str(open_.failure)), *self._close(None)]
@@ -380,8 +389,9 @@ class Coordinator:
         return [self._notify("fence", f"{member}: {reason}")]
 
     def _abort(self, error: WeightUpdateError) -> list[Action]:
-        self._open().failure = error
-        return self._start("abort")
+        open_ = self._open()
+        open_.failure = error
+        return self._start("undo" if open_.touched else "abort")
 
     def _answer(self, result: object) -> list[Action]:
         """Answer the callers and wait for the trainer's next step, for as long as its lease runs."""
@@ -428,6 +438,7 @@ class Coordinator:
         states: each member's answer to hello ({"state", "transaction", "version"}), or the error of one that is gone.
         """
         actions: list[Action] = []
+        aborts: list[Action] = []  # after every undo
         for member, state in states.items():
             if isinstance(state, WeightUpdateError):
                 actions += self.fence(member, str(state))
@@ -437,10 +448,11 @@ class Coordinator:
             if transaction and decided is not None:
                 actions.append(Send(member=member, step="publish", transaction=transaction, version=decided))
             elif transaction:
-                actions.append(Send(member=member, step="abort", transaction=transaction, version=held))
+                actions.append(Send(member=member, step="undo", transaction=transaction, version=held))
+                aborts.append(Send(member=member, step="abort", transaction=transaction, version=held))
             elif held != self.version:
                 actions += self.fence(member, f"holds version {held}, committed is {self.version}")
-        return actions
+        return actions + aborts
 
 
 def replica_sums(results: Mapping[MemberId, object]) -> dict[int, Digests]:
@@ -466,5 +478,6 @@ COMPLETED: Mapping[str, Callable[[Coordinator, float], list[Action]]] = {
     "install": Coordinator._installed,
     "confirm": Coordinator._commit,
     "publish": Coordinator._published,
+    "undo": Coordinator._undone,
     "abort": Coordinator._aborted,
 }

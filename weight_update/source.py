@@ -7,6 +7,7 @@ anyone.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -207,7 +208,7 @@ def _select(
     plan = PushPlan(
         sources=tuple(sources),
         specs=tuple(spec for source in sources for spec in source.specs),
-        logical_bytes=sum(2 * int(np.prod(row.shape, dtype=np.int64)) for row in wanted),
+        logical_bytes=sum(2 * math.prod(row.shape) for row in wanted),
         carried_over=len(manifest.parameters) - len(wanted),
         widened=tuple(row.name for row in wanted if row.name not in given),
     )
