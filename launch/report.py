@@ -218,7 +218,7 @@ def _bars(
         left = [scale * (timings[i][start] - origin) for i in rows]
         width = [scale * (timings[i][stop] - timings[i][start]) for i in rows]
         axes.barh(rows, width, left=left, height=0.7, color=colour, label=label)
-    axes.set_ylim(len(timings) - 0.5, -0.5)
+    axes.set_ylim(max(len(timings), 1) - 0.5, -0.5)
     axes.set_xlim(left=0.0)
 
 

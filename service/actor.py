@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from quant.checkpoint import open_checkpoint
-from quant.models import build_model
+from quant.models import build_model, owners_of
 from quant.modules import decode_all, quantized_modules
 from sharding.fsdp import reshard_all, shard_model, unshard_all
 from weight_update.receiver import Receiver
@@ -83,7 +83,7 @@ class RankActor:
             quantized = quantized_modules(model)
             shard_model(model, mesh, quantized=quantized)
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
-            cold_load(receiver, checkpoint, dist.group.WORLD)
+            cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
             config_dir = checkpoint.config_dir
         for module in quantized:
             module.mark_applied()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.checkpoint import Checkpoint
 from quant.formats import FORMATS, TensorSpec, amax, encode, global_scale
@@ -18,10 +18,10 @@ from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.errors import ManifestError, raise_all
-from weight_update.manifest import Manifest
 from weight_update.receiver import Receiver
 
 BLOCK_BYTES = 8 << 20  # BF16 bytes read and encoded at a time
+FLOATS = ("BF16", "F32", "F16")
 LOAD_TRANSACTION = 1  # before any coordinator is there
 
 
@@ -34,25 +34,143 @@ class Entry:
     row0: int = 0
 
 
-def cold_load(receiver: Receiver, checkpoint: Checkpoint, group: dist.ProcessGroup | None) -> None:
+def cold_load(
+    receiver: Receiver, checkpoint: Checkpoint, group: dist.ProcessGroup | None, owners: Mapping[str, nn.Module]
+) -> None:
     """Fill this rank's rows from a checkpoint, BF16 or already in checkpoint form. Collective over the replica.
 
-    Every parameter of the receiver must be there in its shape. Activation scales that the checkpoint lacks become 1.0.
+    owners: parameter name -> module that holds it, for messages. Every parameter of the receiver must be there in its
+    shape. Activation scales that the checkpoint lacks become 1.0, which means uncalibrated.
     """
-    manifest = receiver.manifest
-    entries = _entries(checkpoint)
-    encoded = [row for row in manifest.parameters if not _has_checkpoint_form(manifest, row, entries)]
-    _check(manifest, encoded, entries, checkpoint)
-    scales = _scales(receiver, encoded, entries, checkpoint, group)
-    receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, np.arange(len(manifest.tensors)))
-    names = {row.name for row in encoded}
-    for row in manifest.parameters:
-        fill = _encoded if row.name in names else _copied
-        for spec, first, data in fill(receiver, row, entries, checkpoint, scales):
-            receiver.stage(_chunk(manifest.index[spec.name], first, data), transaction=LOAD_TRANSACTION)
-    receiver.prepare()
-    receiver.install()
-    receiver.publish()
+    _ColdLoad(receiver, checkpoint, owners).run(group)
+
+
+Filled = Iterator[tuple[TensorSpec, int, Tensor]]
+
+
+class _ColdLoad:
+    """One load: what the receiver needs, and where the checkpoint keeps it."""
+
+    def __init__(self, receiver: Receiver, checkpoint: Checkpoint, owners: Mapping[str, nn.Module]) -> None:
+        self._receiver = receiver
+        self._manifest = receiver.manifest
+        self._checkpoint = checkpoint
+        self._owners = owners
+        self._entries = _entries(checkpoint)
+
+    def run(self, group: dist.ProcessGroup | None) -> None:
+        receiver, manifest = self._receiver, self._manifest
+        encoded = [row for row in manifest.parameters if not self._has_checkpoint_form(row)]
+        problems = [problem for row in manifest.parameters for problem in self._problems(row, row in encoded)]
+        raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", problems)
+        scales = self._scales(encoded, group)
+        everything = np.arange(len(manifest.tensors))
+        receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, everything)
+        encoded_names = {row.name for row in encoded}
+        for row in manifest.parameters:
+            filled = self._encoded(row, scales.get(row.name)) if row.name in encoded_names else self._copied(row)
+            for spec, first, data in filled:
+                receiver.stage(_chunk(manifest.index[spec.name], first, data), transaction=LOAD_TRANSACTION)
+        receiver.prepare()
+        receiver.install()
+        receiver.publish()
+
+    # -- what is there
+
+    def _has_checkpoint_form(self, row: ParameterRow) -> bool:
+        specs = [spec for spec in self._manifest.tensors_of(row) if not spec.name.endswith(".input_scale")]
+        return len(specs) > 1 and all(spec.name in self._entries for spec in specs)
+
+    def _problems(self, row: ParameterRow, encode_it: bool) -> Iterator[str]:
+        """Why a parameter cannot be loaded: each problem names tensor, checkpoint, shapes, dtype and module class."""
+        if not encode_it:
+            for spec in self._manifest.tensors_of(row):
+                entry = self._entries.get(spec.name)
+                found = self._checkpoint.spec(entry.name) if entry else spec
+                if (found.shape or (1,), found.dtype) != (spec.shape or (1,), spec.dtype):
+                    yield self._misfit(row, spec.name, f"{list(found.shape)} {found.dtype}", spec)
+            return
+        entry = self._entries.get(row.name)
+        wanted = TensorSpec(name=row.name, dtype="BF16", shape=row.shape)
+        if entry is None:
+            yield self._misfit(row, row.name, "no such tensor", wanted)
+            return
+        found = self._checkpoint.spec(entry.name)
+        shape = found.shape if entry.expert is None else row.shape
+        if shape != row.shape or found.dtype not in FLOATS:
+            yield self._misfit(row, entry.name, f"{list(found.shape)} {found.dtype}", wanted)
+
+    def _misfit(self, row: ParameterRow, name: str, found: str, wanted: TensorSpec) -> str:
+        start, stop = self._owned(self._manifest.tensors_of(row)[0])
+        owner = self._owners.get(row.name)
+        held_by = "" if owner is None else f" in {type(owner).__name__}"
+        return (
+            f"{name}: {self._checkpoint.config_dir} has {found}; expected {list(wanted.shape)} {wanted.dtype}"
+            f" (rows {start}:{stop} on this rank) for format {row.format}{held_by}; wrong checkpoint, or wrong --format?"
+        )
+
+    def _owned(self, spec: TensorSpec) -> tuple[int, int]:
+        index = self._manifest.index[spec.name]
+        return int(self._receiver.row_start[index]), int(self._receiver.row_stop[index])
+
+    # -- rows
+
+    def _blocks(self, row: ParameterRow) -> Iterator[tuple[int, Tensor]]:
+        """(first row, BF16 rows [n, columns]) of the rows of a parameter that this rank owns."""
+        entry = self._entries[row.name]
+        start, stop = self._owned(self._manifest.tensors_of(row)[0])
+        columns = math.prod(row.shape[1:])
+        step = max(1, BLOCK_BYTES // (2 * columns))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            if entry.expert is None:
+                rows = self._checkpoint.rows(entry.name, first, last)
+            else:
+                stacked = self._checkpoint.rows(entry.name, entry.expert, entry.expert + 1)
+                rows = stacked[0, entry.row0 + first : entry.row0 + last]
+            yield first, rows.to(torch.bfloat16).reshape(last - first, columns).contiguous()
+
+    def _scales(self, encoded: list[ParameterRow], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+        """The global scale of every fused group, from the largest amax over the replica's ranks."""
+        quantized = [row for row in encoded if FORMATS[row.format].has_global_scale]
+        bits = torch.zeros(len(quantized), dtype=torch.int64)
+        for i, row in enumerate(quantized):
+            bits[i] = max((amax(block) for _, block in self._blocks(row)), default=0)
+        if group is not None:
+            dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
+        values = bits.tolist()
+        bad = [f"{row.name}: NaN or Inf" for row, value in zip(quantized, values, strict=True) if value >= 0x7F80]
+        raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", bad)
+        largest: dict[str, int] = {}
+        for row, value in zip(quantized, values, strict=True):
+            key = row.group or row.name
+            largest[key] = max(largest.get(key, 0), value)
+        return {row.name: global_scale(FORMATS[row.format], largest[row.group or row.name]) for row in quantized}
+
+    def _encoded(self, row: ParameterRow, scale: Tensor | None) -> Filled:
+        specs = {spec.name.rpartition(".")[2]: spec for spec in self._manifest.tensors_of(row)}
+        for first, block in self._blocks(row):
+            if scale is None:
+                yield self._manifest.tensors_of(row)[0], first, as_bytes(block)
+                continue
+            for suffix, rows in encode(FORMATS[row.format], block, scale).items():
+                yield specs[suffix], first, as_bytes(rows)
+        if scale is None:
+            return
+        calibrated = self._entries.get(specs["input_scale"].name)
+        input_scale = self._checkpoint.rows(calibrated.name) if calibrated else torch.ones(())
+        for spec, value in ((specs["weight_scale_2"], scale), (specs["input_scale"], input_scale)):
+            if self._owned(spec) == (0, 1):
+                yield spec, 0, as_bytes(value.to(torch.float32).reshape(()))
+
+    def _copied(self, row: ParameterRow) -> Filled:
+        for spec in self._manifest.tensors_of(row):
+            start, stop = self._owned(spec)
+            entry = self._entries.get(spec.name)
+            if start == stop:
+                continue
+            rows = torch.ones(1, dtype=torch.float32) if entry is None else self._checkpoint.rows(entry.name, start, stop)
+            yield spec, start, as_bytes(rows).reshape(stop - start, spec.row_bytes)
 
 
 def _entries(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -62,129 +180,6 @@ def _entries(checkpoint: Checkpoint) -> dict[str, Entry]:
             entries[part.name] = Entry(name=name, expert=part.expert, row0=part.row0)
         entries.setdefault(canonical_name(name), Entry(name=name))
     return entries
-
-
-def _has_checkpoint_form(manifest: Manifest, row: ParameterRow, entries: Mapping[str, Entry]) -> bool:
-    specs = [spec for spec in manifest.tensors_of(row) if not spec.name.endswith(".input_scale")]
-    return len(specs) > 1 and all(spec.name in entries for spec in specs)
-
-
-def _check(
-    manifest: Manifest, encoded: list[ParameterRow], entries: Mapping[str, Entry], checkpoint: Checkpoint
-) -> None:
-    problems = []
-    for row in encoded:
-        entry = entries.get(row.name)
-        if entry is None:
-            problems.append(f"{row.name}: not in {checkpoint.config_dir}, expected {list(row.shape)} ({row.format})")
-            continue
-        spec = checkpoint.spec(entry.name)
-        shape = spec.shape if entry.expert is None else row.shape
-        if shape != row.shape or spec.dtype not in ("BF16", "F32", "F16"):
-            problems.append(
-                f"{row.name}: {entry.name} of {checkpoint.config_dir} is {list(spec.shape)} {spec.dtype}, the model"
-                f" needs {list(row.shape)} BF16, F16 or F32 for format {row.format}"
-            )
-    raise_all(ManifestError, f"cannot load {checkpoint.config_dir}", problems)
-
-
-def _owned(receiver: Receiver, spec: TensorSpec) -> tuple[int, int]:
-    index = receiver.manifest.index[spec.name]
-    return int(receiver.row_start[index]), int(receiver.row_stop[index])
-
-
-def _blocks(
-    receiver: Receiver, row: ParameterRow, entries: Mapping[str, Entry], checkpoint: Checkpoint
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, BF16 rows [n, columns]) of the rows of a parameter that this rank owns."""
-    entry = entries[row.name]
-    start, stop = _owned(receiver, receiver.manifest.tensors_of(row)[0])
-    columns = math.prod(row.shape[1:])
-    step = max(1, BLOCK_BYTES // (2 * columns))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        if entry.expert is None:
-            rows = checkpoint.rows(entry.name, first, last)
-        else:
-            rows = checkpoint.rows(entry.name, entry.expert, entry.expert + 1)[
-                0, entry.row0 + first : entry.row0 + last
-            ]
-        yield first, rows.to(torch.bfloat16).reshape(last - first, columns).contiguous()
-
-
-def _scales(
-    receiver: Receiver,
-    encoded: list[ParameterRow],
-    entries: Mapping[str, Entry],
-    checkpoint: Checkpoint,
-    group: dist.ProcessGroup | None,
-) -> dict[str, Tensor]:
-    """The global scale of every fused group, from the largest amax over the replica's ranks."""
-    quantized = [row for row in encoded if FORMATS[row.format].has_global_scale]
-    bits = torch.zeros(len(quantized), dtype=torch.int64)
-    for i, row in enumerate(quantized):
-        bits[i] = max((amax(block) for _, block in _blocks(receiver, row, entries, checkpoint)), default=0)
-    if group is not None:
-        dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
-    values = bits.tolist()
-    bad = [row.name for row, value in zip(quantized, values, strict=True) if value >= 0x7F80]
-    raise_all(ManifestError, f"cannot load {checkpoint.config_dir}", [f"{name}: NaN or Inf" for name in bad])
-    largest: dict[str, int] = {}
-    for row, value in zip(quantized, values, strict=True):
-        key = row.group or row.name
-        largest[key] = max(largest.get(key, 0), value)
-    return {row.name: global_scale(FORMATS[row.format], largest[row.group or row.name]) for row in quantized}
-
-
-Filled = Iterator[tuple[TensorSpec, int, Tensor]]
-
-
-def _encoded(
-    receiver: Receiver,
-    row: ParameterRow,
-    entries: Mapping[str, Entry],
-    checkpoint: Checkpoint,
-    scales: Mapping[str, Tensor],
-) -> Filled:
-    specs = {spec.name.rpartition(".")[2]: spec for spec in receiver.manifest.tensors_of(row)}
-    scale = scales.get(row.name)
-    for first, block in _blocks(receiver, row, entries, checkpoint):
-        if scale is None:
-            yield receiver.manifest.tensors_of(row)[0], first, as_bytes(block)
-            continue
-        for suffix, rows in encode(FORMATS[row.format], block, scale).items():
-            yield specs[suffix], first, as_bytes(rows)
-    if scale is None:
-        return
-    calibrated = entries.get(specs["input_scale"].name)
-    input_scale = checkpoint.rows(calibrated.name) if calibrated else torch.ones(())
-    for spec, value in ((specs["weight_scale_2"], scale), (specs["input_scale"], input_scale)):
-        if _owned(receiver, spec) == (0, 1):
-            yield spec, 0, as_bytes(value.to(torch.float32).reshape(()))
-
-
-def _copied(
-    receiver: Receiver,
-    row: ParameterRow,
-    entries: Mapping[str, Entry],
-    checkpoint: Checkpoint,
-    scales: Mapping[str, Tensor],
-) -> Filled:
-    for spec in receiver.manifest.tensors_of(row):
-        start, stop = _owned(receiver, spec)
-        if start == stop:
-            continue
-        if spec.name not in entries:
-            yield spec, 0, as_bytes(torch.ones((), dtype=torch.float32))
-            continue
-        data = as_bytes(checkpoint.rows(entries[spec.name].name, start, stop))
-        if data.numel() != (stop - start) * spec.row_bytes:
-            found = checkpoint.spec(entries[spec.name].name)
-            raise ManifestError(
-                f"{spec.name}: {checkpoint.config_dir} has {list(found.shape)} {found.dtype}, the model needs"
-                f" {list(spec.shape)} {spec.dtype} (rows {start}:{stop} on this rank); wrong checkpoint or format?"
-            )
-        yield spec, start, data
 
 
 def _chunk(index: int, first: int, data: Tensor) -> Chunk:

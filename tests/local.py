@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quant.checkpoint import open_checkpoint
-from quant.models import build_model
+from quant.models import build_model, owners_of
 from quant.modules import decode_all, quantized_modules
 from service.control import ControlServer
 from service.coordinator import CoordinatorShell
@@ -46,7 +46,7 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
     with open_checkpoint(str(model_dir)) as checkpoint:
         model = build_model(checkpoint.config_dir, format, layout)
         receiver = Receiver.from_module(model)
-        cold_load(receiver, checkpoint, None)
+        cold_load(receiver, checkpoint, None, owners_of(model))
     for module in quantized_modules(model):
         module.mark_applied()
     return model, receiver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ class Shell:
         code, out, err = self(*args, "--to", self._address)
         assert out == ""
         return code, err
+
+
+def eventually(shell: Shell, name: str, wanted: Any, within_s: float = 5.0) -> list[Any]:
+    """A field of every replica's status, once all have the wanted value: the coordinator asks the ranks every second."""
+    stop_s = time.monotonic() + within_s
+    while True:
+        found = [replica[name] for replica in shell.json("status")["replicas"]]
+        if set(found) == {wanted} or time.monotonic() > stop_s:
+            return found
+        time.sleep(0.1)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -146,7 +157,7 @@ def test_push_makes_the_next_version_on_all_replicas(live: Shell, service: Local
     assert report["version"] == after["version"] == before["version"] + 1
     assert report["digest_verified"] is True
     assert report["digest"] == after["digest"] != before["digest"]
-    assert [replica["version"] for replica in after["replicas"]] == [report["version"]] * 2
+    assert eventually(live, "version", report["version"]) == [report["version"]] * 2
     assert live.json("versions")[-1]["digest"] == report["digest"]
 
 
@@ -203,11 +214,9 @@ def test_a_push_while_another_is_open_exits_with_5(live: Shell, service: LocalSe
 
 
 def test_pause_and_resume_show_in_status(live: Shell) -> None:
-    states = []
-    for command in ("pause", "resume"):
+    for command, state in (("pause", "paused"), ("resume", "serving")):
         live.json(command)
-        states.append([replica["state"] for replica in live.json("status")["replicas"]])
-    assert states == [["paused"] * 2, ["serving"] * 2]
+        assert eventually(live, "state", state) == [state] * 2
 
 
 def test_probe_gives_the_version_of_every_token(live: Shell, service: LocalService) -> None:

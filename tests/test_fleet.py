@@ -147,12 +147,13 @@ def test_generation_goes_on_across_a_commit_and_every_rank_switches_at_one_step(
     assert all(len(steps) == 1 for steps in switched.values())  # sequences of one request start at one step
 
 
+@pytest.mark.parametrize("rank", [2, 3], ids=["leader", "follower"])
 @pytest.mark.parametrize("point", ["prepare", "install", "installed"])
 def test_a_rank_that_fails_leaves_every_shard_as_it_was_and_serving_goes_on(
-    point: str, fleet: Fleet, pusher: Pusher, control: pb_grpc.ControlStub
+    point: str, rank: int, fleet: Fleet, pusher: Pusher, control: pb_grpc.ControlStub
 ) -> None:
     before, version = live_bytes(fleet), control.Status(pb.StatusRequest()).version
-    ray.get(fleet.ranks[3].arm.remote(point, "raise"))
+    ray.get(fleet.ranks[rank].arm.remote(point, "raise"))
     with pytest.raises(WeightUpdateError, match="planned failure"):
         pusher.push(tiny_llama(seed=4))
     assert live_bytes(fleet) == before

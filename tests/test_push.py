@@ -270,6 +270,19 @@ def export_directory(family: str, tensors: dict[str, torch.Tensor], directory: P
     return directory
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused_with_everything_that_one_needs_to_know(tmp_path: Path) -> None:
+    directory = save(tiny_llama(seed=0), tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[GATE] = torch.ones(320, 64)
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ManifestError) as caught:
+        cold(directory, "trtllm")
+    for word in (GATE, str(directory), "[320, 64] F32", "[320, 128] BF16", "rows 0:320", "QuantLinear", "nvfp4"):
+        assert word in str(caught.value)
+    assert "model.norm.weight" in str(caught.value)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -33,6 +33,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from quant.kernels import numba_loops
+
 Digests = npt.NDArray[np.uint64]  # [n, 2]: one row a tensor
 
 MASK = (1 << 64) - 1
@@ -81,10 +83,7 @@ def _words(rows: Tensor) -> Tensor:
 @functools.cache
 def _loops() -> ModuleType | None:
     """The compiled loops, None where numba is not installed."""
-    try:
-        return importlib.import_module(".loops", __package__)
-    except ImportError:
-        return None
+    return None if numba_loops() is None else importlib.import_module(".loops", __package__)
 
 
 def _digest_numba(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class Write:
     """Rows [row0, row0 + num_rows) of one tensor, in the shard of a storage that this rank holds.
 
     local: the shard's bytes. base: where they start in the whole storage. span: the whole units that hold the rows.
+    blocks: the rows again, [start, stop) from row0, cut where they are read or written at a time.
     """
 
     placement: Placement
@@ -40,27 +41,24 @@ class Write:
     base: int
     row0: int
     num_rows: int
+    blocks: tuple[tuple[int, int], ...]
     span: Span
 
     def apply(self, rows: Tensor) -> None:
         """Write the rows, uint8 [num_rows, row_bytes], in place."""
-        for start, stop in self._blocks():
+        for start, stop in self.blocks:
             apply_rows(self.placement, rows[start:stop], self.row0 + start, self.local, self.base)
 
     def digest(self, scratch: Tensor) -> tuple[int, int]:
         """The digest of the rows as they lie in the storage, read back through the layout."""
         lane0 = lane1 = 0
         row_bytes = self.placement.tensor.row_bytes
-        for start, stop in self._blocks():
+        for start, stop in self.blocks:
             out = scratch[: (stop - start) * row_bytes].view(stop - start, row_bytes)
             invert_rows(self.placement, self.row0 + start, stop - start, self.local, self.base, out=out)
             part0, part1 = digest_rows(self.key, out, self.row0 + start)
             lane0, lane1 = lane0 + part0, lane1 + part1
         return lane0 & MASK, lane1 & MASK
-
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        step = max(1, BLOCK_BYTES // max(1, self.placement.tensor.row_bytes))
-        return ((start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,8 +157,14 @@ def _plan_write(storages: Mapping[str, Tensor], placement: Placement, shards: Sh
         base=base,
         row0=row0,
         num_rows=row_stop - row0,
+        blocks=tuple(_blocks(row_stop - row0, spec.row_bytes)),
         span=(storage, low * unit_bytes, high * unit_bytes),
     )
+
+
+def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    return ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def plan_recomputes(storages: Mapping[str, Tensor], derived: Sequence[Derived]) -> tuple[Recompute, ...]:
