@@ -1,12 +1,13 @@
 """People: the `transfuse` command, the demo and its report.
 
-cli.py       every command, one function each
-exits.py     exit codes and what each stands for
-demo.py      the main job on one machine
-trainer.py   the demo's policy-gradient trainer
-report.py    the demo's report, one HTML file
-serve.py     a service in the foreground
-rpc.py       one call to a running service
-tables.py    what the service says, as text
-progress.py  bars on stderr
+cli.py         every command, one function each
+exits.py       exit codes and what each stands for
+demo.py        the main job on one machine
+trainer.py     the demo's policy-gradient trainer
+report.py      the demo's report, one HTML file
+serve.py       a service in the foreground
+interrupts.py  Ctrl-C and SIGTERM
+rpc.py         one call to a running service
+tables.py      what the service says, as text
+progress.py    bars on stderr
 """

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +66,6 @@ def demo(
     each step. With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s,
     digest_verified (true only if every rank's installed digest equals the trainer's), phases, timings and more.
     """
-    _interrupt_once()
     from .demo import run, to_people, to_scripts
 
     run(steps, out, to_scripts() if as_json else to_people())
@@ -95,7 +92,6 @@ def serve(
 
     Prints the address once it serves, with --json as an object.
     """
-    _interrupt_once()
     from tempfile import TemporaryDirectory
 
     from service.fleet import FleetConfig
@@ -302,19 +298,6 @@ def _reading_checkpoints() -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise PlanError(str(error)) from error
-
-
-def _interrupt_once() -> None:
-    """The first Ctrl-C or SIGTERM ends the command; later ones let it finish stopping what it started."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for each in signals:
-        signal.signal(each, interrupt)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from quant.checkpoint import open_checkpoint
 from service.fleet import Fleet, FleetConfig
 from weight_update.client import Pusher
 
+from .interrupts import interrupt_once
 from .progress import Bars
 from .report import COLUMNS, Results, write_report
 from .rpc import generate
@@ -121,6 +122,7 @@ class Session:
 
 def run(num_steps: int, out_dir: Path, audience: Audience) -> Path:
     """Run the whole demo; returns where the report is. Whatever it started is stopped when this returns or raises."""
+    interrupt_once()
     bars = Bars()
     with ExitStack() as stack:
         state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transfuse-demo-")))
@@ -128,6 +130,7 @@ def run(num_steps: int, out_dir: Path, audience: Audience) -> Path:
         with bars.show():
             fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
             stack.enter_context(fleet)
+            interrupt_once()
             bars.update("load the trainer", 0, 0)
             session = Session(fleet.address, bars)
         results = _train(session, num_steps, audience)

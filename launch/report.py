@@ -1,6 +1,6 @@
 """The demo's report: one HTML file with its plots inside, readable offline.
 
-    write_report(Path("transfuse-demo/report.html"), Results(steps=..., texts=..., ...))
+write_report(Path("transfuse-demo/report.html"), Results(steps=..., texts=..., ...))
 """
 
 from __future__ import annotations

@@ -9,17 +9,20 @@ from quant.layouts import LAYOUTS
 from service.fleet import Fleet, FleetConfig
 from weight_update.errors import PlanError, raise_all
 
+from .interrupts import interrupt_once
 from .progress import Bars
 
 
 def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
     """Serve until interrupted; `ready` gets the address once the service answers."""
+    interrupt_once()
     check_names(config.format, config.layout)
     bars = Bars()
     fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
     try:
         with bars.show():
             fleet.__enter__()
+        interrupt_once()
         ready(fleet.address)
         fleet.wait()
     except KeyboardInterrupt:

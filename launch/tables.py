@@ -83,9 +83,7 @@ def formats() -> list[Row]:
     return [
         {
             "format": row.name,
-            "checkpoint tensors of a weight": ", ".join(
-                f"{part.suffix} {part.dtype}" for part in row.components
-            ),
+            "checkpoint tensors of a weight": ", ".join(f"{part.suffix} {part.dtype}" for part in row.components),
             "elements a scale": " x ".join(map(str, row.encode_block)),
             "bytes checked against": row.oracle,
         }

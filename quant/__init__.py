@@ -1,10 +1,15 @@
 """Numbers and where their bytes lie; torch only, imports nothing of ours.
 
-formats   rows of the format table: checkpoint tensors of a parameter, encode, decode
-kernels   CPU loops behind formats and layouts: numba where importable, a torch twin otherwise
-steps     row maps and byte orders, the pieces of a layout
-layouts   rows of the layout table: storages, placements and derived scalars of a module; apply and invert
-modules   quantized Linear and experts that compute from kernel-layout bytes
-models    quantize a model, and name its parameters, placements and storages
+formats     rows of the format table: checkpoint tensors of a parameter, encode, decode
+kernels     CPU kernels behind formats and placements: numba loops where importable, torch twins otherwise
+loops       the numba loops
+steps       row maps and byte orders, the pieces of a layout
+placements  where one tensor lies in one storage; apply and invert any of its rows
+derived     rows of the table of derived scalars
+layouts     rows of the layout table; storages, placements and derived scalars of a module
+modules     quantized Linear and experts that compute from kernel-layout bytes
+parameters  one weight as a trainer names it
+names       trainer names to parameter names
+models      quantize a model, and name its parameters, placements and storages
 checkpoint  checkpoints on disk, read lazily by rows
 """

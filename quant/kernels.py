@@ -40,6 +40,7 @@ def amax_bits(rows: Tensor) -> int:
 
 def encode_nvfp4_rows(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
     """BF16 [n, K] to codes [n, K / 2] and block scales [n, K / 16], all contiguous."""
+    _check_nvfp4(rows, weight, block_scale)
     loops = _loops_for(rows)
     if loops is None:
         encode_nvfp4_rows_torch(rows, scale, weight, block_scale)
@@ -50,6 +51,7 @@ def encode_nvfp4_rows(rows: Tensor, scale: float, weight: Tensor, block_scale: T
 
 def decode_nvfp4_rows(weight: Tensor, block_scale: Tensor, scale: float, out: Tensor) -> None:
     """The reverse: code * (block scale * scale), rounded to FP32 and then to BF16."""
+    _check_nvfp4(out, weight, block_scale)
     loops = _loops_for(out)
     if loops is None:
         decode_nvfp4_rows_torch(weight, block_scale, scale, out)
@@ -64,7 +66,7 @@ def scatter_rows(src: Tensor, located: Located, row0: int, shift: int, local: Te
     if loops is None:
         scatter_rows_torch(src, located, row0, shift, local)
     elif src.numel():
-        item, bits = _item(located, shift, src, local)
+        item, bits = _item(located, shift)
         rows, runs = located.rows[row0 : row0 + len(src)], located.runs
         wide = _flat(src, item).reshape(len(src), -1)
         loops.scatter(wide, rows, shift, runs, located.run_bytes >> bits, bits, _flat(local, item))
@@ -76,10 +78,21 @@ def gather_rows(local: Tensor, located: Located, row0: int, shift: int, out: Ten
     if loops is None:
         gather_rows_torch(local, located, row0, shift, out)
     elif out.numel():
-        item, bits = _item(located, shift, out, local)
+        item, bits = _item(located, shift)
         rows, runs = located.rows[row0 : row0 + len(out)], located.runs
         wide = _flat(out, item).reshape(len(out), -1)
         loops.gather(_flat(local, item), rows, shift, runs, located.run_bytes >> bits, bits, wide)
+
+
+def _check_nvfp4(rows: Tensor, weight: Tensor, block_scale: Tensor) -> None:
+    """The loops check no bounds."""
+    num_rows, num_elements = rows.shape
+    expected = [(num_rows, num_elements // size) for size in (1, 2, 16)]
+    if [tuple(tensor.shape) for tensor in (rows, weight, block_scale)] != expected or num_elements % 16:
+        raise ValueError(
+            f"nvfp4 of {tuple(rows.shape)}: codes {tuple(weight.shape)} and block scales {tuple(block_scale.shape)}; "
+            f"expected {expected[1]} and {expected[2]}, of a multiple of 16 elements"
+        )
 
 
 def _loops_for(tensor: Tensor) -> ModuleType | None:
@@ -102,13 +115,14 @@ class _Memory:
 
 def _flat(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
     """The bytes of a contiguous tensor as a flat array of another type; no copy."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"tensor {tuple(tensor.shape)}, strides {tensor.stride()}: expected contiguous memory")
     return np.asarray(_Memory(tensor, dtype)) if tensor.numel() else np.empty(0, dtype)
 
 
-def _item(located: Located, shift: int, *tensors: Tensor) -> tuple[type[np.generic], int]:
-    """Runs of 4 bytes move as one word where all is aligned: type of an item, log2 of its bytes."""
-    aligned = not shift % 4 and all(not t.data_ptr() % 4 and not t.numel() % 4 for t in tensors)
-    return (np.uint32, 2) if located.words and aligned else (np.uint8, 0)
+def _item(located: Located, shift: int) -> tuple[type[np.generic], int]:
+    """Runs of 4 bytes at multiples of 4 move as one word: type of an item, log2 of its bytes."""
+    return (np.uint32, 2) if located.words and not shift % 4 else (np.uint8, 0)
 
 
 @cache

@@ -214,9 +214,7 @@ def _storage(name: str, part: Component, shape: tuple[int, ...], used_bytes: int
 
 
 def _placement(tensor: TensorSpec, storage: StorageSpec, located: Located, origin: int) -> Placement:
-    return Placement(
-        tensor=tensor, storage=storage.name, origin=origin, located=located, unit_bytes=storage.unit_bytes
-    )
+    return Placement(tensor=tensor, storage=storage.name, origin=origin, located=located, unit_bytes=storage.unit_bytes)
 
 
 def _plan(

@@ -254,6 +254,19 @@ def quantized_modules(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     return {module: known for module in model.modules() if isinstance(module, QuantModule)}
 
 
+def mark_all_applied(model: nn.Module) -> None:
+    """Say that the parameters of every quantized module now hold its layout."""
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.mark_applied()
+
+
+def layouts_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layouts in a model, sorted; plain for a model without quantized modules."""
+    names = {module.layout.name for module in model.modules() if isinstance(module, QuantModule)}
+    return tuple(sorted(names)) or ("plain",)
+
+
 def decode_all(model: nn.Module) -> None:
     """Refresh every decoded buffer; the model must be unsharded. Once a version."""
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Trainer names to checkpoint names: wrapper prefixes stripped, stacked experts taken apart. Tables of regular expressions."""
+"""Trainer names to checkpoint names, by tables: wrapper prefixes stripped, stacked experts taken apart."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Placements: where one checkpoint tensor lies in one storage, written and read by any subset of its rows.
 
-    apply_rows(placement, rows, row0, local_bytes, base)     # into a rank's shard, in place
-    invert_rows(placement, row0, n, local_bytes, base)       # the same rows back, exactly
+    apply_rows(placement, rows, row0, local_bytes, base)
+    invert_rows(placement, row0, n, local_bytes, base)
+
+The first writes into a rank's shard, in place; the second reads the same rows back, exactly.
 """
 
 from __future__ import annotations
@@ -68,9 +70,7 @@ def apply_rows(placement: Placement, src: Tensor, row0: int, local: Tensor, base
     kernels.scatter_rows(src.contiguous(), placement.located, row0, placement.origin - base, local)
 
 
-def invert_rows(
-    placement: Placement, row0: int, n: int, local: Tensor, base: int, out: Tensor | None = None
-) -> Tensor:
+def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: int, out: Tensor | None = None) -> Tensor:
     """Read rows [row0, row0 + n) of a tensor back from the bytes of a shard: uint8 [n, row_bytes]."""
     if out is None:
         out = torch.empty((n, placement.tensor.row_bytes), dtype=torch.uint8, device=local.device)

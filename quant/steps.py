@@ -100,7 +100,7 @@ class Located:
     """Where the rows of a tensor and the runs of a row start, and the bytes of the padded matrix they are part of.
 
     pitch: bytes from one row of the matrix to the next, 0 where the order scatters rows. `locate` fills in the rest:
-    words: every run is one aligned word of 4 bytes; first, last: the bytes [first, last) that hold all of the tensor.
+    words: every run is one word of 4 bytes at a multiple of 4; first, last: the tensor lies in bytes [first, last).
     """
 
     rows: Offsets

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, quantized_modules
+from quant.modules import decode_all, layouts_of, mark_all_applied, quantized_modules
 from sharding.fsdp import reshard_all, shard_model, unshard_all
 from weight_update.receiver import Receiver
 
@@ -72,31 +75,48 @@ class RankActor:
         torch.set_num_threads(config.num_threads)
         torch.manual_seed(0)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = self._join(rendezvous, device_type)
+        with open_checkpoint(config.model) as checkpoint:
+            model = build_model(checkpoint.config_dir, config.format, config.layout, device="meta")
+            shard_model(model, mesh, quantized=quantized_modules(model))
+            receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
+            cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
+            config_dir = checkpoint.config_dir
+        mark_all_applied(model)
+        self._server = RankServer(
+            identity=RankIdentity(
+                replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
+            ),
+            receiver=receiver,
+            engine=self._engine(model, eos_ids(config_dir), device_type),
+            reshard=lambda: reshard_all(model),
+            faults=self._faults,
+            listen=f"{config.host}:0",
+        )
+        return self._server.address
+
+    def _join(self, rendezvous: str, device_type: str) -> DeviceMesh:
+        """The process group of this replica, and the mesh over its ranks."""
+        config = self._config
         backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device_type]
         dist.init_process_group(
             backend, init_method=f"tcp://{rendezvous}", rank=config.rank, world_size=config.world, timeout=GROUP_TIMEOUT
         )
-        steps = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        mesh = dist.init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
-        with open_checkpoint(config.model) as checkpoint:
-            model = build_model(checkpoint.config_dir, config.format, config.layout, device="meta")
-            quantized = quantized_modules(model)
-            shard_model(model, mesh, quantized=quantized)
-            receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
-            cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
-            config_dir = checkpoint.config_dir
-        for module in quantized:
-            module.mark_applied()
+        return init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
+
+    def _engine(self, model: nn.Module, eos: frozenset[int], device_type: str) -> Engine:
+        """The engine of this rank, running; its steps are agreed on over a group of their own."""
 
         def refresh() -> None:
             reshard_all(model)
             unshard_all(model)
             decode_all(model)
 
+        config = self._config
         engine = Engine(
             model,
-            eos_ids(config_dir),
-            group=steps,
+            eos,
+            group=dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT),
             rank=config.rank,
             world=config.world,
             on_refresh=refresh,
@@ -106,21 +126,7 @@ class RankActor:
             max_tokens=config.max_tokens,
         )
         engine.start()
-        identity = RankIdentity(
-            replica=config.replica,
-            rank=config.rank,
-            format=config.format,
-            layout=", ".join(sorted({str(module.layout.name) for module in quantized})) or "plain",
-        )
-        self._server = RankServer(
-            identity=identity,
-            receiver=receiver,
-            engine=engine,
-            reshard=lambda: reshard_all(model),
-            faults=self._faults,
-            listen=f"{config.host}:0",
-        )
-        return self._server.address
+        return engine
 
     def arm(self, point: str, action: str) -> None:
         """Plan a failure at a point of the protocol; see service.faults."""
@@ -168,11 +174,7 @@ class CoordinatorActor:
         self._shell.stop()
 
 
-def rank_actor_class() -> ray.actor.ActorClass:
-    """The actor class of a rank: calls may overlap, since `arm` must get through while `build` runs."""
-    return ray.remote(max_concurrency=4)(RankActor)
-
-
-def coordinator_actor_class() -> ray.actor.ActorClass:
-    """The actor class of the coordinator, restarted for as long as the cluster lives."""
-    return ray.remote(max_restarts=-1, max_concurrency=4)(CoordinatorActor)
+# Calls may overlap: `arm` must get through while `build` runs. The coordinator is restarted for as long as the cluster
+# lives. Ray's stubs know neither option of an actor class.
+REMOTE_RANK: Any = ray.remote(max_concurrency=4)(RankActor)  # type: ignore[call-overload]
+REMOTE_COORDINATOR: Any = ray.remote(max_restarts=-1, max_concurrency=4)(CoordinatorActor)  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError, MemberError, VersionError, WeightUpdateError
 from weight_update.messages import Decision
-from weight_update.protocol import Phase
+from weight_update.transaction import Phase
 from weight_update.transport import (
     CONTROL_MESSAGE_BYTES,
     connect,

@@ -36,7 +36,8 @@ from weight_update.messages import (
     SetTimer,
     Timeout,
 )
-from weight_update.protocol import Coordinator, Phase, replica_sums
+from weight_update.protocol import Coordinator
+from weight_update.transaction import Phase, replica_sums
 from weight_update.transport import call, connect, from_manifest_proto
 from weight_update.versions import VersionIndex
 
@@ -108,7 +109,9 @@ class CoordinatorShell:
 
     def _hello(self, address: str) -> pb.HelloReply:
         stub = pb_grpc.MemberStub(self._channels[address])
-        return call(stub.Hello, pb.HelloRequest(epoch=self.index.epoch), timeout_s=STEP_TIMEOUT_S, where=address)
+        request = pb.HelloRequest(epoch=self.index.epoch)
+        reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
+        return reply
 
     def _restore(self) -> Coordinator:
         """A protocol at the last decision; freshly loaded members become the next version."""

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from quant.checkpoint import open_checkpoint
 from weight_update.errors import MemberError, PlanError
 
-from .actor import RankConfig, coordinator_actor_class, rank_actor_class
+from .actor import REMOTE_COORDINATOR, REMOTE_RANK, RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Fleet:
         addresses = self._start_ranks(str(config_dir))
         self._on_progress("coordinator", 0, 1)
         state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="transfuse-"))
-        self.coordinator = coordinator_actor_class().remote(
+        self.coordinator = REMOTE_COORDINATOR.remote(
             addresses, str(state_dir / "transfuse.sqlite"), self._listen(), config.model, str(config_dir)
         )
         self.address = _get(self.coordinator.address.remote(), "the coordinator")
@@ -129,7 +129,7 @@ class Fleet:
         self._on_progress("ranks", 0, total)
         local = self.config.ray_address is None
         threads = max(1, (os.cpu_count() or 1) // total) if local else max(1, os.cpu_count() or 1)
-        actor = rank_actor_class()
+        actor = REMOTE_RANK
         builds: dict[Any, str] = {}
         for replica in range(config.replicas):
             group = placement_group([{"CPU": 1.0}] * config.ranks, strategy="PACK")

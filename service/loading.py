@@ -106,7 +106,7 @@ class _ColdLoad:
         held_by = "" if owner is None else f" in {type(owner).__name__}"
         return (
             f"{name}: {self._checkpoint.config_dir} has {found}; expected {list(wanted.shape)} {wanted.dtype}"
-            f" (rows {start}:{stop} on this rank) for format {row.format}{held_by}; wrong checkpoint, or wrong --format?"
+            f" (rows {start}:{stop} on this rank) for format {row.format}{held_by}; wrong checkpoint or --format?"
         )
 
     def _owned(self, spec: TensorSpec) -> tuple[int, int]:
@@ -169,7 +169,7 @@ class _ColdLoad:
             entry = self._entries.get(spec.name)
             if start == stop:
                 continue
-            rows = torch.ones(1, dtype=torch.float32) if entry is None else self._checkpoint.rows(entry.name, start, stop)
+            rows = torch.ones(1) if entry is None else self._checkpoint.rows(entry.name, start, stop)
             yield spec, start, as_bytes(rows).reshape(stop - start, spec.row_bytes)
 
 
@@ -184,7 +184,7 @@ def _entries(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 def _chunk(index: int, first: int, data: Tensor) -> Chunk:
     """The chunk that a push would send for these rows."""
-    payload = memoryview(data.numpy().reshape(-1))
+    payload = data.reshape(-1).numpy().data
     tensor, offset = np.array([index], np.uint32), np.array([first * data.shape[1]], np.uint64)
     chunk = decode_request(encode_chunk(0, tensor, offset, np.array([len(payload)], np.uint32), [payload]))
     assert isinstance(chunk, Chunk)

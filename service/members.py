@@ -49,7 +49,8 @@ def _send_digests(name: str) -> Callable[[Any, Send, int], Digests]:
 def _send_plain(name: str) -> Callable[[Any, Send, int], pb.RankTiming]:
     def send_step(stub: Any, send: Send, epoch: int) -> pb.RankTiming:
         request = pb.MemberRequest(epoch=epoch, transaction=send.transaction, version=send.version)
-        return call(getattr(stub, name), request, timeout_s=STEP_TIMEOUT_S, where=str(send.member)).timing
+        reply: pb.MemberReply = call(getattr(stub, name), request, timeout_s=STEP_TIMEOUT_S, where=str(send.member))
+        return reply.timing
 
     return send_step
 

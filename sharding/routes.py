@@ -19,7 +19,7 @@ from .fsdp import shard_range
 class LocalRows:
     """The rows of one tensor that this rank holds.
 
-    rows: [n, ...] local tensor, a view where the placement allows it. first: index of its first row in the whole tensor.
+    rows: [n, ...] local tensor, a view where the placement allows it. first: index of its first row in the whole.
     shape: of the whole tensor. sends: False on a rank whose rows another rank sends.
     """
 

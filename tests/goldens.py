@@ -42,4 +42,4 @@ def same(name: str, tensor_name: str, got: Tensor) -> bool:
     """Whether the bytes and the shape are those of a fixture, stored or only hashed."""
     entry = fixtures()[name]["tensors"][tensor_name]
     digest = hashlib.sha256(bytes_of(got).numpy().tobytes()).hexdigest()
-    return digest == entry["sha256"] and list(got.shape) == entry["shape"]
+    return bool(digest == entry["sha256"] and list(got.shape) == entry["shape"])

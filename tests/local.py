@@ -1,4 +1,4 @@
-"""A whole service in this process, over real gRPC on loopback, without Ray: one rank a replica. For tests that need no process."""
+"""A whole service in this process, over real gRPC on loopback, without Ray: one rank a replica."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, quantized_modules
+from quant.modules import decode_all, layouts_of, mark_all_applied
 from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
@@ -47,8 +47,7 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
         model = build_model(checkpoint.config_dir, format, layout)
         receiver = Receiver.from_module(model)
         cold_load(receiver, checkpoint, None, owners_of(model))
-    for module in quantized_modules(model):
-        module.mark_applied()
+    mark_all_applied(model)
     return model, receiver
 
 
@@ -66,8 +65,7 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
         max_tokens=512,
     )
     engine.start()
-    names = sorted({str(module.layout.name) for module in quantized_modules(model)})
-    identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(names))
+    identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(layouts_of(model)))
     rank = RankServer(
         identity=identity,
         receiver=receiver,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from launch import cli, exits
@@ -18,7 +17,7 @@ from tests.tiny import save, tiny_llama
 from weight_update.errors import ERRORS
 from weight_update.transport import ControlClient, from_manifest_proto
 
-COMMANDS = [typer.main.get_command_name(each.callback.__name__) for each in cli.app.registered_commands if each.callback]
+COMMANDS = sorted(each.callback.__name__ for each in cli.app.registered_commands if each.callback)
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -49,7 +48,7 @@ class Shell:
 
 
 def eventually(shell: Shell, name: str, wanted: Any, within_s: float = 5.0) -> list[Any]:
-    """A field of every replica's status, once all have the wanted value: the coordinator asks the ranks every second."""
+    """A field of every replica's status, once all have the wanted value: ranks are asked every second."""
     stop_s = time.monotonic() + within_s
     while True:
         found = [replica[name] for replica in shell.json("status")["replicas"]]

@@ -66,7 +66,7 @@ def live_bytes(fleet: Fleet) -> list[dict[str, bytes]]:
 
 
 def cold_shards(model: nn.Module, directory: Path) -> list[dict[str, bytes]]:
-    """What every rank would hold after a cold load: the unsharded storages of one process, cut by torch.chunk over units."""
+    """What every rank would hold after a cold load: unsharded storages, cut by torch.chunk over units."""
     save(model, directory)
     shards = []
     for layout in LAYOUTS:

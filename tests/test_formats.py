@@ -191,8 +191,9 @@ ENCODERS: list[Encode] = [kernels.encode_nvfp4_rows, kernels.encode_nvfp4_rows_t
 
 def run_encoder(encoder: Encode, weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     num_rows, num_elements = weight.shape
-    parts = torch.full((num_rows, num_elements // 2), 0xAA, dtype=torch.uint8), torch.full(
-        (num_rows, num_elements // 16), 0xAA, dtype=torch.uint8
+    parts = (
+        torch.full((num_rows, num_elements // 2), 0xAA, dtype=torch.uint8),
+        torch.full((num_rows, num_elements // 16), 0xAA, dtype=torch.uint8),
     )
     encoder(weight, scale, *parts)
     return parts
@@ -226,9 +227,9 @@ def test_numba_and_torch_give_the_same_bytes(shape: tuple[int, int], seed: int) 
         assert torch.equal(ours[0], twins[0]) and torch.equal(ours[1], twins[1])
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-38, 1.2e35])
+@pytest.mark.parametrize("scale", [1.0, 1.125, 1.25, 0.37, 1e-38, 1.2e35])
 def test_numba_and_torch_decode_every_byte_pair_alike(scale: float) -> None:
-    """All 256 scale bytes, NaN among them, times all 256 code bytes."""
+    """All 256 scale bytes, NaN among them, times all 256 code bytes; 1.125 and 1.25 give ties of BF16."""
     weight = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     scales = torch.arange(256, dtype=torch.uint8).view(256, 1).repeat(1, 32)
     ours, twins = torch.empty(256, 512, dtype=torch.bfloat16), torch.empty(256, 512, dtype=torch.bfloat16)
@@ -310,6 +311,14 @@ def test_the_tensors_of_a_parameter_follow_from_its_shape() -> None:
     assert [spec.num_bytes for spec in specs] == [8000, 1000, 4, 4]
 
 
+ZEROS, ONE = torch.zeros(2, 32).bfloat16(), torch.tensor(1.0)
+
+
+def parts_of(num_rows: int, code_bytes: int, scale_bytes: int) -> dict[str, Tensor]:
+    widths = {"weight": code_bytes, "weight_scale": scale_bytes}
+    return {suffix: torch.zeros(num_rows, width, dtype=torch.uint8) for suffix, width in widths.items()}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -323,6 +332,11 @@ def test_the_tensors_of_a_parameter_follow_from_its_shape() -> None:
         (lambda: encode(BF16, torch.zeros(2, 16).bfloat16(), torch.tensor(1.0)), "not part of it"),
         (lambda: encode(NVFP4, torch.zeros(16, 16).bfloat16()[:, ::2], torch.tensor(1.0)), "contiguous"),
         (lambda: encode(NVFP4, torch.zeros(2, 24).bfloat16(), torch.tensor(1.0)), "multiple of 16"),
+        (lambda: encode(NVFP4, ZEROS, ONE, parts_of(1, 16, 1)), "expected (2, 16) and (2, 2)"),
+        (lambda: encode(NVFP4, ZEROS, ONE, parts_of(2, 16, 1)), "expected (2, 16) and (2, 2)"),
+        (lambda: encode(NVFP4, ZEROS, ONE, {k: v[:, ::2] for k, v in parts_of(2, 32, 4).items()}), "contiguous memory"),
+        (lambda: decode_unscaled(NVFP4, parts_of(2, 16, 1)), "expected (2, 16) and (2, 2)"),
+        (lambda: decode_unscaled(NVFP4, parts_of(2, 16, 2), ZEROS[:1]), "expected (1, 16) and (1, 2)"),
         (lambda: global_scale(BF16, 1), "no global scale"),
         (lambda: dtype_name(torch.complex64), "no name in a checkpoint"),
     ],

@@ -34,6 +34,7 @@ EXPERTS = [row.name for row in LAYOUTS.values() if row.kind in ("experts", "any"
 SHUFFLES = sorted(key.split("_permute_")[1] for key in goldens.load("layout_shuffle") if "w2_permute" in key)
 MOE = goldens.names("moe_nvfp4")
 
+
 def place(located_rows: np.ndarray, matrix: Tensor) -> Tensor:
     out = torch.empty_like(matrix)
     out[torch.from_numpy(located_rows.copy())] = matrix
@@ -220,12 +221,10 @@ def test_experts_lie_where_the_slow_reference_puts_them(
     tensors = random_tensors(plan, seed)
     storages = apply_all(plan, tensors)
     for suffix, scales in (("weight", False), ("weight_scale", True)):
-        parts = [
-            reference.expert_storage(
-                layout, *(tensors[f"a.{e}.{half}_proj.{suffix}"].numpy() for half in ("gate", "up", "down")), scales
-            )
-            for e in range(num_experts)
-        ]
+        parts = []
+        for e in range(num_experts):
+            gate, up, down = (tensors[f"a.{e}.{half}_proj.{suffix}"].numpy() for half in ("gate", "up", "down"))
+            parts.append(reference.expert_storage(layout, gate, up, down, scales))
         for matrix, expected in zip(("w13", "w2"), zip(*parts, strict=True), strict=True):
             assert np.array_equal(storages[f"a.{matrix}_{suffix}"].numpy(), np.concatenate(expected)), matrix
     for placement in plan.placements:
@@ -303,7 +302,7 @@ def test_the_whitelist_holds_every_name_of_a_plan() -> None:
     names = quantized_names()
     for case in PLANS.values():
         plan = case()
-        assert {item.leaf for item in (*plan.storages, *plan.derived)} <= names
+        assert {spec.leaf for spec in plan.storages} | {derived.leaf for derived in plan.derived} <= names
     assert {"weight", "weight_scale_2", "alpha", "w13_weight", "w2_input_scale", "g1_scale_c"} <= names
 
 

@@ -87,6 +87,15 @@ def test_memory_need_not_be_aligned(offset: int) -> None:
     assert torch.equal(invert_rows(placement, 3, 100, storage, 0), source[3:103])
 
 
+def test_runs_of_four_bytes_may_lie_anywhere() -> None:
+    source = torch.randint(1, 256, (5, 4), dtype=torch.uint8)
+    for shift, located in ((0, locate((), RowMajor(6), 5, 4)), (2, locate((), RowMajor(), 5, 4))):
+        out, twin = torch.zeros(2, 40, dtype=torch.uint8)
+        kernels.scatter_rows(source, located, 0, shift, out)
+        kernels.scatter_rows_torch(source, located, 0, shift, twin)
+        assert torch.equal(out, twin) and out.count_nonzero() == 20
+
+
 def test_a_row_of_a_strided_source_is_taken_as_it_reads() -> None:
     plan = plan_linear(LAYOUTS["plain"], NVFP4, "a", 128, 64)
     wide = torch.randint(0, 256, (128, 64), dtype=torch.uint8)

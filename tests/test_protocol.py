@@ -35,7 +35,8 @@ from weight_update.messages import (
     SetTimer,
     Timeout,
 )
-from weight_update.protocol import Coordinator, Phase
+from weight_update.protocol import Coordinator
+from weight_update.transaction import Phase
 
 MANIFEST = Manifest(
     tensors=(TensorSpec(name="a", dtype="BF16", shape=(4, 4)), TensorSpec(name="b", dtype="BF16", shape=(2,))),
@@ -296,7 +297,7 @@ def test_the_same_push_id_renews_an_open_push_and_returns_the_version_of_a_commi
 
 def test_the_same_push_id_while_members_still_open_is_answered_with_the_first() -> None:
     world = World()
-    args = {"base_version": 0, "fingerprint": MANIFEST.fingerprint, "pushed_by": "me", "logical_bytes": 36, "lease_s": 9.0}
+    args = {"base_version": 0, "fingerprint": MANIFEST.fingerprint, "pushed_by": "", "logical_bytes": 36, "lease_s": 9}
     ids = [world.ask("begin", push_id="p", tensors=MANIFEST.tensors, **args) for _ in range(2)]
     assert world.replies == {}
     world.run()

@@ -1,4 +1,4 @@
-"""Pushes over real gRPC into a service in this process: what lands, what is refused, and that a refusal changes nothing."""
+"""Pushes over real gRPC into a service in this process: what lands, what is refused with nothing changed."""
 
 from __future__ import annotations
 
@@ -225,9 +225,7 @@ def test_a_full_push_of_the_weights_that_modelopt_exported_changes_no_byte(famil
     }
     manifest = json.loads((GOLDEN / "manifest.json").read_text())
     same = {
-        fixture["file"]: {
-            name: entry["same_as"] for name, entry in fixture["tensors"].items() if entry.get("same_as")
-        }
+        fixture["file"]: {name: entry["same_as"] for name, entry in fixture["tensors"].items() if entry.get("same_as")}
         for fixture in manifest["fixtures"]
     }
     for tensors, prefix, file in (
@@ -251,7 +249,7 @@ def test_a_full_push_of_the_weights_that_modelopt_exported_changes_no_byte(famil
 
 
 def export_directory(family: str, tensors: dict[str, torch.Tensor], directory: Path) -> Path:
-    """A checkpoint directory like the one that the exporter wrote: config of the tiny model, and the exported tensors."""
+    """A checkpoint directory like the one that the exporter wrote."""
     from transformers import LlamaConfig, Qwen3MoeConfig
 
     shared = {"vocab_size": 32, "hidden_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": False}
@@ -303,16 +301,32 @@ def nan_weight() -> torch.Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str, list[str]]] = {
-    "unknown": (lambda m: changed_items(m, **{"model.layers.0.mlp.gate.weight": torch.ones(2)}), "all", ["unknown", GATE]),
-    "missing": (lambda m: changed_items(m, **{GATE: None, "model.norm.weight": None}), "all", [GATE, "model.norm.weight"]),
+    "unknown": (
+        lambda m: changed_items(m, **{"model.layers.0.mlp.gate.weight": torch.ones(2)}),
+        "all",
+        ["unknown", GATE],
+    ),
+    "missing": (
+        lambda m: changed_items(m, **{GATE: None, "model.norm.weight": None}),
+        "all",
+        [GATE, "model.norm.weight"],
+    ),
     "duplicate": (lambda m: [*m.named_parameters(), (GATE, m.get_parameter(GATE))], "all", [GATE, "twice"]),
     "tied names that differ": (
         lambda m: [*m.named_parameters(), ("lm_head.weight", torch.ones(256, 128))],
         "all",
         ["tied", "embed_tokens"],
     ),
-    "wrong shape": (lambda m: changed_items(m, **{GATE: torch.ones(128, 320)}), "all", [GATE, "[128, 320]", "[320, 128]"]),
-    "wrong dtype": (lambda m: changed_items(m, **{GATE: torch.ones(320, 128, dtype=torch.int32)}), "all", [GATE, "I32"]),
+    "wrong shape": (
+        lambda m: changed_items(m, **{GATE: torch.ones(128, 320)}),
+        "all",
+        [GATE, "[128, 320]", "[320, 128]"],
+    ),
+    "wrong dtype": (
+        lambda m: changed_items(m, **{GATE: torch.ones(320, 128, dtype=torch.int32)}),
+        "all",
+        [GATE, "I32"],
+    ),
     "float into packed": (lambda m: changed_items(m, **{GATE: torch.ones(320, 64)}), "all", ["float-to-packed", GATE]),
     "nan": (lambda m: changed_items(m, **{GATE: nan_weight()}), "all", [GATE, "[17, 5]"]),
     "infinity in a plain tensor": (
@@ -402,9 +416,8 @@ class Open:
 
 
 def chunk(offset: int, data: bytes, tensor: int = 0) -> bytes:
-    return encode_chunk(
-        1, np.array([tensor], np.uint32), np.array([offset], np.uint64), np.array([len(data)], np.uint32), [memoryview(data)]
-    )
+    lengths = np.array([len(data)], np.uint32)
+    return encode_chunk(1, np.array([tensor], np.uint32), np.array([offset], np.uint64), lengths, [memoryview(data)])
 
 
 def flipped(message: bytes) -> bytes:

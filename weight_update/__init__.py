@@ -2,14 +2,26 @@
 
     errors      every error that a user can meet
     manifest    names, shapes and formats of what a service holds; the check of a push against it
-    digest      additive, position-keyed digest of checkpoint-form bytes
+    digest      additive, position-keyed digest of checkpoint-form bytes (loops: its compiled loop)
     chunks      rows on the wire: hand-framed, valid protobuf
+
+the rank side
+    receiver    the library: begin, stage, prepare, install, publish, undo, abort
     staging     one buffer a rank, in which chunks arrive in any order
+    live        where the rows of every tensor lie in a rank's storages; padding
     inplace     copy_or_rebind_param, the seal, the address audit
-    receiver    the rank side as a library: stage, prepare, install, publish, undo
-    protocol    the transaction as state machines without I/O
-    versions    decisions and the index of versions, durable
+    member      one rank's side of the protocol
+
+the trainer side
+    client      the library: Pusher
     source      what a trainer brings, matched with what the service holds
-    client      the trainer side as a library: Pusher
+    encoder     its rows in checkpoint form, block by block
+    door        encoded rows become chunks on the streams of their owners
+    ranks       the few collectives that a push needs
     transport   the one module that speaks gRPC
+
+the transaction
+    protocol    the coordinator's side, without I/O
+    messages    its events and actions
+    versions    decisions and the index of versions, durable
 """

@@ -203,9 +203,9 @@ class Pusher:
             sent, digests = self._transfer(described, manifest, plan, scales, begun)
         except WeightUpdateError as error:
             failure = error
-        for error in self._ranks.gather(failure):
-            if error is not None:
-                raise error
+        for each in self._ranks.gather(failure):
+            if each is not None:
+                raise each
         clock.stop("transfer")
         digests = self._ranks.reduce(digests, dist.ReduceOp.SUM)
         wire_bytes = int(self._ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])

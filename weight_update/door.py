@@ -13,7 +13,6 @@ from sharding.routes import Destination
 from .chunks import CHUNK_BYTES, encode_chunk
 from .transport import StageStream
 
-
 CHUNK_PIECES = 1 << 16  # a piece costs 16 bytes of index: a chunk of tiny pieces stays below the message limit
 
 
@@ -60,4 +59,4 @@ def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, d
     stop = min(first + data.shape[0], int(door.destination.row_stop[index]))
     if start < stop:
         rows = data[start - first : stop - first]
-        door.add(position, start * spec.row_bytes, memoryview(rows.numpy().reshape(-1)))
+        door.add(position, start * spec.row_bytes, rows.reshape(-1).numpy().data)

@@ -1,9 +1,9 @@
 """Parameters keep their addresses: copy in place, rebind only before the seal, and an audit that nothing moved.
 
-    copy_or_rebind_param(module, "weight", value)     "copied", or "rebound" while the module is being built
-    seal(model)                                       from here on a rebind raises
-    audit = AddressAudit.capture(parameters)
-    audit.check()                                     after every install
+copy_or_rebind_param(module, "weight", value)     "copied", or "rebound" while the module is being built
+seal(model)                                       from here on a rebind raises
+audit = AddressAudit.capture(parameters)
+audit.check()                                     after every install
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ class Address:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Address:
-        return cls(
-            data_ptr=tensor.data_ptr(), shape=tuple(tensor.shape), stride=tensor.stride(), dtype=tensor.dtype
-        )
+        return cls(data_ptr=tensor.data_ptr(), shape=tuple(tensor.shape), stride=tensor.stride(), dtype=tensor.dtype)
 
 
 class AddressAudit:

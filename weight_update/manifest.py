@@ -1,7 +1,7 @@
 """What a service holds: every checkpoint tensor, and the parameters they make up; and the check of a push against it.
 
-    manifest = Manifest(tensors=(...), parameters=(...))
-    indices = check_push(manifest, specs)          # or ManifestError with every mismatch
+manifest = Manifest(tensors=(...), parameters=(...))
+indices = check_push(manifest, specs)          # or ManifestError with every mismatch
 """
 
 from __future__ import annotations

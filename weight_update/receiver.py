@@ -1,14 +1,14 @@
 """The rank side of a weight update, as a library: it fills any named storages and knows neither Ray, gRPC nor a model.
 
-    receiver = Receiver(storages, placements, derived)      # or Receiver.from_module(model)
-    receiver.begin(transaction, version, base_version, tensors)
-    receiver.stage(chunk)                                   # while the model runs
-    receiver.prepare()                                      # complete? digests of what arrived; undo copy
-    receiver.install()                                      # the pause: in place, derived, read back, checked
-    receiver.publish()                                      # or undo(), or abort() from any state
+receiver = Receiver(storages, placements, derived)      # or Receiver.from_module(model)
+receiver.begin(transaction, version, base_version, tensors)
+receiver.stage(chunk)                                   # while the model runs
+receiver.prepare()                                      # complete? digests of what arrived; undo copy
+receiver.install()                                      # the pause: in place, derived, read back, checked
+receiver.publish()                                      # or undo(), or abort() from any state
 
-    IDLE -begin-> OPEN -prepare-> PREPARED -install-> INSTALLED -publish-> IDLE
-                                           <--undo---            abort: IDLE, the old bytes, from anywhere
+IDLE -begin-> OPEN -prepare-> PREPARED -install-> INSTALLED -publish-> IDLE
+                                       <--undo---            abort: IDLE, the old bytes, from anywhere
 """
 
 from __future__ import annotations
@@ -191,10 +191,7 @@ class Receiver:
             raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
             push.staging.close()
             push.staged = np.array(
-                [
-                    digest_rows(write.key, rows, write.row0)
-                    for write, rows in zip(push.writes, push.rows, strict=True)
-                ],
+                [digest_rows(write.key, rows, write.row0) for write, rows in zip(push.writes, push.rows, strict=True)],
                 np.uint64,
             )
             for live, copy in push.undo:
@@ -378,4 +375,3 @@ def _block_bytes(writes: Sequence[Write]) -> int:
 
 def _hex(digest: npt.NDArray[np.uint64]) -> str:
     return "".join(f"{int(lane):016x}" for lane in digest)
-

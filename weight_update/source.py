@@ -60,11 +60,11 @@ class PushPlan:
 
 def named_items(model: Items) -> tuple[list[tuple[str, Tensor]], frozenset[str]]:
     """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable."""
-    if isinstance(model, nn.Module):
-        items = list(model.named_parameters(remove_duplicate=False))
-        return items, frozenset(name for name, tensor in items if tensor.requires_grad)
-    items = [(name, tensor) for name, tensor in model]
-    return items, frozenset(name for name, _ in items)
+    if not isinstance(model, nn.Module):
+        items = list(model)
+        return items, frozenset(name for name, _ in items)
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    return [*parameters], frozenset(name for name, parameter in parameters if parameter.requires_grad)
 
 
 def plan_push(

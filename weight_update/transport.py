@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -66,7 +66,10 @@ def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
     return MemberError(f"{at}{call.code().name}: {call.details()}")
 
 
-def call(method: Callable[..., Any], request: Any, *, timeout_s: float | None = None, where: str = "") -> Any:
+Message = TypeVar("Message")
+
+
+def call(method: Callable[..., Message], request: Any, *, timeout_s: float | None = None, where: str = "") -> Message:
     """One unary call; raises the other end's error."""
     try:
         return method(request, timeout=timeout_s)
@@ -273,13 +276,15 @@ class ControlClient:
 
     def describe(self) -> pb.DescribeReply:
         """What the service holds and where."""
-        return call(self._stub.Describe, pb.DescribeRequest(), timeout_s=60, where=self.target)
+        reply: pb.DescribeReply = call(self._stub.Describe, pb.DescribeRequest(), timeout_s=60, where=self.target)
+        return reply
 
     def begin(self, **fields: Any) -> pb.BeginReply:
         """Open a transaction, or renew the lease of the one with this push id."""
         tensors: Sequence[TensorSpec] = fields.pop("tensors")
         request = pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors], **fields)
-        return call(self._stub.Begin, request, timeout_s=120, where=self.target)
+        reply: pb.BeginReply = call(self._stub.Begin, request, timeout_s=120, where=self.target)
+        return reply
 
     def prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
         """All bytes are sent: every rank checks that they arrived as meant."""
@@ -292,7 +297,9 @@ class ControlClient:
 
     def decide(self, transaction: int) -> pb.DecideReply:
         """The commit point."""
-        return call(self._stub.Decide, pb.DecideRequest(transaction=transaction), timeout_s=600, where=self.target)
+        request = pb.DecideRequest(transaction=transaction)
+        reply: pb.DecideReply = call(self._stub.Decide, request, timeout_s=600, where=self.target)
+        return reply
 
     def abort(self, transaction: int, reason: str) -> None:
         """Give up: every rank goes back to the old version."""

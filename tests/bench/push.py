@@ -2,8 +2,8 @@
 
     python -m tests.bench.push [--json] [--pushes N]
 
-Prints, each as a ratio to something measured in the same run: payload rate of the transfer phase over a one-thread memcpy,
-pause over a plain copy of the same bytes, actor memory above idle over what was planned, and seconds per tensor.
+Prints, each as a ratio to something measured in the same run: payload rate of the transfer phase over a one-thread
+memcpy, pause over a plain copy of the same bytes, actor memory above idle over what was planned, seconds per tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quant.checkpoint import open_checkpoint
 from tests.local import local_service
-from weight_update.client import PushReport, Pusher
+from weight_update.client import Pusher, PushReport
 
 COPY_BYTES = 256 << 20
 NUM_LAYERS_OF_TINY = 400  # 9 parameters each: thousands of tensors of a few hundred bytes
@@ -75,7 +75,10 @@ def actor_process(model_dir: Path, format: str, layout: str) -> Iterator[tuple[s
 
 def serve(model_dir: str, format: str, layout: str) -> None:
     """The actor process: serve until standard input says stop."""
-    with tempfile.TemporaryDirectory() as state, local_service(Path(model_dir), Path(state), (layout,), format) as service:
+    with (
+        tempfile.TemporaryDirectory() as state,
+        local_service(Path(model_dir), Path(state), (layout,), format) as service,
+    ):
         print(service.address, flush=True)
         sys.stdin.readline()
 
