@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -302,6 +303,7 @@ def _reading_checkpoints() -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an error of weight_update.errors becomes one message on stderr and its exit code."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a local cluster is protected
     given = list(sys.argv[1:] if args is None else args)
     try:
         app(args=given, prog_name="transfuse")

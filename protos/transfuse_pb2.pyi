@@ -93,24 +93,28 @@ class VersionInfo(_message.Message):
     def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("fingerprint",)
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: int
+    def __init__(self, fingerprint: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes")
+    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes", "fingerprint")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     ranks: _containers.RepeatedCompositeFieldContainer[RankSpec]
     version: int
     digest: str
     epoch: int
     max_message_bytes: int
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    fingerprint: int
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
     __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s")

@@ -75,6 +75,7 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     def __init__(self, shell: CoordinatorShell) -> None:
         self._shell = shell
+        self._manifest = to_manifest_proto(shell.manifest)
 
     @refusing
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
@@ -87,7 +88,8 @@ class ControlServicer(pb_grpc.ControlServicer):
             ranks.append(spec)
         decision = shell.index.decision()
         return pb.DescribeReply(
-            manifest=to_manifest_proto(shell.manifest),
+            manifest=None if request.fingerprint == shell.manifest.fingerprint else self._manifest,
+            fingerprint=shell.manifest.fingerprint,
             ranks=ranks,
             version=decision.version,
             digest=decision.digest,

@@ -137,11 +137,12 @@ class Pusher:
     # -- steps
 
     def _describe(self) -> pb.DescribeReply:
-        data = self._ranks.from_first(lambda: self._control.describe().SerializeToString())
+        known = self._manifest.fingerprint if self._manifest else 0
+        data = self._ranks.from_first(lambda: self._control.describe(known).SerializeToString())
         return pb.DescribeReply.FromString(data)
 
     def _manifest_of(self, described: pb.DescribeReply) -> Manifest:
-        if self._manifest is None or self._manifest.fingerprint != described.manifest.fingerprint:
+        if self._manifest is None or self._manifest.fingerprint != described.fingerprint:
             self._manifest = from_manifest_proto(described.manifest)
         return self._manifest
 

@@ -22,6 +22,7 @@ from .errors import PlanError, raise_all
 from .inplace import local_of
 
 BLOCK_BYTES = 1 << 20  # rows go in blocks of about this size: what a core's cache holds, and bounded scratch
+MAX_WORD_BYTES = 8  # padding is looked at in words of up to this size
 
 Shards = Mapping[str, tuple[int, int]]
 Span = tuple[str, int, int]  # storage, first and last-plus-one byte of the shard
@@ -77,8 +78,8 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Padding:
-    """Bytes that belong to no tensor: columns `positions` of `units`, uint8 [units, unit_bytes], which start at unit
-    `first` of the shard."""
+    """Words that belong to no tensor: columns `positions` of `units`, [units, words] of int64, int32 or uint8, which
+    start at unit `first` of the shard."""
 
     storage: str
     first: int
@@ -87,15 +88,19 @@ class Padding:
 
     def problem(self, scratch: Tensor) -> str | None:
         """What is wrong, None while all are zero."""
-        step = max(1, scratch.numel() // len(self.positions))
+        words = scratch.view(self.units.dtype)
+        step = max(1, len(words) // len(self.positions))
         for start in range(0, len(self.units), step):
             block = self.units[start : start + step]
-            out = scratch[: len(block) * len(self.positions)].view(len(block), -1)
+            out = words[: len(block) * len(self.positions)].view(len(block), -1)
             torch.index_select(block, 1, self.positions, out=out)
             if out.any():
                 row, column = (int(i) for i in out.nonzero()[0])
-                at = f"byte {int(self.positions[column])} of unit {self.first + start + row} of this rank"
-                return f"{self.storage}: padding {at} is {int(out[row, column])}, expected 0"
+                word = out[row, column].view(1).view(torch.uint8)
+                byte = int(word.nonzero()[0])
+                at = int(self.positions[column]) * word.numel() + byte
+                unit = self.first + start + row
+                return f"{self.storage}: padding byte {at} of unit {unit} of this rank is {int(word[byte])}, expected 0"
         return None
 
 
@@ -212,12 +217,13 @@ def merge_spans(spans: Sequence[Span]) -> list[Span]:
 
 # Rows of one tensor in one unit: their offsets in it, the runs of a row, the bytes of a run.
 Part = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]
+Unfilled = tuple[torch.dtype, Tensor]  # words of this type, and where they are in a unit
 
 
 def plan_padding(storages: Mapping[str, Tensor], writes: Sequence[Write]) -> dict[str, tuple[Padding, ...]]:
     """The bytes of every storage that no tensor fills. Units filled alike share one list of positions."""
     used = _used_bytes(writes)
-    known: dict[object, Tensor] = {}
+    known: dict[object, Unfilled] = {}
     padded = [name for name, num_bytes in used.items() if num_bytes < storages[name].numel()]
     return {name: _padding_of(name, [w for w in writes if w.span[0] == name], known) for name in padded}
 
@@ -230,10 +236,10 @@ def _used_bytes(writes: Sequence[Write]) -> dict[str, int]:
     return used
 
 
-def _padding_of(storage: str, writes: Sequence[Write], known: dict[object, Tensor]) -> tuple[Padding, ...]:
+def _padding_of(storage: str, writes: Sequence[Write], known: dict[object, Unfilled]) -> tuple[Padding, ...]:
     unit_bytes = writes[0].placement.unit_bytes
-    units = writes[0].local.view(-1, unit_bytes)
-    parts: list[list[Part]] = [[] for _ in range(len(units))]
+    local = writes[0].local
+    parts: list[list[Part]] = [[] for _ in range(local.numel() // unit_bytes)]
     for write in writes:
         located = write.placement.located
         offsets = write.placement.row_offsets[write.row0 : write.row0 + write.num_rows] - write.base
@@ -242,14 +248,20 @@ def _padding_of(storage: str, writes: Sequence[Write], known: dict[object, Tenso
         for part in np.split(within, cuts) if len(within) else ():
             parts[int(unit[0])].append((part, located.runs, located.run_bytes))
             unit = unit[len(part) :]
-    found, start = [], 0
+    found: list[Padding] = []
+    start = 0
     for alike, group in groupby(parts, key=_signature):
         stop = start + len(list(group))
-        key = (unit_bytes, alike)
+        key = (unit_bytes, local.data_ptr() % MAX_WORD_BYTES, alike)
         if key not in known:
-            known[key] = _unfilled(unit_bytes, parts[start])
-        if len(known[key]):
-            found.append(Padding(storage=storage, first=start, units=units[start:stop], positions=known[key]))
+            known[key] = _unfilled(local, unit_bytes, parts[start])
+        dtype, positions = known[key]
+        units = local.view(dtype).view(len(parts), -1)[start:stop]
+        at_once = BLOCK_BYTES // dtype.itemsize  # what fits in the scratch
+        found += [
+            Padding(storage=storage, first=start, units=units, positions=positions[i : i + at_once])
+            for i in range(0, len(positions), at_once)
+        ]
         start = stop
     return tuple(found)
 
@@ -261,13 +273,24 @@ def _signature(parts: Sequence[Part]) -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def _unfilled(unit_bytes: int, parts: Sequence[Part]) -> Tensor:
-    """Positions in a unit that none of the parts fills."""
+def _unfilled(local: Tensor, unit_bytes: int, parts: Sequence[Part]) -> Unfilled:
+    """The words of a unit that none of the parts fills; words as wide as the padding and the memory allow."""
     free = np.ones(unit_bytes, np.bool_)
     for rows, runs, run_bytes in parts:
         row = (runs[:, None] + np.arange(run_bytes)).ravel()
         step = max(1, BLOCK_BYTES // len(row))
         for start in range(0, len(rows), step):
             free[rows[start : start + step, None] + row] = False
-    dtype = np.int32 if unit_bytes < 1 << 31 else np.int64
+    for dtype in (torch.int64, torch.int32):
+        size = dtype.itemsize
+        if unit_bytes % size or local.data_ptr() % size or local.storage_offset() % size or local.numel() % size:
+            continue
+        words = free.reshape(-1, size)
+        if np.array_equal(words.all(axis=1), words.any(axis=1)):
+            return dtype, _positions(words[:, 0])
+    return torch.uint8, _positions(free)
+
+
+def _positions(free: npt.NDArray[np.bool_]) -> Tensor:
+    dtype = np.int32 if len(free) < 1 << 31 else np.int64
     return torch.from_numpy(np.flatnonzero(free).astype(dtype))

@@ -54,7 +54,7 @@ from .live import (
     plan_writes,
 )
 from .manifest import Manifest
-from .staging import Arena, StagingBuffer, plan_staging
+from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
@@ -298,7 +298,7 @@ class Receiver:
             scratch_bytes=block_bytes + SLACK_BYTES + TENSOR_BYTES * len(writes),
         )
         self._require_budget(memory)
-        arena = self._arena.reserve(layout.num_bytes + undo_bytes + block_bytes)
+        arena = self._arena.reserve(layout.num_bytes + block_bytes + undo_bytes)
         staging = StagingBuffer(layout, arena[: layout.num_bytes])
         push = _Push(
             transaction=transaction,
@@ -306,10 +306,10 @@ class Receiver:
             writes=writes,
             rows=[staging.rows(i) for i in range(len(writes))],
             staging=staging,
-            undo=self._copies(spans, arena[layout.num_bytes :]),
+            undo=self._copies(spans, arena[layout.num_bytes + block_bytes :]),
             recomputes=recomputes,
             padding=[each for name in {span[0]: None for span in spans} for each in self._padding.get(name, ())],
-            scratch=arena[layout.num_bytes + undo_bytes :],
+            scratch=arena[layout.num_bytes : layout.num_bytes + block_bytes],
         )
         return push, memory
 
@@ -370,7 +370,9 @@ def _digests(writes: Sequence[Write], scratch: Tensor) -> Digests:
 
 
 def _block_bytes(writes: Sequence[Write]) -> int:
-    return max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
+    """Scratch for one block of rows, in whole cache lines."""
+    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
+    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def _hex(digest: npt.NDArray[np.uint64]) -> str:

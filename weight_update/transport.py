@@ -274,9 +274,10 @@ class ControlClient:
         self.channel = connect(target)
         self._stub = pb_grpc.ControlStub(self.channel)
 
-    def describe(self) -> pb.DescribeReply:
-        """What the service holds and where."""
-        reply: pb.DescribeReply = call(self._stub.Describe, pb.DescribeRequest(), timeout_s=60, where=self.target)
+    def describe(self, fingerprint: int = 0) -> pb.DescribeReply:
+        """What the service holds and where; without the manifest where the caller's has this fingerprint."""
+        request = pb.DescribeRequest(fingerprint=fingerprint)
+        reply: pb.DescribeReply = call(self._stub.Describe, request, timeout_s=60, where=self.target)
         return reply
 
     def begin(self, **fields: Any) -> pb.BeginReply:
