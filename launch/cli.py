@@ -303,7 +303,8 @@ def _reading_checkpoints() -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an error of weight_update.errors becomes one message on stderr and its exit code."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a local cluster is protected
+    # It warns that a local cluster is protected. Its parent will not do: importing ray sets that level again.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if args is None else args)
     try:
         app(args=given, prog_name="transfuse")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from quant.formats import FORMATS, TensorSpec
-from quant.layouts import LAYOUTS, Derived, place_row_major
+from quant.layouts import LAYOUTS, Derived, Placement, place_row_major
 from quant.modules import QuantLinear, quantized_modules
+from quant.steps import Located
 from sharding.fsdp import reshard_all, shard_model
 from tests import reference
 from tests.rig import LAYOUT_PAIRS, NUM_TENSORS, Rig, chunk_of, chunks_for, random_content
@@ -169,6 +170,39 @@ def test_a_derived_value_of_a_derived_value_follows() -> None:
     assert (storages["double"].item(), storages["quadruple"].item()) == (6, 12)
     receiver.undo()
     assert (storages["double"].item(), storages["quadruple"].item()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "unit_bytes", "byte"),
+    [(8, 24, 8), (8, 24, 23), (40, 52, 51), (5, 13, 5), (1024, 3 << 20, (3 << 20) - 1), (1024, 3 << 20, 2_000_001)],
+)
+def test_a_padding_byte_is_found_wherever_it_is(row_bytes: int, unit_bytes: int, byte: int) -> None:
+    spec = TensorSpec(name="w", dtype="U8", shape=(3, row_bytes))
+    located = Located(
+        rows=np.arange(3) * unit_bytes,
+        runs=np.zeros(1, np.int64),
+        run_bytes=row_bytes,
+        num_bytes=3 * unit_bytes,
+        pitch=unit_bytes,
+    )
+    placement = Placement(tensor=spec, storage="w", origin=0, located=located, unit_bytes=unit_bytes)
+    storage = torch.zeros(3, unit_bytes, dtype=torch.uint8)
+    receiver = Receiver({"w": storage}, [placement])
+
+    def install(version: int) -> None:
+        receiver.begin(version, version, receiver.version, [0])
+        receiver.stage(chunk_of([(0, 0, b"\xff" * spec.num_bytes)]))
+        receiver.prepare()
+        receiver.install()
+        receiver.publish()
+
+    install(1)
+    storage[2, byte] = 7
+    with pytest.raises(LayoutError, match=rf"w: padding byte {byte} of unit 2 of this rank is 7, expected 0"):
+        install(2)
+    receiver.abort()
+    storage[2, byte] = 0
+    install(3)
 
 
 def test_module_parameters_replaced_behind_the_receiver_are_seen_by_its_lookup() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,22 @@ class Write:
             part0, part1 = digest_rows(self.key, out, self.row0 + start)
             lane0, lane1 = lane0 + part0, lane1 + part1
         return lane0 & MASK, lane1 & MASK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Copy(Write):
+    """A write whose rows lie in the storage as they come: a plain copy, and a digest of the live bytes where they are.
+
+    view: those bytes, uint8 [num_rows, row_bytes].
+    """
+
+    view: Tensor
+
+    def apply(self, rows: Tensor) -> None:
+        self.view.copy_(rows)
+
+    def digest(self, scratch: Tensor) -> tuple[int, int]:
+        return digest_rows(self.key, self.view, self.row0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,16 +172,28 @@ def _plan_write(storages: Mapping[str, Tensor], placement: Placement, shards: Sh
     base = first_unit * unit_bytes
     offsets = placement.row_offsets[row0:row_stop] - base
     low, high = (int(offsets.min()) // unit_bytes, int(offsets.max()) // unit_bytes + 1) if len(offsets) else (0, 0)
-    return Write(
-        placement=placement,
-        key=name_key(spec.name),
-        local=local,
-        base=base,
-        row0=row0,
-        num_rows=row_stop - row0,
-        blocks=tuple(_blocks(row_stop - row0, spec.row_bytes)),
-        span=(storage, low * unit_bytes, high * unit_bytes),
-    )
+    fields: dict[str, Any] = {
+        "placement": placement,
+        "key": name_key(spec.name),
+        "local": local,
+        "base": base,
+        "row0": row0,
+        "num_rows": row_stop - row0,
+        "blocks": tuple(_blocks(row_stop - row0, spec.row_bytes)),
+        "span": (storage, low * unit_bytes, high * unit_bytes),
+    }
+    if not _is_row_major(placement, offsets):
+        return Write(**fields)
+    start = int(offsets[0])
+    view = local[start : start + len(offsets) * spec.row_bytes].view(len(offsets), spec.row_bytes)
+    return Copy(**fields, view=view)
+
+
+def _is_row_major(placement: Placement, offsets: npt.NDArray[np.int64]) -> bool:
+    """Whether these rows lie one after the other, each in one piece."""
+    row_bytes = placement.tensor.row_bytes
+    whole = placement.run_bytes == row_bytes and not placement.run_offsets.any()
+    return bool(whole and len(offsets) and (np.diff(offsets) == row_bytes).all())
 
 
 def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

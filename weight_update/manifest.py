@@ -37,6 +37,7 @@ class Manifest:
     parameters: tuple[ParameterRow, ...] = ()
     index: Mapping[str, int] = field(init=False, repr=False, compare=False)
     fingerprint: int = field(init=False, compare=False)
+    _specs: Mapping[str, tuple[tuple[TensorSpec, bool], ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         index = {spec.name: i for i, spec in enumerate(self.tensors)}
@@ -49,12 +50,21 @@ class Manifest:
             if required and (spec.name not in index or self.tensors[index[spec.name]] != spec)
         ]
         raise_all(ManifestError, "manifest refused", problems)
+        held = {
+            row.name: tuple((spec, required) for spec, required in _components(row) if spec.name in index)
+            for row in self.parameters
+        }
+        object.__setattr__(self, "_specs", held)
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "fingerprint", _fingerprint(self))
 
     def tensors_of(self, parameter: ParameterRow) -> tuple[TensorSpec, ...]:
         """The tensors that hold a parameter, in the order of its format's components."""
-        return tuple(spec for spec, _ in _components(parameter) if spec.name in self.index)
+        return tuple(spec for spec, _ in self._specs[parameter.name])
+
+    def required_of(self, parameter: ParameterRow) -> tuple[str, ...]:
+        """Names of the tensors that a push of this parameter must bring; its input scale may stay away."""
+        return tuple(spec.name for spec, required in self._specs[parameter.name] if required)
 
 
 def check_push(manifest: Manifest, specs: Sequence[TensorSpec]) -> npt.NDArray[np.int64]:
@@ -119,7 +129,7 @@ def _cut(manifest: Manifest, pushed: set[str]) -> Iterator[str]:
     """Parameters and fused groups of which only a part is pushed."""
     groups: dict[str, list[tuple[str, bool]]] = {}
     for row in manifest.parameters:
-        required = [spec.name for spec, is_required in _components(row) if is_required]
+        required = manifest.required_of(row)
         absent = [name for name in required if name not in pushed]
         brought = len(absent) < len(required)
         if brought and absent:

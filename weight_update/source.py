@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FORMATS, TensorSpec, dtype_name
+from quant.formats import TensorSpec, dtype_name
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, local_rows
 
 from .errors import ManifestError, raise_all
 from .manifest import Manifest
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 Scope = str | Sequence[str]
 Items = nn.Module | Iterable[tuple[str, Tensor]]
@@ -155,12 +157,12 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) -> tuple[Source | None, str | None]:
     """The source that one item makes, or why it cannot be one."""
     specs = manifest.tensors_of(row)
-    dtype = dtype_name(local.rows.dtype)
-    quantized = FORMATS[row.format].has_global_scale or len(specs) > 1
-    is_float = local.rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    is_float = local.rows.dtype in FLOATS
     if name == row.name and is_float and local.shape == row.shape:
-        encoded = tuple(spec for spec in specs if not (quantized and spec.name.endswith(".input_scale")))
-        return _made(name, "encode", row, encoded, local), None
+        required = manifest.required_of(row)  # an input scale is calibration: it comes by itself or is carried over
+        return _made(name, "encode", row, tuple(spec for spec in specs if spec.name in required), local), None
+    dtype = dtype_name(local.rows.dtype)
+    quantized = len(specs) > 1
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
         return _made(name, "checkpoint", row, (spec,), local), None
