@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +67,8 @@ def demo(
     each step. With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s,
     digest_verified (true only if every rank's installed digest equals the trainer's), phases, timings and more.
     """
-    from .demo import run, to_people, to_scripts
+    with _loading():
+        from .demo import run, to_people, to_scripts
 
     run(steps, out, to_scripts() if as_json else to_people())
 
@@ -95,9 +96,10 @@ def serve(
     """
     from tempfile import TemporaryDirectory
 
-    from service.fleet import FleetConfig
+    with _loading():
+        from service.fleet import FleetConfig
 
-    from .serve import run
+        from .serve import run
 
     def ready(address: str) -> None:
         _print({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
@@ -129,8 +131,9 @@ def push(
     """Push a checkpoint as the next version."""
     from dataclasses import asdict
 
-    from quant.checkpoint import open_checkpoint
-    from weight_update.client import Pusher
+    with _loading():
+        from quant.checkpoint import open_checkpoint
+        from weight_update.client import Pusher
 
     from .progress import Bars
     from .tables import mebibytes
@@ -287,7 +290,14 @@ def formats(
     _print(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
-# ---------------------------------------------------------------- the end of a command
+# ---------------------------------------------------------------- around a command
+
+
+def _loading() -> AbstractContextManager[None]:
+    """Progress of imports: torch, transformers and ray take seconds."""
+    from .progress import Bars
+
+    return Bars().show("load libraries")
 
 
 @contextmanager

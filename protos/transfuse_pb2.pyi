@@ -117,7 +117,7 @@ class DescribeReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s")
+    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams")
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class BeginRequest(_message.Message):
     PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
     push_id: str
     base_version: int
     fingerprint: int
@@ -132,7 +133,8 @@ class BeginRequest(_message.Message):
     pushed_by: str
     logical_bytes: int
     lease_s: float
-    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    num_streams: int
+    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ...) -> None: ...
 
 class BeginReply(_message.Message):
     __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed")
@@ -429,18 +431,20 @@ class HelloReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors")
+    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transaction: int
     version: int
     base_version: int
     tensors: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
+    num_streams: int
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("planned_bytes",)

@@ -108,6 +108,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             pushed_by=request.pushed_by,
             logical_bytes=request.logical_bytes,
             lease_s=request.lease_s or 60.0,
+            num_streams=request.num_streams or 1,
         )
         return pb.BeginReply(epoch=self._shell.index.epoch, **result)
 

@@ -169,8 +169,14 @@ class _ColdLoad:
             entry = self._entries.get(spec.name)
             if start == stop:
                 continue
-            rows = torch.ones(1) if entry is None else self._checkpoint.rows(entry.name, start, stop)
-            yield spec, start, as_bytes(rows).reshape(stop - start, spec.row_bytes)
+            if entry is None:
+                yield spec, start, as_bytes(torch.ones(1))
+                continue
+            step = max(1, BLOCK_BYTES // spec.row_bytes)
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                rows = self._checkpoint.rows(entry.name, first, last)
+                yield spec, first, as_bytes(rows).reshape(last - first, spec.row_bytes)
 
 
 def _entries(checkpoint: Checkpoint) -> dict[str, Entry]:

@@ -33,6 +33,7 @@ def _send_open(stub: Any, send: Send, epoch: int) -> int:
         version=send.version,
         base_version=send.base_version,
         tensors=tensors,
+        num_streams=send.num_streams,
     )
     return int(call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member)).planned_bytes)
 

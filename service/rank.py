@@ -32,6 +32,7 @@ from .wire import bind, make_server, refuse, refusing, refusing_stream, set_serv
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
+STREAM_BYTES = 4 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
 PAUSE_TIMEOUT_S = 60.0
 PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")
@@ -97,7 +98,13 @@ class RankServer:
     def open(self, request: Any) -> int:
         tensors = np.array(request.tensors, np.int64)
         self.given_up.clear()
-        plan = self.receiver.begin(request.transaction, request.version, request.base_version, tensors)
+        plan = self.receiver.begin(
+            request.transaction,
+            request.version,
+            request.base_version,
+            tensors,
+            in_flight_bytes=request.num_streams * STREAM_BYTES,
+        )
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
             rank=self.identity.rank,

@@ -185,6 +185,7 @@ class Pusher:
                 pushed_by=self._pushed_by,
                 logical_bytes=plan.logical_bytes,
                 lease_s=self._lease_s,
+                num_streams=self._ranks.world,
             ).SerializeToString()
 
         return pb.BeginReply.FromString(self._ranks.from_first(begin))

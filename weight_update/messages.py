@@ -79,6 +79,7 @@ class Send:
     version: int
     base_version: int = 0
     tensors: np.ndarray | None = None
+    num_streams: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

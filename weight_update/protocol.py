@@ -151,6 +151,7 @@ class Coordinator:
             lease_s=float(args["lease_s"]),  # type: ignore[arg-type]
             logical_bytes=int(args["logical_bytes"]),  # type: ignore[call-overload]
             tensors=tensors,
+            num_streams=int(args.get("num_streams", 1)),  # type: ignore[call-overload]
             callers=[request.id],
         )
         text = f"{open_.pushed_by}: {len(tensors)} tensors"
@@ -229,6 +230,7 @@ class Coordinator:
                 version=open_.version,
                 base_version=open_.base_version,
                 tensors=tensors,
+                num_streams=open_.num_streams,
             )
             for member in members
         ]

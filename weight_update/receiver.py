@@ -71,15 +71,16 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes above idle that a transaction needs on this rank; messages in flight are the transport's."""
+    """Bytes above idle that a transaction needs on this rank. in_flight: what the transport says that it holds."""
 
     staging_bytes: int
     undo_bytes: int
     scratch_bytes: int
+    in_flight_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.staging_bytes + self.undo_bytes + self.scratch_bytes
+        return self.staging_bytes + self.undo_bytes + self.scratch_bytes + self.in_flight_bytes
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -160,16 +161,25 @@ class Receiver:
     # -- the transaction
 
     def begin(
-        self, transaction: int, version: int, base_version: int, tensors: npt.NDArray[np.integer[Any]] | Sequence[int]
+        self,
+        transaction: int,
+        version: int,
+        base_version: int,
+        tensors: npt.NDArray[np.integer[Any]] | Sequence[int],
+        *,
+        in_flight_bytes: int = 0,
     ) -> MemoryPlan:
-        """Open a transaction over these tensors of the manifest; reserves all the memory that it will need."""
+        """Open a transaction over these tensors of the manifest; reserves all the memory that it will need.
+
+        in_flight_bytes: what the caller's transport may hold at a time, counted in the plan and against the budget.
+        """
         with self._lock:
             self._expect("begin", State.IDLE)
             if base_version != self.version or version <= self.version:
                 raise VersionError(
                     f"version {version} on base {base_version}: this rank holds {self.version}; describe again"
                 )
-            self._push, memory = self._plan(transaction, version, self._checked(tensors))
+            self._push, memory = self._plan(transaction, version, self._checked(tensors), in_flight_bytes)
             self.state = State.OPEN
             return memory
 
@@ -251,6 +261,11 @@ class Receiver:
         push = self._push
         return 0 if push is None else push.staging.staged_bytes
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of staging, undo and scratch that are kept, touched, from one push to the next."""
+        return self._arena.num_bytes
+
     def audit(self) -> None:
         """Raise LayoutError unless every storage is where it was when this receiver was built."""
         with self._lock:
@@ -282,7 +297,9 @@ class Receiver:
         raise_all(ManifestError, "begin refused", problems)
         return indices
 
-    def _plan(self, transaction: int, version: int, indices: list[int]) -> tuple[_Push, MemoryPlan]:
+    def _plan(
+        self, transaction: int, version: int, indices: list[int], in_flight_bytes: int
+    ) -> tuple[_Push, MemoryPlan]:
         writes = [self._writes[i] for i in indices]
         recomputes = self._stale({write.span[0] for write in writes if write.num_rows})
         derived = [(each.name, 0, self._bytes[each.name].numel()) for each in recomputes]
@@ -296,6 +313,7 @@ class Receiver:
             staging_bytes=layout.num_bytes,
             undo_bytes=undo_bytes,
             scratch_bytes=block_bytes + SLACK_BYTES + TENSOR_BYTES * len(writes),
+            in_flight_bytes=in_flight_bytes,
         )
         self._require_budget(memory)
         arena = self._arena.reserve(layout.num_bytes + block_bytes + undo_bytes)
@@ -334,8 +352,8 @@ class Receiver:
         if self._budget_bytes is not None and memory.peak_bytes > self._budget_bytes:
             raise PlanError(
                 f"this push needs {memory.peak_bytes} bytes above idle on this rank (staging {memory.staging_bytes},"
-                f" undo {memory.undo_bytes}, scratch {memory.scratch_bytes}), the budget is {self._budget_bytes};"
-                " push fewer tensors at a time or raise the budget"
+                f" undo {memory.undo_bytes}, scratch {memory.scratch_bytes}, in flight {memory.in_flight_bytes}),"
+                f" the budget is {self._budget_bytes}; push fewer tensors at a time or raise the budget"
             )
 
     # -- execution

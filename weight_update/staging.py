@@ -52,6 +52,11 @@ class Arena:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept."""
+        return self._memory.numel()
+
     def reserve(self, num_bytes: int) -> Tensor:
         """The first num_bytes of the arena; earlier reservations are void."""
         if num_bytes > self._memory.numel():

@@ -44,6 +44,7 @@ class Transaction:
     lease_s: float
     logical_bytes: int
     tensors: np.ndarray
+    num_streams: int = 1
     digests: Digests | None = None
     wire_bytes: int = 0
     decide: bool = False  # go on to the decision once installed

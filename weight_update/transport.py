@@ -38,6 +38,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", CONTROL_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 256 << 10),
     ("grpc.absolute_max_metadata_size", 512 << 10),
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),

@@ -62,13 +62,14 @@ def _seconds(function: object) -> float:
 
 
 @contextmanager
-def actor_process(model_dir: Path, format: str, layout: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A service of one rank in its own process: its address and the process."""
+def actor_process(model_dir: Path, format: str, layout: str) -> Iterator[tuple[str, psutil.Process, int]]:
+    """A service of one rank in its own process: its address, the process, bytes of the buffer that it keeps."""
     command = [sys.executable, "-m", "tests.bench.push", "--serve", str(model_dir), format, layout]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().strip(), psutil.Process(process.pid)
+        address, reserved_bytes = process.stdout.readline().split()
+        yield address, psutil.Process(process.pid), int(reserved_bytes)
     finally:
         process.communicate("stop\n", timeout=60)
 
@@ -79,7 +80,7 @@ def serve(model_dir: str, format: str, layout: str) -> None:
         tempfile.TemporaryDirectory() as state,
         local_service(Path(model_dir), Path(state), (layout,), format) as service,
     ):
-        print(service.address, flush=True)
+        print(service.address, service.ranks[0].receiver.reserved_bytes, flush=True)
         sys.stdin.readline()
 
 
@@ -100,9 +101,9 @@ def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, lay
     """Push `pushes` + 1 times; every push is a full one."""
     memcpy = memcpy_bytes_s()
     reports: list[PushReport] = []
-    with actor_process(model_dir, format, layout) as (address, process):
+    with actor_process(model_dir, format, layout) as (address, process, reserved_bytes):
         pusher = Pusher(address)
-        idle = process.memory_info().rss
+        idle = process.memory_info().rss - reserved_bytes  # the cold load has left its buffer for the pushes to come
         reset_peak(process)
         for _ in range(pushes + 1):
             with torch.no_grad():

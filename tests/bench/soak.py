@@ -1,0 +1,92 @@
+"""What takes long: thousands of schedules of the protocol, and hundreds of random pushes into one service.
+
+    python -m tests.bench.soak [--schedules N] [--pushes N] [--seed S]
+
+Prints what was done and what was lost, and exits 1 on the first byte that is not what a cold load would give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tests.local import LocalService, cold, local_service
+from tests.test_protocol import test_a_coordinator_that_dies_anywhere_is_replaced_and_every_member_resolved as survive
+from tests.tiny import save, tiny_llama
+from weight_update.client import Pusher
+from weight_update.errors import WeightUpdateError
+
+LAYOUTS = ("trtllm", "cutlass", "plain")
+POINTS = ("open", "stage", "prepare", "install", "installed")
+SCOPES = ("all", "model.layers.0.*", "*.mlp.down_proj.weight", "*norm*")
+
+
+def push_randomly(service: LocalService, scratch: Path, pushes: int, chance: random.Random) -> Counter[str]:
+    """Random pushes; after each, every storage equals a cold load of what was last committed, at its old address."""
+    outcomes: Counter[str] = Counter()
+    pusher = Pusher(service.address)
+    committed = tiny_llama(seed=0)
+    pusher.push(committed)
+    addresses = service.addresses()
+    for i in range(pushes):
+        candidate, scope = tiny_llama(seed=1000 + i), chance.choice(SCOPES)
+        point = chance.choice((*POINTS, *[""] * len(POINTS)))
+        if point:
+            chance.choice(service.ranks).faults.arm(point, "raise")
+        try:
+            report = pusher.push(candidate, scope=[scope] if scope != "all" else scope)
+        except WeightUpdateError:
+            outcomes[f"failed at {point}"] += 1
+        else:
+            carry_over(committed, candidate, scope, report.widened)
+            outcomes[f"committed {scope}"] += 1
+        save(committed, scratch)
+        expected = [cold(scratch, layout)[1].storage_bytes() for layout in LAYOUTS]
+        if service.bytes() != expected or service.addresses() != addresses:
+            raise SystemExit(f"push {i}, scope {scope}, failure {point or 'none'}: bytes or addresses differ")
+    pusher.close()
+    return outcomes
+
+
+def carry_over(committed: torch.nn.Module, candidate: torch.nn.Module, scope: str, widened: list[str]) -> None:
+    """Bring the committed model to what a push of this scope made of it."""
+    from fnmatch import fnmatchcase
+
+    pushed = dict(candidate.named_parameters())
+    with torch.no_grad():
+        for name, parameter in committed.named_parameters():
+            if scope == "all" or fnmatchcase(name, scope) or name in widened:
+                parameter.copy_(pushed[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=int, default=50_000)
+    parser.add_argument("--pushes", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    start = time.monotonic()
+    for seed in range(options.schedules):
+        survive(options.seed + seed)
+    print(f"{options.schedules} schedules with a coordinator's death, from seed {options.seed}: every member resolved")
+    print(f"  {time.monotonic() - start:.0f} s")
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        model_dir = save(tiny_llama(seed=0), scratch / "model")
+        with local_service(model_dir, scratch / "state", LAYOUTS) as service:
+            outcomes = push_randomly(service, scratch / "cold", options.pushes, random.Random(options.seed))
+    print(f"{options.pushes} random pushes into replicas of layouts {', '.join(LAYOUTS)}: every byte as a cold load")
+    for outcome, count in sorted(outcomes.items()):
+        print(f"  {count:4d} {outcome}")
+    print(f"  {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
