@@ -32,7 +32,7 @@ from .wire import bind, make_server, refuse, refusing, refusing_stream, set_serv
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
-STREAM_BYTES = 4 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
+STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
 PAUSE_TIMEOUT_S = 60.0
 PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")

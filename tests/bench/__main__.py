@@ -28,15 +28,16 @@ def main() -> None:
     for row in encode["rows"]:
         print(f"| {row['case']} | {row['mb']:.0f} MB | **{row['over_copy']:.2f}** | torch.copy_, one thread |")
     for row in push["rows"]:
-        size, case = f"{row['wire_mb']:.0f} MB", row["case"]
-        print(
-            f"| push of {case}: transfer rate | {size} | **{row['transfer_over_memcpy']:.3f}** | memcpy, one thread |"
+        size, pause = f"{row['wire_mb']:.0f} MB", f"{row['pause_ms']:.0f} ms"
+        lines = (
+            (f"push of {row['case']}: transfer rate", f"{row['transfer_over_memcpy']:.3f}", "memcpy, one thread"),
+            ("- the same", f"{row['transfer_over_raw_grpc']:.2f}", "a raw gRPC stream that drops its messages"),
+            (f"- its pause, {pause}", f"{row['pause_over_copy']:.1f}", "a copy of the same bytes"),
+            ("- actor memory above idle", f"{row['memory_over_planned']:.2f}", "what was planned"),
+            (f"- the whole push of {row['tensors']} tensors", f"{row['us_per_tensor']:.0f} us", "a tensor"),
         )
-        print(
-            f"| - its pause, {row['pause_ms']:.0f} ms | {size} | {row['pause_over_copy']:.1f} | plain copy of the bytes |"
-        )
-        print(f"| - actor memory above idle | {size} | {row['memory_over_planned']:.2f} | planned |")
-        print(f"| - the whole push, a tensor | {row['tensors']} tensors | {row['us_per_tensor']:.0f} us | |")
+        for what, measured, over in lines:
+            print(f"| {what} | {size} | **{measured}** | {over} |")
 
 
 if __name__ == "__main__":

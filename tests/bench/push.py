@@ -17,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import torch
@@ -28,7 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quant.checkpoint import open_checkpoint
 from tests.local import local_service
+from weight_update.chunks import CHUNK_BYTES
 from weight_update.client import Pusher, PushReport
+from weight_update.transport import CHANNEL_OPTIONS, connect
 
 COPY_BYTES = 256 << 20
 NUM_LAYERS_OF_TINY = 400  # 9 parameters each: thousands of tensors of a few hundred bytes
@@ -43,6 +47,7 @@ class Row:
     wire_mb: float
     transfer_gb_s: float
     transfer_over_memcpy: float
+    transfer_over_raw_grpc: float
     pause_ms: float
     pause_over_copy: float
     memory_over_planned: float
@@ -97,9 +102,36 @@ def reset_peak(process: psutil.Process) -> None:
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
+def serve_raw() -> None:
+    """A gRPC stream that takes messages and drops them: what gRPC itself costs."""
+
+    def drop(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        return (b"" for _ in messages)
+
+    handler = grpc.stream_stream_rpc_method_handler(drop)
+    server = grpc.server(ThreadPoolExecutor(4), options=CHANNEL_OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw.Raw", {"Drop": handler}),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    server.start()
+    sys.stdin.readline()
+
+
+def raw_grpc_bytes_s() -> float:
+    """Bytes a second of chunks of the same size through a stream that drops them; the best of five."""
+    command = [sys.executable, "-m", "tests.bench.push", "--raw"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    message, count = os.urandom(CHUNK_BYTES), COPY_BYTES // CHUNK_BYTES
+    with connect(f"127.0.0.1:{process.stdout.readline().strip()}") as channel:
+        stream = channel.stream_stream("/raw.Raw/Drop")
+        seconds = [_seconds(lambda: list(stream(message for _ in range(count)))) for _ in range(5)]
+    process.communicate("stop\n", timeout=60)
+    return COPY_BYTES / min(seconds)
+
+
 def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, layout: str, pushes: int) -> Row:
     """Push `pushes` + 1 times; every push is a full one."""
-    memcpy = memcpy_bytes_s()
+    memcpy, raw = memcpy_bytes_s(), raw_grpc_bytes_s()
     reports: list[PushReport] = []
     with actor_process(model_dir, format, layout) as (address, process, reserved_bytes):
         pusher = Pusher(address)
@@ -122,6 +154,7 @@ def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, lay
         wire_mb=wire / 1e6,
         transfer_gb_s=wire / transfer_s / 1e9,
         transfer_over_memcpy=wire / transfer_s / memcpy,
+        transfer_over_raw_grpc=wire / transfer_s / raw,
         pause_ms=pause_s * 1e3,
         pause_over_copy=pause_s / (wire / memcpy),
         memory_over_planned=above / max(report.planned_bytes for report in reports),
@@ -149,10 +182,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--pushes", type=int, default=3)
+    parser.add_argument("--raw", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", nargs=3, metavar=("DIR", "FORMAT", "LAYOUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(*options.serve)
+        return
+    if options.raw:
+        serve_raw()
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,7 +207,8 @@ def main() -> None:
         return
     for row in rows:
         print(f"{row.case} ({row.tensors} tensors, {row.wire_mb:.1f} MB on the wire)")
-        print(f"  transfer {row.transfer_gb_s:.2f} GB/s = {row.transfer_over_memcpy:.3f} of a one-thread memcpy")
+        print(f"  transfer {row.transfer_gb_s:.2f} GB/s = {row.transfer_over_memcpy:.3f} of a one-thread memcpy,")
+        print(f"    {row.transfer_over_raw_grpc:.2f} of a raw gRPC stream that drops its messages")
         print(f"  pause {row.pause_ms:.1f} ms = {row.pause_over_copy:.1f} times a plain copy of the same bytes")
         print(f"  actor memory above idle = {row.memory_over_planned:.2f} of planned")
         print(f"  whole push {row.us_per_tensor:.1f} us a tensor")
