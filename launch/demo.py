@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from protos import transfuse_pb2 as pb
 from quant.checkpoint import open_checkpoint
-from service.fleet import Fleet, FleetConfig
+from service.fleet import FleetConfig
 from weight_update.client import Pusher
 
-from .interrupts import interrupt_once
+from .interrupts import ForegroundFleet, raise_interrupts
 from .progress import Bars
 from .report import COLUMNS, Results, write_report
 from .rpc import generate
@@ -122,15 +122,15 @@ class Session:
 
 def run(num_steps: int, out_dir: Path, audience: Audience) -> Path:
     """Run the whole demo; returns where the report is. Whatever it started is stopped when this returns or raises."""
-    interrupt_once()
+    raise_interrupts()
     bars = Bars()
     with ExitStack() as stack:
         state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transfuse-demo-")))
         config = FleetConfig(model=MODEL, format=FORMAT, replicas=REPLICAS, ranks=RANKS, state_dir=state_dir)
         with bars.show():
-            fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
+            fleet = ForegroundFleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
             stack.enter_context(fleet)
-            interrupt_once()
+            raise_interrupts()
             bars.update("load the trainer", 0, 0)
             session = Session(fleet.address, bars)
         results = _train(session, num_steps, audience)

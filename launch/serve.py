@@ -6,23 +6,23 @@ from collections.abc import Callable
 
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS
-from service.fleet import Fleet, FleetConfig
+from service.fleet import FleetConfig
 from weight_update.errors import PlanError, raise_all
 
-from .interrupts import interrupt_once
+from .interrupts import ForegroundFleet, raise_interrupts
 from .progress import Bars
 
 
 def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
     """Serve until interrupted; `ready` gets the address once the service answers."""
-    interrupt_once()
+    raise_interrupts()
     check_names(config.format, config.layout)
     bars = Bars()
-    fleet = Fleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
+    fleet = ForegroundFleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
     try:
         with bars.show():
             fleet.__enter__()
-        interrupt_once()
+        raise_interrupts()
         ready(fleet.address)
         fleet.wait()
     except KeyboardInterrupt:

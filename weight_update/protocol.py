@@ -297,9 +297,6 @@ class Coordinator:
         open_ = self._open()
         return [*self._fence_failed(), self._notify("abort", str(open_.failure)), *self._close(None)]
 
-    def _recovered(self, now_s: float) -> list[Action]:
-        return self._fence_failed()
-
     def _fence_failed(self) -> list[Action]:
         assert self._round is not None
         actions: list[Action] = []
@@ -389,7 +386,6 @@ REQUESTS: Mapping[str, Callable[[Coordinator, Request], list[Action]]] = {
     "abort": Coordinator._abort_request,
 }
 COMPLETED: Mapping[str, Callable[[Coordinator, float], list[Action]]] = {
-    "hello": Coordinator._recovered,
     "open": Coordinator._opened,
     "prepare": Coordinator._prepared,
     "install": Coordinator._installed,

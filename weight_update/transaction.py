@@ -17,7 +17,6 @@ class Phase(enum.Enum):
     """Where the one open transaction stands."""
 
     IDLE = "idle"
-    RECOVERING = "recovering"
     OPENING = "opening"
     OPEN = "open"
     PREPARING = "preparing"
@@ -66,7 +65,6 @@ class Round:
 
 # step of a round -> phase while members answer, phase once all did
 ROUNDS: Mapping[str, tuple[Phase, Phase]] = {
-    "hello": (Phase.RECOVERING, Phase.IDLE),
     "open": (Phase.OPENING, Phase.OPEN),
     "prepare": (Phase.PREPARING, Phase.PREPARED),
     "install": (Phase.INSTALLING, Phase.INSTALLED),
@@ -78,7 +76,7 @@ ROUNDS: Mapping[str, tuple[Phase, Phase]] = {
 
 # request -> phases in which it makes sense
 ALLOWED: Mapping[str, frozenset[Phase]] = {
-    "begin": frozenset(Phase) - {Phase.RECOVERING},
+    "begin": frozenset(Phase),
     "prepare": frozenset({Phase.OPEN}),
     "install": frozenset({Phase.PREPARED}),
     "decide": frozenset({Phase.PREPARED, Phase.INSTALLED}),
