@@ -22,6 +22,7 @@ from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
 from quant.modules import decode_all, layouts_of, mark_all_applied, quantized_modules
 from sharding.fsdp import reshard_all, shard_model, unshard_all
+from weight_update.inplace import seal
 from weight_update.receiver import Receiver
 
 from .control import ControlServer
@@ -83,6 +84,7 @@ class RankActor:
             cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
             config_dir = checkpoint.config_dir
         mark_all_applied(model)
+        seal(model)
         self._server = RankServer(
             identity=RankIdentity(
                 replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
