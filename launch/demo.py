@@ -25,6 +25,7 @@ from .rpc import generate
 from .trainer import SHORT_LETTERS, Sample, Trainer, load_policy, reward_of, short_words
 
 MODEL, FORMAT, REPLICAS, RANKS = "smollm2", "nvfp4", 2, 2
+LAYOUT = "trtllm,cutlass"  # one a replica: a push is in checkpoint form and serves both
 NUM_TOKENS = 32
 PROMPTS = (
     "Once upon a time",
@@ -126,7 +127,9 @@ def run(num_steps: int, out_dir: Path, audience: Audience) -> Path:
     bars = Bars()
     with ExitStack() as stack:
         state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transfuse-demo-")))
-        config = FleetConfig(model=MODEL, format=FORMAT, replicas=REPLICAS, ranks=RANKS, state_dir=state_dir)
+        config = FleetConfig(
+            model=MODEL, format=FORMAT, layout=LAYOUT, replicas=REPLICAS, ranks=RANKS, state_dir=state_dir
+        )
         with bars.show():
             fleet = ForegroundFleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
             stack.enter_context(fleet)
