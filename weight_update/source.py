@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -80,11 +80,12 @@ def plan_push(
     found: dict[str, Source] = {}
     chosen: dict[str, bool] = {}
     seen: set[str] = set()
+    in_scope = _selector(scope)
     aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
     rows = {row.name: row for row in manifest.parameters}
     owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
     for trainer_name, tensor in items:
-        wanted = _in_scope(scope, trainer_name, trainer_name in trainable)
+        wanted = in_scope(trainer_name, trainer_name in trainable)
         try:
             local = local_rows(tensor, is_first_rank=is_first_rank)
         except ValueError as error:
@@ -95,7 +96,7 @@ def plan_push(
                 problems.append(f"{name}: given twice; give every name once")
                 continue
             seen.add(name)
-            wanted_part = wanted or _in_scope(scope, name, False)
+            wanted_part = wanted or in_scope(name, False)
             row = rows.get(name) or aliases.get(name) or owners.get(name)
             if row is None:
                 if wanted_part:
@@ -140,12 +141,16 @@ def _parts(name: str, local: LocalRows) -> list[tuple[str, LocalRows]]:
     ]
 
 
-def _in_scope(scope: Scope, name: str, trainable: bool) -> bool:
-    named = {"all": True, "trainable": trainable}
+def _selector(scope: Scope) -> Callable[[str, bool], bool]:
+    """Whether a name, trainable or not, is in the scope."""
+    named: dict[str, Callable[[str, bool], bool]] = {
+        "all": lambda name, trainable: True,
+        "trainable": lambda name, trainable: trainable,
+    }
     if isinstance(scope, str) and scope in named:
         return named[scope]
-    patterns = [scope] if isinstance(scope, str) else scope
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    patterns = [scope] if isinstance(scope, str) else list(scope)
+    return lambda name, trainable: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
