@@ -144,9 +144,16 @@ def encode_nvfp4_rows_torch(rows: Tensor, scale: float, weight: Tensor, block_sc
         _encode_piece(piece, scale, codes, scales)
 
 
+def _block(rows: Tensor, block_scale: Tensor) -> int:
+    """Elements that share a scale: 16, or 32 where activations are FP8."""
+    return rows.shape[1] // max(1, block_scale.shape[1])
+
+
 def _encode_piece(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
     bits = rows.view(torch.int16).to(torch.int32)
-    magnitude = (bits & 0x7FFF).bitwise_left_shift(16).view(torch.float32).view(*block_scale.shape, 16)
+    magnitude = (
+        (bits & 0x7FFF).bitwise_left_shift(16).view(torch.float32).view(*block_scale.shape, _block(rows, block_scale))
+    )
     scale_2 = torch.tensor(scale, dtype=torch.float32, device=rows.device)
     block = magnitude.amax(2) / (6.0 * scale_2)
     block = torch.where(block == 0, 1.0, block).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
@@ -172,7 +179,7 @@ def decode_nvfp4_rows_torch(weight: Tensor, block_scale: Tensor, scale: float, o
     for codes, scales, piece in zip(*pieces, strict=True):
         both = torch.stack((codes & 15, codes >> 4), dim=2).to(torch.int32)
         factor = scales.view(torch.float8_e4m3fn).float() * scale_2
-        piece.copy_((values[both].view(*scales.shape, 16) * factor.unsqueeze(2)).view(piece.shape))
+        piece.copy_((values[both].view(*scales.shape, _block(piece, scales)) * factor.unsqueeze(2)).view(piece.shape))
 
 
 def scatter_rows_torch(src: Tensor, located: Located, row0: int, shift: int, local: Tensor) -> None:
