@@ -84,7 +84,8 @@ def formats() -> list[Row]:
         {
             "format": row.name,
             "checkpoint tensors of a weight": ", ".join(f"{part.suffix} {part.dtype}" for part in row.components),
-            "elements a scale": " x ".join(map(str, row.encode_block)),
+            "elements a scale": " x ".join(str(size or "all") for size in row.encode_block),
+            "zeros": row.zero,
             "bytes checked against": row.oracle,
         }
         for row in FORMATS.values()

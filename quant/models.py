@@ -133,7 +133,7 @@ def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module, fmt: Format) -> bool:
-    return isinstance(module, nn.Linear) and module.in_features % fmt.encode_block[1] == 0
+    return isinstance(module, nn.Linear) and fmt.holds((module.out_features, module.in_features))
 
 
 def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:
@@ -148,8 +148,8 @@ def _is_experts(module: nn.Module, fmt: Format) -> bool:
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
         return False
     experts, hidden, inter = down.shape
-    block = fmt.encode_block[1]
-    return gate_up.shape == (experts, 2 * inter, hidden) and hidden % block == 0 and inter % block == 0
+    fits = fmt.holds((inter, hidden)) and fmt.holds((hidden, inter))
+    return gate_up.shape == (experts, 2 * inter, hidden) and fits
 
 
 def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:

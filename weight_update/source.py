@@ -156,10 +156,11 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     """The source that one item makes, or why it cannot be one."""
     specs = manifest.tensors_of(row)
     dtype = dtype_name(local.rows.dtype)
-    quantized = FORMATS[row.format].has_global_scale or len(specs) > 1
+    quantized = FORMATS[row.format].is_quantized
     is_float = local.rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if name == row.name and is_float and local.shape == row.shape:
-        encoded = tuple(spec for spec in specs if not (quantized and spec.name.endswith(".input_scale")))
+        calibrated = [part.suffix for part in FORMATS[row.format].components if part.kind == "input_scale"]
+        encoded = tuple(spec for spec in specs if not quantized or spec.name.rpartition(".")[2] not in calibrated)
         return _made(name, "encode", row, encoded, local), None
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
