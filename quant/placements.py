@@ -2,13 +2,16 @@
 
     apply_rows(placement, rows, row0, local_bytes, base)
     invert_rows(placement, row0, n, local_bytes, base)
+    apply_bytes(placement, positions, values, local_bytes, base)
 
-The first writes into a rank's shard, in place; the second reads the same rows back, exactly.
+The first writes into a rank's shard, in place; the second reads the same rows back, exactly; the third writes single
+bytes. None of them reads or touches any other byte.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,16 +21,23 @@ from . import kernels
 from .formats import TensorSpec
 from .steps import Located, Offsets, RowMajor, locate
 
+SWAP_PIECE_BYTES = 1 << 17  # nibbles are swapped in pieces that stay in the cache
+SWAP_SCRATCH_BYTES = 2 * SWAP_PIECE_BYTES  # both halves of a piece
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placement:
-    """Where one tensor lies in one storage. `located` is shared between tensors that differ by `origin` only."""
+    """Where one tensor lies in one storage. `located` is shared between tensors that differ by `origin` only.
+
+    swap_nibbles: the two codes of a byte change places on the way, both ways.
+    """
 
     tensor: TensorSpec
     storage: str
     origin: int
     located: Located
     unit_bytes: int
+    swap_nibbles: bool = False
 
     @property
     def row_offsets(self) -> Offsets:
@@ -50,9 +60,17 @@ class Placement:
         if len(inside) and inside[-1] - start + 1 != len(inside):
             raise ValueError(
                 f"{self.tensor.name}: rows in units [{unit_start}, {unit_stop}) of {self.storage} are not contiguous; "
-                "shard this storage where whole runs of rows end"
+                f"shard this storage where whole runs of rows end: {self._cuts()}"
             )
         return start, start + len(inside)
+
+    def _cuts(self) -> str:
+        """The units before which lie the first rows of the tensor and no others."""
+        units = self.row_offsets // self.unit_bytes
+        before, after = np.maximum.accumulate(units)[:-1], np.minimum.accumulate(units[::-1])[::-1][1:]
+        cuts = np.unique(after[before < after]).tolist()
+        shown = ", ".join(map(str, cuts[:8])) + (", ..." if len(cuts) > 8 else "")
+        return f"before units {shown}" if cuts else "nowhere, so keep it whole on one rank"
 
 
 def place_row_major(tensor: TensorSpec, storage: str) -> Placement:
@@ -61,13 +79,37 @@ def place_row_major(tensor: TensorSpec, storage: str) -> Placement:
     return Placement(tensor=tensor, storage=storage, origin=0, located=located, unit_bytes=tensor.row_bytes)
 
 
+def stack(name: str, placements: Sequence[Placement]) -> Placement:
+    """Tensors of one storage as one, stacked along rows: every expert's rows in one call, whole layers at a time."""
+    first = placements[0]
+    origins = np.array([placement.origin for placement in placements], np.int64)
+    if any(p.storage != first.storage or p.located is not first.located for p in placements):
+        raise ValueError(f"{name}: tensors of several storages or shapes do not stack; stack each alike ones alone")
+    rows = (origins[:, None] + first.located.rows).ravel()
+    shape = (len(rows), *first.tensor.shape[1:])
+    low, high = int(origins.min()), int(origins.max())
+    located = replace(
+        first.located,
+        rows=rows,
+        words=first.located.words and not (origins % 4).any(),
+        first=first.located.first + low,
+        last=first.located.last + high,
+    )
+    return replace(first, tensor=replace(first.tensor, name=name, shape=shape), origin=0, located=located)
+
+
 def apply_rows(placement: Placement, src: Tensor, row0: int, local: Tensor, base: int) -> None:
     """Write rows [row0, row0 + n) of a tensor, uint8 [n, row_bytes], into the bytes of a shard.
 
     local: 1-D uint8, the bytes of the rank's shard of the storage; base: where the shard starts in the whole storage.
     """
     _check_rows(placement, src, row0, local, base)
-    kernels.scatter_rows(src.contiguous(), placement.located, row0, placement.origin - base, local)
+    src, shift = src.contiguous(), placement.origin - base
+    if not placement.swap_nibbles:
+        kernels.scatter_rows(src, placement.located, row0, shift, local)
+        return
+    for start, piece in _pieces(src):
+        kernels.scatter_rows(swapped(piece), placement.located, row0 + start, shift, local)
 
 
 def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: int, out: Tensor | None = None) -> Tensor:
@@ -76,7 +118,50 @@ def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: in
         out = torch.empty((n, placement.tensor.row_bytes), dtype=torch.uint8, device=local.device)
     _check_rows(placement, out, row0, local, base)
     kernels.gather_rows(local, placement.located, row0, placement.origin - base, out)
+    for _, piece in _pieces(out) if placement.swap_nibbles else ():
+        piece.copy_(swapped(piece))
     return out
+
+
+def apply_bytes(placement: Placement, positions: Offsets, values: Tensor, local: Tensor, base: int) -> None:
+    """Write single bytes of a tensor: `values`, uint8 [n], at `positions` of its row-major bytes."""
+    at = _bytes_at(placement, positions, local, base)
+    local[at] = swapped(values) if placement.swap_nibbles else values
+
+
+def invert_bytes(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
+    """Read single bytes of a tensor, uint8 [n], at `positions` of its row-major bytes."""
+    values = local[_bytes_at(placement, positions, local, base)]
+    return swapped(values) if placement.swap_nibbles else values
+
+
+def swapped(packed: Tensor) -> Tensor:
+    """Both codes of every byte in the other order; twice is the same bytes again."""
+    low = packed << 4
+    return low.bitwise_or_(packed >> 4)
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, SWAP_PIECE_BYTES // max(1, rows.shape[1]))
+    return ((start, rows[start : start + step]) for start in range(0, len(rows), step))
+
+
+def _bytes_at(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
+    spec, located = placement.tensor, placement.located
+    positions = np.asarray(positions, np.int64)
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < spec.num_bytes:
+        low, high = int(positions.min()), int(positions.max())
+        raise ValueError(f"{spec.name}: bytes {low}..{high} lie outside [0, {spec.num_bytes}); check the positions")
+    row, column = np.divmod(positions, max(1, spec.row_bytes))
+    run, within = np.divmod(column, max(1, located.run_bytes))
+    at = located.rows[row] + (located.runs[run] + within + (placement.origin - base))
+    if len(at) and not 0 <= int(at.min()) <= int(at.max()) < local.numel():
+        low, high = int(at.min()), int(at.max())
+        raise ValueError(
+            f"{spec.name} in {placement.storage}: bytes {low}..{high} lie outside the shard's [0, {local.numel()}); "
+            "check row_start and shards"
+        )
+    return torch.from_numpy(at).to(local.device)
 
 
 def _check_rows(placement: Placement, rows: Tensor, row0: int, local: Tensor, base: int) -> None:

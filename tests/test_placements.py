@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,9 +67,10 @@ def test_any_rows_are_written_without_touching_another_byte(case: str) -> None:
 def test_numba_and_torch_place_bytes_alike(case: str) -> None:
     plan = PLANS[case]()
     tensors = random_tensors(plan, 4)
-    ours, twins = apply_all(plan, tensors), empty(plan)
+    ours, twins = empty(plan), empty(plan)
     for placement in plan.placements:
         whole = tensors[placement.tensor.name]
+        apply_rows(replace(placement, swap_nibbles=False), whole, 0, ours[placement.storage], 0)  # kernels only move
         kernels.scatter_rows_torch(whole, placement.located, 0, placement.origin, twins[placement.storage])
         back = torch.empty_like(whole)
         kernels.gather_rows_torch(twins[placement.storage], placement.located, 0, placement.origin, back)
