@@ -39,6 +39,7 @@ __all__ = [
     "apply_bytes",
     "apply_rows",
     "choose_layout",
+    "device_arch",
     "invert_bytes",
     "invert_rows",
     "misfits",
@@ -309,6 +310,15 @@ def choose_layout(
     row = next((row for row in rows if not misfits(row, kind, fmt, shape)), rows[0])
     _require_fit(row, kind, fmt, kind, shape)
     return row, f"asked for {wanted}" + ("" if row.serves(arch) else f"; no kernel for {device}, forward decodes")
+
+
+def device_arch() -> Arch | None:
+    """What kernels of this process run on: the CUDA device it uses, an Ascend, or None."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    npu = getattr(torch, "npu", None)  # there once torch-npu is imported
+    return "ascend" if npu is not None and npu.is_available() else None
 
 
 def _device_name(arch: Arch | None) -> str:
