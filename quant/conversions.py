@@ -34,7 +34,7 @@ def rebase_block_scales(block_scale: Tensor, scales: Sequence[float], rows: Sequ
 def requantize_to_largest(parts: Sequence[Parts]) -> list[dict[str, Tensor]]:
     """Put FP8 tensors of one fused group onto the largest of their scales: decoded in FP32 and rounded once more.
 
-    parts: {"weight": E4M3, "weight_scale": F32 []} of every member. A member that has the largest scale keeps its bytes.
+    parts: weight (E4M3) and weight_scale (F32 []) of every member. Who has the largest scale keeps its bytes.
     """
     largest = torch.stack([part["weight_scale"].float().reshape(()) for part in parts]).max()
     return [

@@ -159,11 +159,11 @@ def _encode_piece(rows: Tensor, scale: float, weight: Tensor, block_scale: Tenso
     block = torch.where(block == 0, 1.0, block).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
     block_scale.copy_(block.view(torch.uint8))
     quotient = (magnitude / (block.float() * scale_2).unsqueeze(2)).flatten(1)
-    code = torch.where(quotient > 0, (bits >> 12) & 8, 0).to(torch.uint8) | _e2m1(quotient)
+    code = torch.where(quotient > 0, (bits >> 12) & 8, 0).to(torch.uint8) | e2m1_codes(quotient)
     weight.copy_(code[:, 0::2] | (code[:, 1::2] << 4))
 
 
-def _e2m1(quotient: Tensor) -> Tensor:
+def e2m1_codes(quotient: Tensor) -> Tensor:
     """Codes 0..7: the least of the four lines of the E2M1 grid, each rounded once; a NaN stays at 7."""
     least = torch.full_like(quotient, _MAGIC + 7)
     for line in (quotient * 0.5 + (_MAGIC + 4), quotient + (_MAGIC + 2), quotient * 2 + _MAGIC):

@@ -12,7 +12,6 @@ from torch import Tensor
 from .numerics_float import (
     E2M1_EDGES,
     E4M3_MAX,
-    MX_BLOCK,
     Numbers,
     by_block,
     e2m1_values,
@@ -31,13 +30,14 @@ LEAST_SCALE = 0.125  # E4M3 byte 0x20, where a block scale of NVFP4 rounds to ze
 def nvfp4(weight: Tensor) -> Numbers:
     """nvfp4-pack-quantized. weight_global_scale divides: 2688 / amax, 1.0 where that is not finite."""
     top = 2688 / weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
-    divisor = torch.where(top.isfinite(), top.float(), 1.0)
+    # One dim, so that times a BF16 tensor it stays FP32.
+    divisor = torch.where(top.isfinite(), top.float(), 1.0).view(1)
     block = by_block(weight.abs(), NVFP4_BLOCK).amax(2)
     scale = e4m3((divisor * (block / 6)).float())
     scale = torch.where(scale.float() == 0, LEAST_SCALE, scale.float()).to(torch.float8_e4m3fn)
     factor = (scale.float() / divisor).unsqueeze(2)
     quotient = (by_block(weight.float(), NVFP4_BLOCK) / factor).view(weight.shape)
-    return {"weight_packed": _e2m1(quotient), "weight_scale": scale, "weight_global_scale": divisor.view(1)}
+    return {"weight_packed": pack_e2m1(quotient), "weight_scale": scale, "weight_global_scale": divisor}
 
 
 def nvfp4_values(packed: Tensor, scale: Tensor, divisor: Tensor) -> Tensor:
@@ -67,15 +67,13 @@ def int8_channel(weight: Tensor) -> Numbers:
 
 
 def mxfp8(weight: Tensor) -> Numbers:
-    byte = _mx_byte(weight, 8)
-    quotient = times_power(by_block(weight.float()), 127 - byte.int().unsqueeze(2))
-    return {"weight": e4m3(quotient.view(weight.shape)), "weight_scale": byte}
+    quotient, byte = _mx(weight, 8)
+    return {"weight": e4m3(quotient), "weight_scale": byte}
 
 
 def mxfp4(weight: Tensor) -> Numbers:
-    byte = _mx_byte(weight, 2)
-    quotient = times_power(by_block(weight.float()), 127 - byte.int().unsqueeze(2))
-    return {"weight_packed": _e2m1(quotient.view(weight.shape)), "weight_scale": byte}
+    quotient, byte = _mx(weight, 2)
+    return {"weight_packed": pack_e2m1(quotient), "weight_scale": byte}
 
 
 def _fp8(weight: Tensor, scale: Tensor) -> Numbers:
@@ -83,17 +81,24 @@ def _fp8(weight: Tensor, scale: Tensor) -> Numbers:
 
 
 def _scale(largest: Tensor, top: float) -> Tensor:
-    return torch.where(largest == 0, torch.finfo(largest.dtype).eps, largest / top)
+    scale = largest / top
+    return torch.where(scale == 0, torch.finfo(largest.dtype).eps, scale)
 
 
-def _mx_byte(weight: Tensor, top_exponent: int) -> Tensor:
-    """The exponent of a block's amax, the next one from mantissa 1.75 on, less that of the greatest code."""
-    bits = by_block(weight.float().abs(), MX_BLOCK).amax(2).view(torch.int32)
-    byte = ((bits + (1 << 21)) >> 23) - top_exponent
-    return byte.clamp(0, 255).to(torch.uint8)
+def _mx(weight: Tensor, top_exponent: int) -> tuple[Tensor, Tensor]:
+    """Quotients and scale bytes: the exponent of amax, the next one from mantissa 1.75 on, less that of the top code.
+
+    Where that rounds beyond FP32 the library divides by infinity and stores 1.0: the block is lost.
+    """
+    blocks = by_block(weight.float())
+    exponent = (blocks.abs().amax(2).view(torch.int32) + (1 << 21)) >> 23
+    lost = exponent == 255
+    byte = torch.where(lost, 127, (exponent - top_exponent).clamp(min=0)).to(torch.uint8)
+    quotient = times_power(blocks, 127 - byte.int().unsqueeze(2)) * torch.where(lost, 0.0, 1.0).unsqueeze(2)
+    return quotient.view(weight.shape), byte
 
 
-def _e2m1(quotient: Tensor) -> Tensor:
+def pack_e2m1(quotient: Tensor) -> Tensor:
     """Packed codes, ties to the even code, saturated; the sign is that of x < 0."""
     edges = torch.tensor(E2M1_EDGES, device=quotient.device)
     magnitude = quotient.abs()

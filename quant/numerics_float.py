@@ -51,6 +51,12 @@ def encode_fp8(rows: Tensor, scale: float) -> Numbers:
     return {"weight": e4m3((rows.float() / divisor).to(torch.bfloat16).float())}
 
 
+def encode_fp8_short_scale(rows: Tensor) -> Numbers:
+    """modelopt before an export: the scale itself is BF16, and so is the division."""
+    scale = rows.abs().amax() / E4M3_MAX
+    return {"weight": e4m3((rows / scale).float()), "weight_scale": scale}
+
+
 def decode_fp8(weight: Tensor, scale: float) -> Tensor:
     """modelopt multiplies BF16 codes by the scale rounded to BF16."""
     factor = torch.tensor(scale, dtype=torch.float32, device=weight.device).to(torch.bfloat16)
@@ -63,9 +69,10 @@ def encode_fp8_channel(rows: Tensor) -> Numbers:
     return {"weight": e4m3(values / scale.unsqueeze(1)), "weight_scale": scale}
 
 
-def encode_fp8_block(rows: Tensor) -> Numbers:
+def encode_fp8_block(rows: Tensor, largest: Tensor | None = None) -> Numbers:
+    """largest: of every tile, where more than these rows share it."""
     values = rows.float()
-    scale = nonzero_scale(tile_amax(values) / E4M3_MAX)
+    scale = nonzero_scale((tile_amax(values) if largest is None else largest) / E4M3_MAX)
     return {"weight": e4m3(values / over_tiles(scale, rows.shape)), "weight_scale": scale}
 
 
@@ -150,3 +157,11 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+
+
+def encode_fp8_multiplier(weight: Tensor) -> Numbers:
+    """flashinfer's per-expert form: what weights were multiplied by, 448 / amax, 1.0 for zeros. [experts, n, K]."""
+    values = weight.float()
+    largest = values.abs().amax((1, 2))
+    multiplier = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
+    return {"weight": e4m3(values * multiplier[:, None, None]), "multiplier": multiplier}
