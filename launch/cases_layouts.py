@@ -79,8 +79,9 @@ def _offsets(order: Order) -> Produce:
     return produce
 
 
-def _shuffle(match: re.Match[str]) -> ShuffleRows:
-    return ShuffleRows(int(match["tile"]))
+def _maps(names: Sequence[str], match: re.Match[str]) -> tuple[RowMap, ...]:
+    known: dict[str, RowMap] = {"gated": GatedInterleave(), "shuffle": ShuffleRows(int(match["tile"]))}
+    return tuple(known[name] for name in names)
 
 
 def _rows_mapped(*maps: str, order: Order | None = None) -> Produce:
@@ -88,8 +89,7 @@ def _rows_mapped(*maps: str, order: Order | None = None) -> Produce:
 
     def produce(fixture: Fixture, match: re.Match[str]) -> Tensor:
         matrix = given(fixture, f"in.mat_{match['case']}")
-        steps = tuple({"gated": GatedInterleave(), "shuffle": _shuffle(match)}[name] for name in maps)
-        out = placed(matrix, steps, order or RowMajor())
+        out = placed(matrix, _maps(maps, match), order or RowMajor())
         return out if order else out.view(matrix.shape)
 
     return produce
@@ -101,8 +101,8 @@ def _row_sources(*maps: str) -> Produce:
     def produce(fixture: Fixture, match: re.Match[str]) -> Tensor:
         num_rows = len(given(fixture, f"in.mat_{match['case']}"))
         rows = np.arange(num_rows, dtype=np.int64)
-        for name in maps:
-            rows = {"gated": GatedInterleave(), "shuffle": _shuffle(match)}[name].place(rows, num_rows)
+        for step in _maps(maps, match):
+            rows = step.place(rows, num_rows)
         return torch.from_numpy(np.argsort(rows))
 
     return produce

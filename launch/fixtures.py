@@ -68,7 +68,10 @@ class Fixture:
     def companion(self, argument: str = "bf16_inputs") -> Fixture:
         """The fixture that holds the inputs of this one."""
         file = self.args.get(argument, self.entry["file"])
-        return self.once(("companion", file), lambda: read_directory(self.directory, only=file)[0])
+        found = self.once(("companion", file), lambda: read_directory(self.directory, only=file))
+        if not found:
+            raise PlanError(f"{self.directory}: {self.name} takes its inputs from {file}, which manifest.json lacks")
+        return found[0]
 
     def is_primary(self, name: str) -> bool:
         """Whether an oracle marked primary wrote a tensor; where none is marked, every oracle counts."""
