@@ -6,7 +6,9 @@ loops       the numba loops
 steps       row maps and byte orders, the pieces of a layout
 placements  where one tensor lies in one storage; apply and invert any of its rows
 derived     rows of the table of derived scalars
-layouts     rows of the layout table; storages, placements and derived scalars of a module
+backends    rows of the layout table
+layouts     what a row means for one module: storages, placements, derived scalars, and which row it gets
+whole       all tensors of a module at once, with a tag that says in which order their bytes are
 modules     quantized Linear and experts that compute from kernel-layout bytes
 parameters  one weight as a trainer names it
 names       trainer names to parameter names

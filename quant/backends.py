@@ -11,7 +11,7 @@ from typing import Literal
 
 from .derived import EXPERT_SCALARS, LINEAR_SCALARS
 from .formats import FORMATS
-from .placements import SWAP_SCRATCH_BYTES
+from .placements import SCRATCH_ROWS
 from .specs import Kind
 from .steps import (
     BlockMajor,
@@ -45,7 +45,7 @@ class Layout:
     consumes. multiples: what the sizes of a module must be multiples of, by name. unit: what sharding splits in a
     linear, tiles of 128 rows or nothing. kernel_rows, transposed: the view of the storage that a kernel is fed, rows
     padded to a multiple, or [elements, rows]. swap_nibbles: the checkpoint has the first element in the high nibble.
-    scratch_bytes: what apply and invert allocate at most. seam: what happens between these bytes and the kernel, and
+    scratch_rows: how many rows apply and invert hold at most. seam: what comes between these bytes and the kernel and
     is not done here. kernel: whether the kernel itself has run on these bytes.
     """
 
@@ -74,9 +74,10 @@ class Layout:
         return self.name.partition("_")[0]
 
     @property
-    def scratch_bytes(self) -> int:
-        """Rows go straight from where they are to where they lie, unless their bytes change on the way."""
-        return SWAP_SCRATCH_BYTES if self.swap_nibbles else 0
+    def scratch_rows(self) -> int:
+        """Rows go straight from where they are to where they lie, unless their bytes change or turn on the way."""
+        turned = any(isinstance(order, Transposed) for order in self.orders.values())
+        return SCRATCH_ROWS if self.swap_nibbles or turned else 0
 
     def order_of(self, kind: Kind) -> Order:
         return self.orders.get(kind, RowMajor())
@@ -312,7 +313,7 @@ LAYOUTS: dict[str, Layout] = {
 
 # What is known to be wanted and has no row, and why.
 MISSING: dict[str, str] = {
-    "marlin (int4_grouped, nvfp4)": "its repack moves single codes between bytes, which no sum of byte offsets says; "
+    "marlin (int4_group, nvfp4)": "its repack moves single codes between bytes, which no sum of byte offsets says; "
     "its scale transform is one to one on the 127 scales that are not negative and not NaN, and on no others",
     "megamoe, deep_gemm": "the library's own transform rebinds storage and has no stated formula",
 }

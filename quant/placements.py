@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from . import kernels
 from .formats import TensorSpec
 from .steps import Located, Offsets, RowMajor, locate
 
-SWAP_PIECE_BYTES = 1 << 17  # nibbles are swapped in pieces that stay in the cache
-SWAP_SCRATCH_BYTES = 2 * SWAP_PIECE_BYTES  # both halves of a piece
+SCRATCH_ROWS = 128  # a tile: what is held of rows whose bytes change, or turn, on the way
+MAX_JUMPS = 8  # rows of more experts than this in one tile are moved byte by byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,11 +106,16 @@ def apply_rows(placement: Placement, src: Tensor, row0: int, local: Tensor, base
     """
     _check_rows(placement, src, row0, local, base)
     src, shift = src.contiguous(), placement.origin - base
-    if not placement.swap_nibbles:
+    if not placement.swap_nibbles and not placement.located.column_pitch:
         kernels.scatter_rows(src, placement.located, row0, shift, local)
         return
-    for start, piece in _pieces(src):
-        kernels.scatter_rows(swapped(piece), placement.located, row0 + start, shift, local)
+    for start, stop in _pieces(placement, row0, len(src)):
+        piece = swapped(src[start:stop]) if placement.swap_nibbles else src[start:stop]
+        columns = _columns(placement, row0 + start, stop - start, shift, local)
+        if columns is None:
+            kernels.scatter_rows(piece, placement.located, row0 + start, shift, local)
+        else:
+            columns.copy_(_turned(piece, placement.run_bytes))
 
 
 def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: int, out: Tensor | None = None) -> Tensor:
@@ -117,9 +123,19 @@ def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: in
     if out is None:
         out = torch.empty((n, placement.tensor.row_bytes), dtype=torch.uint8, device=local.device)
     _check_rows(placement, out, row0, local, base)
-    kernels.gather_rows(local, placement.located, row0, placement.origin - base, out)
-    for _, piece in _pieces(out) if placement.swap_nibbles else ():
-        piece.copy_(swapped(piece))
+    located, shift = placement.located, placement.origin - base
+    if not placement.swap_nibbles and not located.column_pitch:
+        kernels.gather_rows(local, located, row0, shift, out)
+        return out
+    for start, stop in _pieces(placement, row0, n):
+        piece, columns = out[start:stop], _columns(placement, row0 + start, stop - start, shift, local)
+        if columns is None:
+            kernels.gather_rows(local, located, row0 + start, shift, piece)
+        else:
+            items = columns.contiguous().view(len(columns), -1, placement.run_bytes)
+            piece.view(len(piece), -1, placement.run_bytes).copy_(items.transpose(0, 1))
+        if placement.swap_nibbles:
+            piece.copy_(swapped(piece))
     return out
 
 
@@ -141,9 +157,32 @@ def swapped(packed: Tensor) -> Tensor:
     return low.bitwise_or_(packed >> 4)
 
 
-def _pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    step = max(1, SWAP_PIECE_BYTES // max(1, rows.shape[1]))
-    return ((start, rows[start : start + step]) for start in range(0, len(rows), step))
+def _pieces(placement: Placement, row0: int, n: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most a tile of rows [start, stop) from row0, half a tile where both halves of bytes are held; rows of
+    a piece lie side by side where they do in their tile."""
+    step = SCRATCH_ROWS // 2 if placement.swap_nibbles else SCRATCH_ROWS
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        jumps = np.flatnonzero(np.diff(placement.located.rows[row0 + start : row0 + stop]) != placement.run_bytes) + 1
+        few = placement.located.column_pitch and len(jumps) < MAX_JUMPS
+        yield from pairwise([start, *(start + jumps if few else ()), stop])
+
+
+def _columns(placement: Placement, row0: int, n: int, shift: int, local: Tensor) -> Tensor | None:
+    """Where these rows lie as columns [items, n * item bytes], a view; None where they do not lie side by side."""
+    located, item = placement.located, placement.run_bytes
+    rows = located.rows[row0 : row0 + n]
+    if not located.column_pitch or int(rows[-1] - rows[0]) != (n - 1) * item or (np.diff(rows) != item).any():
+        return None
+    first = local.storage_offset() + int(rows[0]) + shift
+    return local.as_strided((len(located.runs), n * item), (located.column_pitch, 1), first)
+
+
+def _turned(rows: Tensor, item: int) -> Tensor:
+    """[n, row bytes] of items as [items, n * item bytes]."""
+    if item == 1:
+        return rows.t().contiguous()
+    return rows.view(len(rows), -1, item).transpose(0, 1).contiguous().view(-1, len(rows) * item)
 
 
 def _bytes_at(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:

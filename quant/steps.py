@@ -110,7 +110,8 @@ class ShuffleRows:
 class Located:
     """Where the rows of a tensor and the runs of a row start, and the bytes of the padded matrix they are part of.
 
-    dims: the padded matrix as its order lays it out, the last dim in bytes. `locate` fills in the rest:
+    dims: the padded matrix as its order lays it out, the last dim in bytes. column_pitch: bytes from one column to the
+    next where the order puts the rows of a column side by side, 0 elsewhere. `locate` fills in the rest:
     words: every run is one word of 4 bytes at a multiple of 4; first, last: the tensor lies in bytes [first, last).
     """
 
@@ -118,6 +119,7 @@ class Located:
     runs: Offsets
     run_bytes: int
     dims: tuple[int, ...]
+    column_pitch: int = 0
 
     words: bool = False
     first: int = 0
@@ -221,6 +223,7 @@ class Transposed:
             runs=np.arange(num_items, dtype=np.int64) * (num_rows * self.item_bytes),
             run_bytes=self.item_bytes,
             dims=(num_items, num_rows * self.item_bytes),
+            column_pitch=num_rows * self.item_bytes,
         )
 
 

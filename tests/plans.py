@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.formats import FORMATS, Format
 from quant.layouts import LAYOUTS, Layout, LayoutPlan, apply_rows, misfits, plan_experts, plan_linear
@@ -44,6 +45,21 @@ def random_tensors(plan: LayoutPlan, seed: int) -> dict[str, Tensor]:
     return {
         name: torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator) for name, shape in shapes.items()
     }
+
+
+class Allocated(TorchDispatchMode):
+    """The sizes of the tensors that operations make; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.sizes.append(made.nbytes)
+        return made
 
 
 def up_to(size: int, *multiples: int) -> int:
