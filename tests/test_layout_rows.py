@@ -238,22 +238,24 @@ def _experts_of(placement: Placement, tensors: dict[str, Tensor]) -> list[Tensor
     return [tensors[name] for name in number if name in tensors]
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=st.sampled_from(sorted(PLANS)), data=st.data(), seed=st.integers(0, 99))
+@pytest.mark.parametrize("case", PAIRS)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99))
 def test_any_bytes_are_written_and_read_without_touching_another(case: str, data: st.DataObject, seed: int) -> None:
     plan = PLANS[case]()
     tensors = random_tensors(plan, seed)
     storages = apply_all(plan, tensors)
-    placement = data.draw(st.sampled_from(plan.placements))
-    whole, local = tensors[placement.tensor.name], storages[placement.storage]
-    chosen = data.draw(st.lists(st.integers(0, whole.numel() - 1), min_size=1, max_size=9, unique=True))
-    positions, values = np.array(chosen), torch.arange(1, len(chosen) + 1, dtype=torch.uint8)
-    before = local.clone()
-    apply_bytes(placement, positions, values, local, 0)
-    assert int((local != before).sum()) <= len(chosen)
-    whole.view(-1)[torch.tensor(chosen)] = values
-    assert torch.equal(invert_bytes(placement, positions, local, 0), values)
-    assert torch.equal(local, apply_all(plan, tensors)[placement.storage])
+    at = {placement.tensor.name.rpartition(".")[2]: placement for placement in plan.placements}
+    for placement in at.values():
+        whole, local = tensors[placement.tensor.name], storages[placement.storage]
+        chosen = data.draw(st.lists(st.integers(0, whole.numel() - 1), min_size=1, max_size=9, unique=True))
+        positions, values = np.array(chosen), torch.arange(1, len(chosen) + 1, dtype=torch.uint8)
+        before = local.clone()
+        apply_bytes(placement, positions, values, local, 0)
+        assert int((local != before).sum()) <= len(chosen)
+        whole.view(-1)[torch.tensor(chosen)] = values
+        assert torch.equal(invert_bytes(placement, positions, local, 0), values)
+    assert all(torch.equal(storages[name], value) for name, value in apply_all(plan, tensors).items())
 
 
 @pytest.mark.parametrize(("positions", "base"), [([-1], 0), ([10**9], 0), ([0], 1 << 20)])

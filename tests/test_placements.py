@@ -79,13 +79,18 @@ def test_numba_and_torch_place_bytes_alike(case: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
-def test_memory_need_not_be_aligned(offset: int) -> None:
-    plan = plan_linear(LAYOUTS["trtllm_linear"], NVFP4, "a", 130, 128)
-    placement = plan.placements[1]
-    source = random_tensors(plan, 5)["a.weight_scale"]
-    storage = torch.zeros(plan.storages[1].num_bytes + offset, dtype=torch.uint8)[offset:]
+@pytest.mark.parametrize(
+    ("layout", "fmt", "index"),
+    [("trtllm_linear", "nvfp4", 1), ("trtllm_dit_swapped", "nvfp4", 0), ("npu_linear", "int8_dynamic", 0)],
+)
+def test_memory_need_not_be_aligned(layout: str, fmt: str, index: int, offset: int) -> None:
+    plan = plan_linear(LAYOUTS[layout], FORMATS[fmt], "a", 130, 128)
+    placement, num_bytes = plan.placements[index], plan.storages[index].num_bytes
+    tensors = random_tensors(plan, 5)
+    source, expected = tensors[placement.tensor.name], apply_all(plan, tensors)[placement.storage]
+    storage = torch.zeros(num_bytes + offset, dtype=torch.uint8)[offset:]
     apply_rows(placement, source, 0, storage, 0)
-    assert torch.equal(storage, apply_all(plan, random_tensors(plan, 5))["a.weight_scale"])
+    assert torch.equal(storage, expected)
     assert torch.equal(invert_rows(placement, 3, 100, storage, 0), source[3:103])
 
 
