@@ -5,7 +5,7 @@ quant.formats is the door to it; how to add a row is said there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from . import numerics_int as ints
 from .specs import DTYPES, Component, DecodeRows, EncodeRows, Format, Parts
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
+PIECE_ELEMENTS = 1 << 18  # weights encoded or decoded at a time: 1 MiB in FP32
 GROUP = 128  # elements that share a scale in the rows of grouped INT4
 
 
@@ -50,13 +51,19 @@ def _decode_w4a8(parts: Parts, scale: float, out: Tensor) -> None:
     kernels.decode_nvfp4_rows_torch(parts["weight"], parts["weight_scale"], scale, out)
 
 
-def _encodes(numbers: Callable[[Tensor, float, Parts], dict[str, Tensor]]) -> EncodeRows:
-    """Numbers in their own dtypes, as the bytes of rows."""
+def _encodes(
+    components: tuple[Component, ...], numbers: Callable[[Tensor, float, Parts], dict[str, Tensor]]
+) -> EncodeRows:
+    """Numbers in their own dtypes, as the bytes of rows; piece by piece, so that FP32 scratch stays small."""
+    covered = {part.suffix: part.rows for part in components if part.rows}
 
     def encode_rows(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-        if len(rows):
-            for suffix, tensor in numbers(rows, scale, given).items():
-                out[suffix].copy_(as_rows(tensor))
+        for start, stop in _pieces(rows, covered):
+            # Of what is given only a bias goes by rows.
+            here = {name: value[start:stop] if name == "bias" else value for name, value in given.items()}
+            for suffix, tensor in numbers(rows[start:stop], scale, here).items():
+                first = start // covered[suffix]
+                out[suffix][first : first + len(tensor)].copy_(as_rows(tensor))
 
     return encode_rows
 
@@ -64,16 +71,28 @@ def _encodes(numbers: Callable[[Tensor, float, Parts], dict[str, Tensor]]) -> En
 def _decodes(components: tuple[Component, ...], numbers: Callable[[Parts, float], Tensor]) -> DecodeRows:
     """The bytes of rows as tensors [n, items] in their own dtypes."""
     dtypes = {part.suffix: DTYPES[part.dtype] for part in components if part.rows}
+    covered = {part.suffix: part.rows for part in components if part.rows}
 
     def decode_rows(parts: Parts, scale: float, out: Tensor) -> None:
-        if len(out):
-            views = {
-                suffix: part.contiguous().view(dtypes[suffix]) if suffix in dtypes else part
-                for suffix, part in parts.items()
+        views = {
+            suffix: part.contiguous().view(dtypes[suffix]) if suffix in dtypes else part
+            for suffix, part in parts.items()
+        }
+        for start, stop in _pieces(out, covered):
+            here = {
+                suffix: part[start // covered[suffix] : -(-stop // covered[suffix])] if suffix in covered else part
+                for suffix, part in views.items()
             }
-            out.copy_(numbers(views, scale))
+            out[start:stop].copy_(numbers(here, scale))
 
     return decode_rows
+
+
+def _pieces(rows: Tensor, covered: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+    """Runs of rows, none of which cuts rows that share a scale or a byte."""
+    unit = max(covered.values())
+    step = max(1, PIECE_ELEMENTS // max(1, rows[:1].numel()) // unit) * unit
+    return ((start, min(start + step, len(rows))) for start in range(0, len(rows), step))
 
 
 # ---------------------------------------------------------------- the table
@@ -164,7 +183,7 @@ FORMATS: dict[str, Format] = {
             encode_block=(0, 0),
             oracle="nvidia-modelopt 0.47.0, FP8QTensor with an FP32 scale",
             global_divisor=E4M3_MAX,
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_fp8(rows, scale)),
+            encode_rows=_encodes(FP8, lambda rows, scale, given: floats.encode_fp8(rows, scale)),
             decode_rows=_decodes(FP8, lambda parts, scale: floats.decode_fp8(parts["weight"], scale)),
             zero=ONE_SCALE,
         ),
@@ -173,7 +192,7 @@ FORMATS: dict[str, Format] = {
             components=FP8_CHANNEL,
             encode_block=(1, 0),
             oracle="nvidia-modelopt 0.47.0, to_quantized_weight('fp8_pc_pt')",
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_fp8_channel(rows)),
+            encode_rows=_encodes(FP8_CHANNEL, lambda rows, scale, given: floats.encode_fp8_channel(rows)),
             decode_rows=_decodes(
                 FP8_CHANNEL, lambda parts, scale: floats.decode_rows_scaled(parts["weight"], parts["weight_scale"])
             ),
@@ -184,7 +203,7 @@ FORMATS: dict[str, Format] = {
             components=FP8_BLOCK,
             encode_block=(128, 128),
             oracle="nvidia-modelopt 0.47.0, FP8QTensor in blocks of 128 x 128",
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_fp8_block(rows)),
+            encode_rows=_encodes(FP8_BLOCK, lambda rows, scale, given: floats.encode_fp8_block(rows)),
             decode_rows=_decodes(
                 FP8_BLOCK, lambda parts, scale: floats.decode_fp8_block(parts["weight"], parts["weight_scale"])
             ),
@@ -195,7 +214,7 @@ FORMATS: dict[str, Format] = {
             components=FP8_BLOCK_UE8M0,
             encode_block=(128, 128),
             oracle="transformers 5.23.0, Fp8Quantize with ue8m0 scales",
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_fp8_block_ue8m0(rows)),
+            encode_rows=_encodes(FP8_BLOCK_UE8M0, lambda rows, scale, given: floats.encode_fp8_block_ue8m0(rows)),
             decode_rows=_decodes(
                 FP8_BLOCK_UE8M0,
                 lambda parts, scale: floats.decode_fp8_block_ue8m0(parts["weight"], parts["weight_scale"]),
@@ -208,7 +227,7 @@ FORMATS: dict[str, Format] = {
             encode_block=(1, 32),
             multiples=(1, 32),
             oracle="nvidia-modelopt 0.47.0, MXFP8QTensor",
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_mxfp8(rows)),
+            encode_rows=_encodes(MXFP8, lambda rows, scale, given: floats.encode_mxfp8(rows)),
             decode_rows=_decodes(
                 MXFP8, lambda parts, scale: floats.decode_mxfp8(parts["weight"], parts["weight_scale"])
             ),
@@ -220,7 +239,7 @@ FORMATS: dict[str, Format] = {
             encode_block=(1, 32),
             multiples=(1, 32),
             oracle="nvidia-modelopt 0.47.0, MXFP4QTensor (ties toward zero)",
-            encode_rows=_encodes(lambda rows, scale, given: floats.encode_mxfp4(rows)),
+            encode_rows=_encodes(MXFP4, lambda rows, scale, given: floats.encode_mxfp4(rows)),
             decode_rows=_decodes(
                 MXFP4, lambda parts, scale: floats.decode_mxfp4(parts["weight"], parts["weight_scale"])
             ),
@@ -231,7 +250,7 @@ FORMATS: dict[str, Format] = {
             components=INT8,
             encode_block=(1, 0),
             oracle="nvidia-modelopt 0.47.0, to_quantized_weight('int8_sq')",
-            encode_rows=_encodes(lambda rows, scale, given: ints.encode_int8(rows)),
+            encode_rows=_encodes(INT8, lambda rows, scale, given: ints.encode_int8(rows)),
             decode_rows=_decodes(
                 INT8, lambda parts, scale: floats.decode_rows_scaled(parts["weight"], parts["weight_scale"])
             ),
@@ -242,7 +261,7 @@ FORMATS: dict[str, Format] = {
             components=INT8_DYNAMIC,
             encode_block=(1, 0),
             oracle="msmodelslim 26.1.0, on_w8a8_dynamic_per_channel",
-            encode_rows=_encodes(lambda rows, scale, given: ints.encode_by_row(rows, 8)),
+            encode_rows=_encodes(INT8_DYNAMIC, lambda rows, scale, given: ints.encode_by_row(rows, 8)),
             decode_rows=_decodes(
                 INT8_DYNAMIC, lambda parts, scale: floats.decode_rows_scaled(parts["weight"], parts["weight_scale"])
             ),
@@ -255,9 +274,10 @@ FORMATS: dict[str, Format] = {
             needs=("input_scale", "input_offset"),
             oracle="msmodelslim 26.1.0, on_w8a8_static of a BF16 model",
             encode_rows=_encodes(
+                INT8_STATIC,
                 lambda rows, scale, given: ints.encode_int8_static(
                     rows, given["input_scale"], given["input_offset"], given.get("bias")
-                )
+                ),
             ),
             decode_rows=_decodes(
                 INT8_STATIC, lambda parts, scale: ints.decode_int8_static(parts["weight"], parts["deq_scale"], parts)
@@ -269,7 +289,7 @@ FORMATS: dict[str, Format] = {
             components=INT8_DYNAMIC,
             encode_block=(1, 0),
             oracle="none: ModelSlim's rule for 8 bits at 4, a code a byte; no fixture holds it",
-            encode_rows=_encodes(lambda rows, scale, given: ints.encode_by_row(rows, 4)),
+            encode_rows=_encodes(INT8_DYNAMIC, lambda rows, scale, given: ints.encode_by_row(rows, 4)),
             decode_rows=_decodes(
                 INT8_DYNAMIC, lambda parts, scale: floats.decode_rows_scaled(parts["weight"], parts["weight_scale"])
             ),
@@ -281,7 +301,7 @@ FORMATS: dict[str, Format] = {
             encode_block=(1, GROUP),
             multiples=(2, GROUP),
             oracle="nvidia-modelopt 0.47.0, to_quantized_weight('int4_awq') in groups of 128",
-            encode_rows=_encodes(lambda rows, scale, given: ints.encode_int4_pairs(rows, GROUP)),
+            encode_rows=_encodes(INT4_PAIRS, lambda rows, scale, given: ints.encode_int4_pairs(rows, GROUP)),
             decode_rows=_decodes(
                 INT4_PAIRS, lambda parts, scale: ints.decode_int4_pairs(parts["weight"], parts["weight_scale"])
             ),
@@ -293,7 +313,7 @@ FORMATS: dict[str, Format] = {
             encode_block=(1, GROUP),
             multiples=(1, GROUP),
             oracle="compressed-tensors 0.20.0, W4A16 pack-quantized in groups of 128",
-            encode_rows=_encodes(lambda rows, scale, given: ints.encode_int4_words(rows, GROUP)),
+            encode_rows=_encodes(INT4_WORDS, lambda rows, scale, given: ints.encode_int4_words(rows, GROUP)),
             decode_rows=_decodes(
                 INT4_WORDS, lambda parts, scale: ints.decode_int4_words(parts["weight_packed"], parts["weight_scale"])
             ),
