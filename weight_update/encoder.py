@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS, Format, TensorSpec, constants, encode, first_nonfinite
+from quant.formats import FORMATS, TensorSpec, constants, encode, first_nonfinite
 from sharding.routes import as_bytes
 
 from .source import Source
@@ -48,7 +48,6 @@ def encoded(source: Source, scale: Tensor | None) -> Iterator[tuple[TensorSpec, 
     if not format_.is_quantized:
         yield from ((source.specs[0], first, as_bytes(block)) for first, block in blocks(source))
         return
-    _require_whole_blocks(source, format_)
     specs = {spec.name.rpartition(".")[2]: spec for spec in source.specs}
     parts = {part.suffix: part for part in format_.row_components}
     for first, block in blocks(source):
@@ -60,13 +59,3 @@ def encoded(source: Source, scale: Tensor | None) -> Iterator[tuple[TensorSpec, 
         if part is not None and scale is not None:
             whole[part.suffix] = scale
         yield from ((specs[suffix], 0, as_bytes(value)) for suffix, value in whole.items())
-
-
-def _require_whole_blocks(source: Source, format_: Format) -> None:
-    """Rows that share a scale (128 of them in fp8_block) come from one trainer rank."""
-    start, stop, step = source.first, source.first + source.rows.shape[0], format_.row_step
-    if start % step or (stop % step and stop != source.parameter.shape[0]):
-        raise ValueError(
-            f"{source.name}: rows {start}:{stop} cut a block of {step} rows of {format_.name}; shard the trainer at "
-            f"multiples of {step} rows, or push from one rank"
-        )
