@@ -1,6 +1,11 @@
 """Numbers and where their bytes lie; torch only, imports nothing of ours.
 
-formats     rows of the format table: checkpoint tensors of a parameter, encode, decode
+formats     checkpoint tensors of a parameter, encode, decode: the door to the format table
+encodings   rows of the format table
+specs       what a row is made of: dtypes, tensors, components
+numerics_*  the numbers of the rows: float, int, and as compressed-tensors rounds them
+dialects    other libraries' names and dtypes for the same bytes
+conversions what rounds, or puts a foreign checkpoint in order, before a digest
 kernels     CPU kernels behind formats and placements: numba loops where importable, torch twins otherwise
 loops       the numba loops
 steps       row maps and byte orders, the pieces of a layout
