@@ -1,6 +1,7 @@
 """People: the `transfuse` command, the demo and its report.
 
 cli.py         every command, one function each
+conformance.py what other libraries wrote, against our rows; cases_*.py say what is compared, fixtures.py reads it
 exits.py       exit codes and what each stands for
 demo.py        the main job on one machine
 trainer.py     the demo's policy-gradient trainer

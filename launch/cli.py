@@ -290,6 +290,25 @@ def formats(
     _print(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
+@app.command()
+def conformance(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a manifest.json.")],
+    as_list: Annotated[bool, typer.Option("--list", help="Also what is covered, and what no row covers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare with what other libraries wrote.
+
+    Golden fixtures hold tensors of third-party libraries: every one that a row of 'transfuse formats' follows must be
+    reproduced, byte for byte. Exit code 1 on any difference, naming its first byte.
+    """
+    from .conformance import run
+
+    value, text, equal = run(directories, as_list, as_json)
+    _print(value, text, as_json)
+    if not equal:
+        raise typer.Exit(1)
+
+
 # ---------------------------------------------------------------- around a command
 
 

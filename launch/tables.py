@@ -84,7 +84,8 @@ def formats() -> list[Row]:
         {
             "format": row.name,
             "checkpoint tensors of a weight": ", ".join(f"{part.suffix} {part.dtype}" for part in row.components),
-            "elements a scale": " x ".join(map(str, row.encode_block)),
+            "elements a scale": " x ".join(str(size or "all") for size in row.encode_block),
+            "zeros": row.zero,
             "bytes checked against": row.oracle,
         }
         for row in FORMATS.values()
@@ -92,17 +93,24 @@ def formats() -> list[Row]:
 
 
 def layouts() -> list[Row]:
-    """The registry of layouts."""
-    from quant.layouts import LAYOUTS
+    """The registry of layouts, and at its end what is known to be missing and why."""
+    from quant.layouts import LAYOUTS, MISSING
 
-    return [
+    rows = [
         {
             "layout": row.name,
             "modules": row.kind,
-            "formats": ", ".join(sorted(row.formats)),
+            "formats": "all" if row.kind == "any" else ", ".join(sorted(row.formats)),
             "gate and up": row.row_order.replace("_", " ") if row.kind != "linear" else "-",
-            "kernels on": ", ".join(f"sm_{arch}" for arch in sorted(row.archs)) or "any device",
+            "kernels on": ", ".join(map(_device, sorted(row.archs, key=str))) or "any device",
             "bytes checked against": row.oracle,
+            "its kernel": row.kernel + (f"; before it {row.seam}" if row.seam else ""),
         }
         for row in LAYOUTS.values()
     ]
+    absent = dict.fromkeys(rows[0], "-")
+    return [*rows, *({**absent, "layout": name, "its kernel": f"no row: {why}"} for name, why in MISSING.items())]
+
+
+def _device(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch

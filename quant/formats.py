@@ -1,146 +1,48 @@
 """Formats: how the numbers of a parameter are encoded, and which checkpoint tensors hold them.
 
-A format is a row of `FORMATS`. Where the bytes lie for a kernel is a layout (`quant.layouts`).
+A format is a row of `FORMATS`. Where the bytes lie for a kernel is a layout (`quant.layouts`). Another library's names
+and dtypes for the same bytes are a dialect (`quant.dialects`).
 
     fmt = FORMATS["nvfp4"]
     scale = global_scale(fmt, amax(weight))
     parts = encode(fmt, weight, scale)               # {"weight": uint8 [N, K/2], "weight_scale": uint8 [N, K/16]}
     decode(fmt, {**parts, "weight_scale_2": scale})  # BF16 [N, K]
+
+A new row: its numbers in quant/numerics_*.py, its components in quant/encodings.py, its prefix in launch/cases.py; then
+`transfuse conformance tests/golden` and tests/test_formats.py must pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .encodings import FORMATS, as_rows
+from .specs import DTYPES, Component, Format, Kind, Parts, TensorSpec, dtype_name
 
-# safetensors' names
-DTYPES: dict[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "Component",
+    "Format",
+    "Kind",
+    "Parts",
+    "TensorSpec",
+    "amax",
+    "constants",
+    "decode",
+    "decode_unscaled",
+    "dtype_name",
+    "encode",
+    "first_nonfinite",
+    "global_scale",
+    "typed",
+]
 
 NON_FINITE = 0x7F80  # BF16 bits of infinity; NaNs lie above
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-
-Kind = Literal["weight", "block_scale", "global_scale", "input_scale"]
-Parts = Mapping[str, Tensor]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype."""
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"{dtype}: has no name in a checkpoint; known: {', '.join(map(str, _DTYPE_NAMES))}")
-    return _DTYPE_NAMES[dtype]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One tensor in checkpoint form. A row is an index along dim 0; a 0-d tensor has one row."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_rows * self.row_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
-    """One checkpoint tensor of a format. One stored item covers `rows` x `elements` weights; 0 means all of that dim,
-    which then is absent from the shape: (0, 0) is a scalar, (1, 0) one item a row."""
-
-    suffix: str
-    dtype: str
-    kind: Kind
-    elements: int
-    rows: int = 1
-
-    def shape(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of this tensor for a weight of `weight_shape`."""
-        if self.rows == self.elements == 1:
-            return weight_shape
-        *lead, num_rows, num_elements = weight_shape
-        covered = ((num_rows, self.rows), (num_elements, self.elements))
-        return (*lead, *(-(-size // cover) for size, cover in covered if cover))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """A row of the table. `encode_block` is (rows, elements) that share one block scale: ranks that share such a block
-    reduce its amax; with a global scale they also reduce the amax of the tensor, or of its fused group."""
-
-    name: str
-    components: tuple[Component, ...]
-    encode_block: tuple[int, int]
-    oracle: str
-    global_divisor: float | None
-    encode_rows: Callable[[Tensor, float, Parts], None]
-    decode_rows: Callable[[Parts, float, Tensor], None]
-
-    @property
-    def has_global_scale(self) -> bool:
-        return self.global_divisor is not None
-
-    @property
-    def row_components(self) -> tuple[Component, ...]:
-        """The components that hold something for every row: what `encode` returns."""
-        return tuple(component for component in self.components if component.rows)
-
-    def component(self, kind: Kind) -> Component | None:
-        return next((component for component in self.components if component.kind == kind), None)
-
-    def tensors(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The checkpoint tensors that hold a parameter, in the order of the components."""
-        self._check(parameter_name, shape)
-        stem = parameter_name.removesuffix(".weight")
-        return tuple(
-            TensorSpec(
-                name=parameter_name if part.suffix == "weight" else f"{stem}.{part.suffix}",
-                dtype=part.dtype,
-                shape=part.shape(tuple(shape)),
-            )
-            for part in self.components
-        )
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        block = self.encode_block[1]
-        if len(self.components) == 1:
-            return
-        if len(shape) < 2 or shape[-1] % block:
-            raise ValueError(
-                f"{name}: shape {tuple(shape)} does not fit {self.name}; expected two dims and a last one that is a "
-                f"multiple of {block}; keep it in bf16"
-            )
-        if not name.endswith(".weight"):
-            raise ValueError(f"{name}: a parameter in {self.name} is named '<module>.weight'; keep it in bf16")
 
 
 def amax(rows: Tensor) -> int:
@@ -168,25 +70,45 @@ def global_scale(fmt: Format, amax_bits: int) -> Tensor:
     return largest / fmt.global_divisor
 
 
-def encode(fmt: Format, rows: Tensor, scale: Tensor | None = None, out: Parts | None = None) -> dict[str, Tensor]:
+def constants(fmt: Format, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The components that follow from the shape alone."""
+    return {part.suffix: torch.tensor(shape) for part in fmt.components if part.kind == "shape"}
+
+
+def encode(
+    fmt: Format, rows: Tensor, scale: Tensor | None = None, out: Parts | None = None, given: Parts | None = None
+) -> dict[str, Tensor]:
     """Encode BF16 rows [n, ...]: uint8 [n, row bytes] for every component that goes by rows, into `out` if given.
 
-    `scale` is the global scale, required exactly where the format has one.
+    `scale` is the global scale, required exactly where the format has one; `given` holds what else it needs. Rows
+    start at a multiple of fmt.row_step. Finite values are the caller's to check, by `amax`.
     """
     _require_bf16(rows)
-    block = fmt.encode_block[1]
-    if not rows.is_contiguous() or (rows.ndim and rows.shape[-1] % block):
+    if not rows.is_contiguous() or not fmt.holds(tuple(rows.shape)):
+        by_rows = f" and rows a multiple of {fmt.multiples[0]}" if fmt.multiples[0] > 1 else ""
         raise ValueError(
             f"rows of shape {tuple(rows.shape)}, strides {rows.stride()}: {fmt.name} expects contiguous rows whose "
-            f"last dim is a multiple of {block}"
+            f"last dim is a multiple of {fmt.multiples[1]}{by_rows}"
         )
+    missing = [name for name in fmt.needs if name not in (given or {})]
+    if missing:
+        raise ValueError(f"{fmt.name}: needs {', '.join(missing)}, which no weight has; calibrate, or push it encoded")
     if out is None:
         out = {
-            part.suffix: torch.empty((len(rows), _row_bytes(part, rows)), dtype=torch.uint8, device=rows.device)
+            part.suffix: torch.empty(_byte_shape(part, tuple(rows.shape)), dtype=torch.uint8, device=rows.device)
             for part in fmt.row_components
         }
-    fmt.encode_rows(rows, _scale_value(fmt, scale), out)
+    fmt.encode_rows(rows, _scale_value(fmt, scale), given or {}, out)
     return dict(out)
+
+
+def typed(fmt: Format, parts: Parts, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """What `encode` returns for a weight of `shape`, in the dtypes and shapes of a checkpoint."""
+    found = {part.suffix: part for part in fmt.row_components}
+    return {
+        suffix: tensor.reshape(-1).view(DTYPES[found[suffix].dtype]).view(found[suffix].shape(shape))
+        for suffix, tensor in parts.items()
+    }
 
 
 def decode(fmt: Format, tensors: Parts, out: Tensor | None = None) -> Tensor:
@@ -197,7 +119,7 @@ def decode(fmt: Format, tensors: Parts, out: Tensor | None = None) -> Tensor:
 
 
 def decode_unscaled(fmt: Format, tensors: Parts, out: Tensor | None = None) -> Tensor:
-    """BF16 [n, K] without the global scale: code times block scale, which BF16 holds exactly."""
+    """BF16 [n, K] without the global scale. With one, this is code times block scale, which BF16 holds exactly."""
     return _decode(fmt, tensors, 1.0, out)
 
 
@@ -207,15 +129,17 @@ def _decode(fmt: Format, tensors: Parts, scale: float, out: Tensor | None) -> Te
     if out is None:
         per_byte = weight.elements / DTYPES[weight.dtype].itemsize
         num_elements = int(math.prod(packed.shape[1:]) * packed.element_size() * per_byte)
-        out = torch.empty((len(packed), num_elements), dtype=torch.bfloat16, device=packed.device)
-    parts = {part.suffix: tensors[part.suffix].view(torch.uint8) for part in fmt.row_components}
-    fmt.decode_rows(parts, scale, out)
+        shape = (len(packed) * weight.rows, num_elements)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=packed.device)
+    parts = {part.suffix: as_rows(tensors[part.suffix]) for part in fmt.row_components}
+    needed = {name: tensors[name] for name in fmt.needs if name in tensors}
+    fmt.decode_rows({**parts, **needed}, scale, out)
     return out
 
 
-def _row_bytes(component: Component, rows: Tensor) -> int:
-    per_row = component.shape(tuple(rows.shape))[1:]
-    return math.prod(per_row) * DTYPES[component.dtype].itemsize
+def _byte_shape(component: Component, shape: tuple[int, ...]) -> tuple[int, int]:
+    num_rows, *per_row = component.shape(shape)
+    return num_rows, math.prod(per_row) * DTYPES[component.dtype].itemsize
 
 
 def _scale_value(fmt: Format, scale: Tensor | None) -> float:
@@ -232,49 +156,3 @@ def _scale_value(fmt: Format, scale: Tensor | None) -> float:
 def _require_bf16(rows: Tensor) -> None:
     if rows.dtype != torch.bfloat16:
         raise ValueError(f"rows of dtype {rows.dtype}: expected torch.bfloat16; cast first, ties to even")
-
-
-def _encode_bf16(rows: Tensor, scale: float, out: Parts) -> None:
-    out["weight"].copy_(rows.reshape(len(rows), -1).view(torch.uint8))
-
-
-def _decode_bf16(parts: Parts, scale: float, out: Tensor) -> None:
-    out.copy_(parts["weight"].view(torch.bfloat16).reshape(out.shape))
-
-
-def _encode_nvfp4(rows: Tensor, scale: float, out: Parts) -> None:
-    kernels.encode_nvfp4_rows(rows, scale, out["weight"], out["weight_scale"])
-
-
-def _decode_nvfp4(parts: Parts, scale: float, out: Tensor) -> None:
-    kernels.decode_nvfp4_rows(parts["weight"], parts["weight_scale"], scale, out)
-
-
-FORMATS: dict[str, Format] = {
-    row.name: row
-    for row in (
-        Format(
-            name="bf16",
-            components=(Component(suffix="weight", dtype="BF16", kind="weight", elements=1),),
-            encode_block=(1, 1),
-            oracle="the bytes themselves",
-            global_divisor=None,
-            encode_rows=_encode_bf16,
-            decode_rows=_decode_bf16,
-        ),
-        Format(
-            name="nvfp4",
-            components=(
-                Component(suffix="weight", dtype="U8", kind="weight", elements=2),
-                Component(suffix="weight_scale", dtype="F8_E4M3", kind="block_scale", elements=16),
-                Component(suffix="weight_scale_2", dtype="F32", kind="global_scale", elements=0, rows=0),
-                Component(suffix="input_scale", dtype="F32", kind="input_scale", elements=0, rows=0),
-            ),
-            encode_block=(1, 16),
-            oracle="nvidia-modelopt 0.47.0, NVFP4QTensor",
-            global_divisor=E2M1_MAX * E4M3_MAX,
-            encode_rows=_encode_nvfp4,
-            decode_rows=_decode_nvfp4,
-        ),
-    )
-}

@@ -144,19 +144,26 @@ def encode_nvfp4_rows_torch(rows: Tensor, scale: float, weight: Tensor, block_sc
         _encode_piece(piece, scale, codes, scales)
 
 
+def _block(rows: Tensor, block_scale: Tensor) -> int:
+    """Elements that share a scale: 16, or 32 where activations are FP8."""
+    return rows.shape[1] // max(1, block_scale.shape[1])
+
+
 def _encode_piece(rows: Tensor, scale: float, weight: Tensor, block_scale: Tensor) -> None:
     bits = rows.view(torch.int16).to(torch.int32)
-    magnitude = (bits & 0x7FFF).bitwise_left_shift(16).view(torch.float32).view(*block_scale.shape, 16)
+    magnitude = (
+        (bits & 0x7FFF).bitwise_left_shift(16).view(torch.float32).view(*block_scale.shape, _block(rows, block_scale))
+    )
     scale_2 = torch.tensor(scale, dtype=torch.float32, device=rows.device)
     block = magnitude.amax(2) / (6.0 * scale_2)
     block = torch.where(block == 0, 1.0, block).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
     block_scale.copy_(block.view(torch.uint8))
     quotient = (magnitude / (block.float() * scale_2).unsqueeze(2)).flatten(1)
-    code = torch.where(quotient > 0, (bits >> 12) & 8, 0).to(torch.uint8) | _e2m1(quotient)
+    code = torch.where(quotient > 0, (bits >> 12) & 8, 0).to(torch.uint8) | e2m1_codes(quotient)
     weight.copy_(code[:, 0::2] | (code[:, 1::2] << 4))
 
 
-def _e2m1(quotient: Tensor) -> Tensor:
+def e2m1_codes(quotient: Tensor) -> Tensor:
     """Codes 0..7: the least of the four lines of the E2M1 grid, each rounded once; a NaN stays at 7."""
     least = torch.full_like(quotient, _MAGIC + 7)
     for line in (quotient * 0.5 + (_MAGIC + 4), quotient + (_MAGIC + 2), quotient * 2 + _MAGIC):
@@ -172,7 +179,7 @@ def decode_nvfp4_rows_torch(weight: Tensor, block_scale: Tensor, scale: float, o
     for codes, scales, piece in zip(*pieces, strict=True):
         both = torch.stack((codes & 15, codes >> 4), dim=2).to(torch.int32)
         factor = scales.view(torch.float8_e4m3fn).float() * scale_2
-        piece.copy_((values[both].view(*scales.shape, 16) * factor.unsqueeze(2)).view(piece.shape))
+        piece.copy_((values[both].view(*scales.shape, _block(piece, scales)) * factor.unsqueeze(2)).view(piece.shape))
 
 
 def scatter_rows_torch(src: Tensor, located: Located, row0: int, shift: int, local: Tensor) -> None:

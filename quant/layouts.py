@@ -12,31 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from .backends import LAYOUTS, MISSING, TILE_ROWS, Arch, Layout
 from .derived import DERIVED, Derived, ModuleKind, derive
-from .formats import DTYPES, FORMATS, Component, Format, Kind, TensorSpec
-from .placements import Placement, apply_rows, invert_rows, place_row_major
-from .steps import (
-    GatedInterleave,
-    Located,
-    Order,
-    PadRows,
-    Part,
-    RowMajor,
-    RowMap,
-    ShuffleRows,
-    Swizzle128x4,
-    locate,
-)
+from .formats import DTYPES, FORMATS, Component, Format, TensorSpec
+from .placements import Placement, apply_bytes, apply_rows, invert_bytes, invert_rows, place_row_major, stack
+from .steps import Located, PadRows, RowMajor, locate, round_up
 
 __all__ = [
     "DERIVED",
     "LAYOUTS",
+    "MISSING",
     "TILE_ROWS",
+    "Arch",
     "Derived",
     "Layout",
     "LayoutPlan",
@@ -44,20 +36,19 @@ __all__ = [
     "ModuleKind",
     "Placement",
     "StorageSpec",
+    "apply_bytes",
     "apply_rows",
     "choose_layout",
+    "device_arch",
+    "invert_bytes",
     "invert_rows",
     "misfits",
     "place_row_major",
     "plan_experts",
     "plan_linear",
     "quantized_names",
+    "stack",
 ]
-
-TILE_ROWS = 128  # the shuffle is block-diagonal in 32 rows, the swizzle in 128: the unit of sharding of a dense weight
-
-LayoutKind = Literal["linear", "experts", "any"]
-RowOrder = Literal["gate_first", "up_first"]
 
 
 class LayoutTagError(RuntimeError):
@@ -69,12 +60,17 @@ class StorageSpec:
     """A live tensor in kernel layout, under its full name. Dim 0 are the units that sharding splits.
 
     FP8 is stored as uint8, since gloo moves no FP8. `padding`: some bytes belong to no tensor and stay zero.
+    kernel_dtype, flat, kernel_rows, transposed: the view that `kernel_view` gives, see there.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     padding: bool
+    kernel_dtype: torch.dtype
+    flat: bool = False
+    kernel_rows: int | None = None
+    transposed: bool = False
 
     @property
     def leaf(self) -> str:
@@ -89,68 +85,70 @@ class StorageSpec:
     def unit_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    def kernel_view(self, storage: Tensor) -> Tensor:
+        """What a kernel is fed: the same memory, whole, units as one matrix, cut to its rows, transposed by strides."""
+        view = storage.view(self.kernel_dtype).view(self.shape)
+        view = view.flatten(0, 1) if self.flat else view
+        view = view[: self.kernel_rows]
+        return view.t() if self.transposed else view
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutPlan:
+    """What a layout means for one module."""
+
+    layout: str
     storages: tuple[StorageSpec, ...]
     placements: tuple[Placement, ...]
     derived: tuple[Derived, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """A row of the table.
-
-    formats: whose tensors it can hold; archs: compute capabilities whose kernels read it, empty where it needs none.
-    maps: row maps of every matrix, after gated_maps of a fused gate/up matrix or single_maps of any other.
-    orders: byte order by kind of component. derived: rows of DERIVED that this layout's forward consumes.
-    multiples: what the sizes of a module must be multiples of, by name.
-    """
-
-    name: str
-    kind: LayoutKind
-    formats: frozenset[str]
-    orders: Mapping[Kind, Order]
-    derived: tuple[str, ...]
-    archs: frozenset[int] = frozenset()
-    maps: tuple[RowMap, ...] = ()
-    gated_maps: tuple[RowMap, ...] = ()
-    single_maps: tuple[RowMap, ...] = ()
-    row_order: RowOrder = "gate_first"
-    multiples: Mapping[str, int] = field(default_factory=dict)
-    oracle: str = ""
-
-    @property
-    def family(self) -> str:
-        """Rows of one backend share it: "trtllm" for trtllm_linear and trtllm_moe."""
-        return self.name.partition("_")[0]
-
-    def part_of(self, half: str) -> Part:
-        """Where the gate or the up half goes in the fused matrix."""
-        return Part(int((half == "gate") == (self.row_order == "up_first")))
-
-
 def plan_linear(layout: Layout, fmt: Format, prefix: str, num_rows: int, num_elements: int) -> LayoutPlan:
     """Storages, placements and derived scalars of the linear `prefix`, weight [num_rows, num_elements].
 
-    A unit of a matrix is a tile of 128 rows.
+    A unit of a matrix is a tile of 128 rows, or the whole matrix where the layout takes rows apart.
     """
     _require_fit(layout, "linear", fmt, prefix, (num_rows, num_elements))
-    num_tiles = -(-num_rows // TILE_ROWS)
-    maps = (PadRows(TILE_ROWS), *layout.single_maps, *layout.maps)
     storages, placements = [], []
     for part, tensor in zip(fmt.components, fmt.tensors(f"{prefix}.weight", (num_rows, num_elements)), strict=True):
         name = f"{prefix}.{part.suffix}"
         if part.rows:
-            located = locate(maps, layout.orders[part.kind], tensor.num_rows, tensor.row_bytes)
-            shape = _matrix_shape(part, located, num_tiles, located.num_bytes // num_tiles)
-            storage = _storage(name, part, shape, used_bytes=tensor.num_bytes)
+            storage, located = _linear_matrix(layout, part, tensor, name, num_rows)
         else:
-            located = locate((), RowMajor(), 1, tensor.row_bytes)
-            storage = _storage(name, part, (1,), used_bytes=tensor.num_bytes)
+            located = locate((), RowMajor(), tensor.num_rows, tensor.row_bytes)
+            storage = _storage(name, part, _items(tensor), used_bytes=tensor.num_bytes)
         storages.append(storage)
-        placements.append(_placement(tensor, storage, located, origin=0))
-    return _plan(layout, "linear", prefix, storages, placements)
+        placements.append(_placement(layout, part, tensor, storage, located, origin=0))
+    return _plan(layout, "linear", fmt, prefix, storages, placements)
+
+
+def _linear_matrix(
+    layout: Layout, part: Component, tensor: TensorSpec, name: str, num_rows: int
+) -> tuple[StorageSpec, Located]:
+    tiled, order = layout.unit == "tile", layout.order_of(part.kind)
+    padding = (PadRows(TILE_ROWS // part.rows),) if tiled else ()
+    located = locate((*padding, *layout.single_maps, *layout.maps), order, tensor.num_rows, tensor.row_bytes)
+    num_units = -(-num_rows // TILE_ROWS) if tiled else 1
+    head, *rest = _dims(part, located)
+    shape = (num_units, head // num_units, *rest) if tiled else (1, head, *rest)
+    # Orders that scatter rows keep their padding, which is part of them.
+    cut = isinstance(order, RowMajor) and tiled
+    storage = _storage(
+        name,
+        part,
+        shape,
+        used_bytes=tensor.num_bytes,
+        flat=True,
+        kernel_rows=-(-round_up(num_rows, layout.kernel_rows) // part.rows) if cut else None,
+        transposed=layout.transposed and part.kind == "weight",
+    )
+    return storage, located
+
+
+def _items(tensor: TensorSpec) -> tuple[int, ...]:
+    """Shape of the storage of a tensor that goes by no rows: one unit."""
+    count = math.prod(tensor.shape)
+    return (1,) if count == 1 else (1, count)
 
 
 def plan_experts(layout: Layout, fmt: Format, prefix: str, num_experts: int, hidden: int, inter: int) -> LayoutPlan:
@@ -168,7 +166,7 @@ def plan_experts(layout: Layout, fmt: Format, prefix: str, num_experts: int, hid
             storage, placed = place(layout, prefix, part, half, tensors)
             storages[storage.name] = storage
             placements += placed
-    return _plan(layout, "experts", prefix, list(storages.values()), placements)
+    return _plan(layout, "experts", fmt, prefix, list(storages.values()), placements)
 
 
 def _place_matrices(
@@ -178,11 +176,12 @@ def _place_matrices(
     matrix, halves = MATRICES[half]
     maps = layout.single_maps if halves == 1 else (layout.part_of(half), *layout.gated_maps)
     spec = tensors[0]
-    located = locate((*maps, *layout.maps), layout.orders[part.kind], spec.num_rows, spec.row_bytes)
-    shape = _matrix_shape(part, located, len(tensors), located.num_bytes)
+    located = locate((*maps, *layout.maps), layout.order_of(part.kind), spec.num_rows, spec.row_bytes)
     used_bytes = halves * spec.num_bytes * len(tensors)
-    storage = _storage(f"{prefix}.{matrix}_{part.suffix}", part, shape, used_bytes)
-    return storage, [_placement(tensor, storage, located, e * located.num_bytes) for e, tensor in enumerate(tensors)]
+    storage = _storage(f"{prefix}.{matrix}_{part.suffix}", part, (len(tensors), *_dims(part, located)), used_bytes)
+    return storage, [
+        _placement(layout, part, tensor, storage, located, e * located.num_bytes) for e, tensor in enumerate(tensors)
+    ]
 
 
 def _place_scalars(
@@ -190,39 +189,77 @@ def _place_scalars(
 ) -> tuple[StorageSpec, list[Placement]]:
     """[1, experts] for w2, [1, experts, 2] for w13: gate before up, whatever the order of the rows."""
     matrix, halves = MATRICES[half]
-    item_bytes = tensors[0].row_bytes
-    shape = (1, len(tensors), halves)[: 1 + halves]
-    storage = _storage(f"{prefix}.{matrix}_{part.suffix}", part, shape, halves * item_bytes * len(tensors))
-    located = locate((), RowMajor(), 1, item_bytes)
+    spec = tensors[0]
+    shape = (1, len(tensors), halves)[: 1 + halves] + _items(spec)[1:]
+    storage = _storage(f"{prefix}.{matrix}_{part.suffix}", part, shape, halves * spec.num_bytes * len(tensors))
+    located = locate((), RowMajor(), spec.num_rows, spec.row_bytes)
     index = int(half == "up")
     return storage, [
-        _placement(tensor, storage, located, (e * halves + index) * item_bytes) for e, tensor in enumerate(tensors)
+        _placement(layout, part, tensor, storage, located, (e * halves + index) * spec.num_bytes)
+        for e, tensor in enumerate(tensors)
     ]
 
 
-def _matrix_shape(part: Component, located: Located, num_units: int, unit_bytes: int) -> tuple[int, ...]:
-    """[units, rows, items] where rows stay whole, else [units, bytes]."""
-    if not located.pitch:
-        return (num_units, unit_bytes)
-    return (num_units, unit_bytes // located.pitch, located.pitch // DTYPES[part.dtype].itemsize)
+def _dims(part: Component, located: Located) -> tuple[int, ...]:
+    """Of a matrix in items of the component."""
+    return (*located.dims[:-1], located.dims[-1] // DTYPES[part.dtype].itemsize)
 
 
-def _storage(name: str, part: Component, shape: tuple[int, ...], used_bytes: int) -> StorageSpec:
-    dtype = torch.uint8 if part.dtype.startswith("F8") else DTYPES[part.dtype]
-    padding = math.prod(shape) * dtype.itemsize > used_bytes
-    return StorageSpec(name=name, shape=shape, dtype=dtype, padding=padding)
+def _storage(
+    name: str,
+    part: Component,
+    shape: tuple[int, ...],
+    used_bytes: int,
+    flat: bool = False,
+    kernel_rows: int | None = None,
+    transposed: bool = False,
+) -> StorageSpec:
+    kernel_dtype = DTYPES[part.dtype]
+    dtype = torch.uint8 if part.dtype.startswith("F8") else kernel_dtype
+    return StorageSpec(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        padding=math.prod(shape) * dtype.itemsize > used_bytes,
+        kernel_dtype=kernel_dtype,
+        flat=flat,
+        kernel_rows=kernel_rows,
+        transposed=transposed,
+    )
 
 
-def _placement(tensor: TensorSpec, storage: StorageSpec, located: Located, origin: int) -> Placement:
-    return Placement(tensor=tensor, storage=storage.name, origin=origin, located=located, unit_bytes=storage.unit_bytes)
+def _placement(
+    layout: Layout, part: Component, tensor: TensorSpec, storage: StorageSpec, located: Located, origin: int
+) -> Placement:
+    return Placement(
+        tensor=tensor,
+        storage=storage.name,
+        origin=origin,
+        located=located,
+        unit_bytes=storage.unit_bytes,
+        swap_nibbles=layout.swap_nibbles and part.kind == "weight",
+    )
 
 
 def _plan(
-    layout: Layout, kind: ModuleKind, prefix: str, storages: Sequence[StorageSpec], placements: Sequence[Placement]
+    layout: Layout,
+    kind: ModuleKind,
+    fmt: Format,
+    prefix: str,
+    storages: Sequence[StorageSpec],
+    placements: Sequence[Placement],
 ) -> LayoutPlan:
-    shapes = {storage.leaf: storage.shape for storage in storages}
-    derived = derive(kind, prefix, layout.derived, shapes)
-    return LayoutPlan(storages=tuple(storages), placements=tuple(placements), derived=derived)
+    derived = derive(kind, prefix, layout.derived, _roles(fmt, storages))
+    return LayoutPlan(layout=layout.name, storages=tuple(storages), placements=tuple(placements), derived=derived)
+
+
+def _roles(fmt: Format, storages: Sequence[StorageSpec]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Which storage (leaf, shape) plays the part of which scale: "w13_global_scale" may be w13_weight_scale_2."""
+    scalars = [part for part in fmt.components if not part.rows]
+    kinds = {part.suffix: part.kind for part in scalars if part == fmt.component(part.kind)}
+    matrices = ("", *(f"{matrix}_" for matrix, _ in MATRICES.values()))
+    named = {f"{matrix}{suffix}": f"{matrix}{kind}" for suffix, kind in kinds.items() for matrix in matrices}
+    return {named[storage.leaf]: (storage.leaf, storage.shape) for storage in storages if storage.leaf in named}
 
 
 def misfits(layout: Layout, kind: ModuleKind, fmt: Format, shape: tuple[int, ...]) -> list[str]:
@@ -237,6 +274,9 @@ def misfits(layout: Layout, kind: ModuleKind, fmt: Format, shape: tuple[int, ...
         problems.append(f"is for {layout.kind}, not {kind}")
     if fmt.name not in layout.formats:
         problems.append(f"holds {', '.join(sorted(layout.formats))}, not {fmt.name}")
+    shapes = {"linear": (shape,), "experts": (shape[1:], shape[:0:-1])}[kind]
+    if not all(fmt.holds(weight) for weight in shapes):
+        problems.append(f"{fmt.name} wants rows and elements in multiples of {fmt.multiples}")
     return problems
 
 
@@ -255,24 +295,48 @@ def _require_fit(layout: Layout, kind: ModuleKind, fmt: Format, name: str, shape
 
 
 def choose_layout(
-    kind: ModuleKind, fmt: Format, wanted: str, shape: tuple[int, ...], arch: int | None = None
+    kind: ModuleKind, fmt: Format, wanted: str, shape: tuple[int, ...], arch: Arch | None = None
 ) -> tuple[Layout, str]:
     """The layout of a module and why: `wanted` is "auto", a family ("trtllm") or a row's name ("trtllm_moe").
 
     arch: compute capability of the device (100), None without one. A row of another kind stands for its family.
     """
-    device = "a device of no compute capability" if arch is None else f"sm_{arch}"
+    device = _device_name(arch)
     if wanted == "auto":
-        able = next(row for row in _fitting(kind, fmt, shape) if not row.archs or arch in row.archs)
+        able = next((row for row in _fitting(kind, fmt, shape) if row.serves(arch)), LAYOUTS["plain"])
+        _require_fit(able, kind, fmt, kind, shape)
         return able, f"auto: first row that holds {fmt.name} {shape} and serves {device}"
+    rows = _wanted_rows(kind, wanted)
+    row = next((row for row in rows if not misfits(row, kind, fmt, shape)), rows[0])
+    _require_fit(row, kind, fmt, kind, shape)
+    return row, f"asked for {wanted}" + ("" if row.serves(arch) else f"; no kernel for {device}, forward decodes")
+
+
+def device_arch() -> Arch | None:
+    """What kernels of this process run on: the CUDA device it uses, an Ascend, or None."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    npu = getattr(torch, "npu", None)  # there once torch-npu is imported
+    return "ascend" if npu is not None and npu.is_available() else None
+
+
+def _device_name(arch: Arch | None) -> str:
+    if arch is None:
+        return "a device of no compute capability"
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def _wanted_rows(kind: ModuleKind, wanted: str) -> list[Layout]:
+    """The row of that name, or the rows of its family, for modules of this kind."""
+    if wanted in LAYOUTS and LAYOUTS[wanted].kind in (kind, "any"):
+        return [LAYOUTS[wanted]]
     family = LAYOUTS[wanted].family if wanted in LAYOUTS else wanted
-    row = next((row for row in LAYOUTS.values() if row.family == family and row.kind in (kind, "any")), None)
-    if row is None:
+    rows = [row for row in LAYOUTS.values() if row.family == family and row.kind in (kind, "any")]
+    if not rows:
         known = sorted({row.family for row in LAYOUTS.values()} | LAYOUTS.keys())
         raise ValueError(f"layout {wanted!r}: unknown; known: auto, {', '.join(known)}")
-    _require_fit(row, kind, fmt, kind, shape)
-    served = not row.archs or arch in row.archs
-    return row, f"asked for {wanted}" + ("" if served else f"; no kernel for {device}, forward decodes")
+    return rows
 
 
 def quantized_names() -> frozenset[str]:
@@ -286,69 +350,3 @@ def quantized_names() -> frozenset[str]:
 MATRICES = {"gate": ("w13", 2), "up": ("w13", 2), "down": ("w2", 1)}
 
 SIZES: dict[ModuleKind, tuple[str, ...]] = {"linear": ("rows", "elements"), "experts": ("experts", "hidden", "inter")}
-
-
-_LINEAR_SCALARS = ("alpha", "input_scale_inv")
-_EXPERT_SCALARS = ("g1_alphas", "g1_alphas_up", "g2_alphas", "w13_input_scale_quant", "w2_input_scale_quant")
-_NVFP4 = frozenset({"nvfp4"})
-_PLAIN: Mapping[Kind, Order] = {"weight": RowMajor(), "block_scale": RowMajor()}
-
-# In the order that "auto" prefers.
-LAYOUTS: dict[str, Layout] = {
-    row.name: row
-    for row in (
-        Layout(
-            name="trtllm_linear",
-            kind="linear",
-            formats=_NVFP4,
-            archs=frozenset({100, 103}),
-            maps=(ShuffleRows(128),),
-            # a scale column is 8 bytes of weight, and columns are padded to 4
-            orders={"weight": RowMajor(32), "block_scale": Swizzle128x4()},
-            derived=_LINEAR_SCALARS,
-            oracle="sglang 0.5.23 _process_backend_weights (trtllm) on flashinfer index functions",
-        ),
-        Layout(
-            name="cutlass_linear",
-            kind="linear",
-            formats=_NVFP4,
-            archs=frozenset({100, 103, 120, 121}),
-            # elements are padded to 32
-            orders={"weight": RowMajor(16), "block_scale": Swizzle128x4()},
-            derived=_LINEAR_SCALARS,
-            oracle="sglang 0.5.23 _process_backend_weights (cutlass)",
-        ),
-        Layout(
-            name="trtllm_moe",
-            kind="experts",
-            formats=_NVFP4,
-            archs=frozenset({100, 103}),
-            gated_maps=(GatedInterleave(),),
-            single_maps=(PadRows(TILE_ROWS),),
-            maps=(ShuffleRows(128),),
-            orders={"weight": RowMajor(), "block_scale": Swizzle128x4()},
-            row_order="up_first",
-            multiples={"hidden": 64, "inter": 64},
-            derived=("g1_alphas", "g1_scale_c", "g2_alphas", "w13_input_scale_quant"),
-            oracle="sglang 0.5.23 prepare_static_weights_for_trtllm_fp4_moe on flashinfer index functions",
-        ),
-        Layout(
-            name="cutlass_moe",
-            kind="experts",
-            formats=_NVFP4,
-            archs=frozenset({100, 103, 120, 121}),
-            orders={"weight": RowMajor(), "block_scale": Swizzle128x4()},
-            row_order="up_first",
-            derived=_EXPERT_SCALARS,
-            oracle="sglang 0.5.23 swizzle_blockscale",
-        ),
-        Layout(
-            name="plain",
-            kind="any",
-            formats=frozenset(FORMATS),
-            orders=_PLAIN,
-            derived=(*_LINEAR_SCALARS, *_EXPERT_SCALARS),
-            oracle="the checkpoint itself",
-        ),
-    )
-}

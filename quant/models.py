@@ -8,7 +8,9 @@ All names are checkpoint names: wrapper prefixes are stripped and experts are na
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,11 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS, Format, TensorSpec
-from .layouts import Derived, Placement, choose_layout, place_row_major
+from .layouts import (
+    LAYOUTS,
+    Arch,
+    Derived,
+    Layout,
+    ModuleKind,
+    Placement,
+    choose_layout,
+    device_arch,
+    place_row_major,
+)
 from .modules import QuantExperts, QuantLinear, QuantModule
 from .names import canonical_name, expert_parts
 from .parameters import ParameterRow
 from .steps import RowMajor, locate
+
+log = logging.getLogger(__name__)
 
 # Never quantized, wherever they are: ModelOpt's exports leave routers and heads in high precision.
 EXCLUDED = ("*lm_head", "*embed_tokens", "*.mlp.gate", "*.router", "*.shared_expert_gate")
@@ -32,6 +46,8 @@ EXCLUDED = ("*lm_head", "*embed_tokens", "*.mlp.gate", "*.router", "*.shared_exp
 FUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^(.*\.)[qkv]_proj\.weight$"), "qkv"),
     (re.compile(r"^(.*\.)(?:gate|up)_proj\.weight$"), "gate_up"),
+    (re.compile(r"^(.*\.)to_[qkv]\.weight$"), "to_qkv"),
+    (re.compile(r"^(.*\.)add_[qkv]_proj\.weight$"), "add_qkv"),
 )
 
 
@@ -46,11 +62,12 @@ def build_model(
     *,
     exclude: Collection[str] = (),
     device: torch.device | str = "cpu",
-    arch: int | None = None,
+    arch: Arch | None = None,
 ) -> nn.Module:
     """The causal LM of a config.json in BF16, its decoder layers quantized, every parameter zero.
 
     With device "meta" the parameters have no memory yet (sharding gives each rank its part); buffers are always real.
+    arch: what "auto" chooses layouts for, by default the device of this process.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,7 +80,7 @@ def build_model(
     causal_lm: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model: nn.Module = causal_lm.from_config(config, dtype=torch.bfloat16)
-    quantize_model(model, format_name, layout, exclude=exclude, arch=arch)
+    quantize_model(model, format_name, layout, exclude=exclude, arch=device_arch() if arch is None else arch)
     _rebuild_buffers(model)
     if torch.device(device).type != "meta":
         _allocate(model, device)
@@ -98,32 +115,55 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
 
 
 def quantize_model(
-    model: nn.Module, format_name: str, layout: str, *, exclude: Collection[str] = (), arch: int | None = None
+    model: nn.Module, format_name: str, layout: str, *, exclude: Collection[str] = (), arch: Arch | None = None
 ) -> None:
     """Replace the linears and stacked experts of the decoder layers by quantized modules, holding zeros.
 
     `layout` is "auto", a family or a row's name, see choose_layout; `exclude` adds module name patterns to EXCLUDED.
-    A linear whose shape the format cannot hold stays as it is. Nothing requires grad afterwards.
+    A linear whose shape the format cannot hold stays as it is, and so does BF16 where no row of that name holds it.
+    Nothing requires grad afterwards. What was chosen and why is logged, once for all modules alike.
     """
     if format_name not in FORMATS:
         raise ModelError(f"format {format_name!r}: unknown; known: {', '.join(FORMATS)}")
     fmt = FORMATS[format_name]
     model.requires_grad_(False)
-    if len(fmt.components) == 1:
-        return
+    kinds = [each for each in REPLACEMENTS if fmt.is_quantized or _asks_for(layout, each[1], fmt)]
     problems: dict[str, list[str]] = {}
+    chosen: Counter[tuple[str, str]] = Counter()
     for path, module in list(_in_layers(model)):
         name = canonical_name(path)
-        make = next((make for fits, make in REPLACEMENTS if fits(module, fmt)), None)
+        make = next((make for fits, kind, make in kinds if fits(module, fmt)), None)
         if make is None or any(fnmatchcase(name, pattern) for pattern in (*EXCLUDED, *exclude)):
             continue
         try:
-            model.set_submodule(path, make(module, fmt, layout, name, arch))
+            made, why = make(module, fmt, layout, name, arch)
+            model.set_submodule(path, made)
+            chosen[made.layout.name, why] += 1
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if problems:
         lines = [f"{error} (at {names[0]}, {len(names)} modules in all)" for error, names in problems.items()]
         raise ModelError("\n  - ".join([f"{type(model).__name__} cannot be quantized to {format_name}", *lines]))
+    for (row, why), count in chosen.items():
+        log.info("layout %s for %d modules: %s", row, count, why)
+
+
+def _asks_for(wanted: str, kind: ModuleKind, fmt: Format) -> bool:
+    """Whether a row of this name or family is made for modules of a kind in this format."""
+    rows = (row for row in LAYOUTS.values() if row.kind == kind and fmt.name in row.formats)
+    return any(wanted in (row.name, row.family) for row in rows)
+
+
+def _chosen(
+    kind: ModuleKind, fmt: Format, wanted: str, shape: tuple[int, ...], arch: Arch | None
+) -> tuple[Layout, str]:
+    layout, why = choose_layout(kind, fmt, wanted, shape, arch)
+    if layout.swap_nibbles:
+        raise ValueError(
+            f"layout {layout.name}: takes checkpoints with the first element in the high nibble, trainers encode it "
+            f"into the low one; what fits: {layout.name.removesuffix('_swapped')}"
+        )
+    return layout, why
 
 
 def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -133,13 +173,13 @@ def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module, fmt: Format) -> bool:
-    return isinstance(module, nn.Linear) and module.in_features % fmt.encode_block[1] == 0
+    return isinstance(module, nn.Linear) and fmt.holds((module.out_features, module.in_features))
 
 
-def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:
+def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None) -> tuple[QuantModule, str]:
     n, k = module.out_features, module.in_features
-    layout, _ = choose_layout("linear", fmt, wanted, (n, k), arch)
-    return QuantLinear(k, n, module.bias is not None, fmt, layout, name, module.weight.device)
+    layout, why = _chosen("linear", fmt, wanted, (n, k), arch)
+    return QuantLinear(k, n, module.bias is not None, fmt, layout, name, module.weight.device), why
 
 
 def _is_experts(module: nn.Module, fmt: Format) -> bool:
@@ -148,19 +188,22 @@ def _is_experts(module: nn.Module, fmt: Format) -> bool:
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
         return False
     experts, hidden, inter = down.shape
-    block = fmt.encode_block[1]
-    return gate_up.shape == (experts, 2 * inter, hidden) and hidden % block == 0 and inter % block == 0
+    fits = fmt.holds((inter, hidden)) and fmt.holds((hidden, inter))
+    return gate_up.shape == (experts, 2 * inter, hidden) and fits
 
 
-def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: int | None) -> QuantModule:
+def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None) -> tuple[QuantModule, str]:
     experts, hidden, inter = module.down_proj.shape
-    layout, _ = choose_layout("experts", fmt, wanted, (experts, hidden, inter), arch)
-    return QuantExperts(experts, hidden, inter, module.act_fn, fmt, layout, name, module.down_proj.device)
+    layout, why = _chosen("experts", fmt, wanted, (experts, hidden, inter), arch)
+    return QuantExperts(experts, hidden, inter, module.act_fn, fmt, layout, name, module.down_proj.device), why
 
 
 Fits = Callable[[nn.Module, Format], bool]
-Make = Callable[[Any, Format, str, str, int | None], QuantModule]
-REPLACEMENTS: tuple[tuple[Fits, Make], ...] = ((_is_linear, _quant_linear), (_is_experts, _quant_experts))
+Make = Callable[[Any, Format, str, str, Arch | None], tuple[QuantModule, str]]
+REPLACEMENTS: tuple[tuple[Fits, ModuleKind, Make], ...] = (
+    (_is_linear, "linear", _quant_linear),
+    (_is_experts, "experts", _quant_experts),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ scales reach the output through the derived scalars, as they would in the kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +132,26 @@ class QuantModule(nn.Module):
 
 
 def _decode_rows(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor], out: Tensor) -> None:
-    # zip stops before the scalars, which come last and hold nothing by row.
-    by_row = [(part.suffix, placement) for part, placement in zip(fmt.row_components, placements, strict=False)]
-    step = max(1, PIECE_BYTES // out[:1].nbytes)
+    parts = list(zip(fmt.components, placements, strict=True))
+    needed = {
+        part.suffix: bytes_of[at.storage][at.origin : at.origin + at.tensor.num_bytes].view(torch.float32)
+        for part, at in parts
+        if part.suffix in fmt.needs
+    }
+    step = max(1, PIECE_BYTES // out[:1].nbytes // fmt.row_step) * fmt.row_step
     for row0 in range(0, len(out), step):
         piece = out[row0 : row0 + step]
-        parts = {suffix: invert_rows(at, row0, len(piece), bytes_of[at.storage], 0) for suffix, at in by_row}
-        decode_unscaled(fmt, parts, piece)
+        rows = {
+            part.suffix: _low_nibble_first(at, row0 // part.rows, -(-len(piece) // part.rows), bytes_of[at.storage])
+            for part, at in parts
+            if part.rows
+        }
+        decode_unscaled(fmt, {**rows, **needed}, piece)
+
+
+def _low_nibble_first(at: Placement, row0: int, n: int, storage: Tensor) -> Tensor:
+    """Rows as the format has them, whatever nibble order their checkpoint had: kernels are fed one order only."""
+    return invert_rows(replace(at, swap_nibbles=False), row0, n, storage, 0)
 
 
 class QuantLinear(QuantModule):
@@ -169,9 +182,10 @@ class QuantLinear(QuantModule):
         yield self.name, "decoded", (slice(None),)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel quantizes x * input_scale_inv and multiplies the sum by alpha; here x stays as it is.
-        scale = self.get_parameter("alpha") * self.get_parameter("input_scale_inv")
-        y = F.linear(x, self._decoded("decoded", x)) * scale
+        y = F.linear(x, self._decoded("decoded", x))
+        if hasattr(self, "alpha"):  # formats without a global scale have all of it in the decoded weight
+            # The kernel quantizes x * input_scale_inv and multiplies the sum by alpha; here x stays as it is.
+            y = y * (self.get_parameter("alpha") * self.get_parameter("input_scale_inv"))
         return (y if self.bias is None else y + self.get_parameter("bias")).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -227,6 +241,8 @@ class QuantExperts(QuantModule):
     def _expert(self, x: Tensor, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
         """The epilogues of the layout's two GEMMs, each scalar where its kernel applies it."""
         gate, up = F.linear(x, w13).chunk(2, dim=-1)
+        if not hasattr(self, "g1_alphas"):  # formats without a global scale have all of it in the decoded weights
+            return F.linear(self.act_fn(gate) * up, w2)
         # Shape [1] each, not 0-d: a 0-d FP32 factor would leave the products in BF16.
         scale = {name: _of_expert(self.get_parameter(name), expert) for name in self._scalars}
         quant13 = scale["w13_input_scale_quant"]

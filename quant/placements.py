@@ -2,13 +2,17 @@
 
     apply_rows(placement, rows, row0, local_bytes, base)
     invert_rows(placement, row0, n, local_bytes, base)
+    apply_bytes(placement, positions, values, local_bytes, base)
 
-The first writes into a rank's shard, in place; the second reads the same rows back, exactly.
+The first writes into a rank's shard, in place; the second reads the same rows back, exactly; the third writes single
+bytes. None of them reads or touches any other byte.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,16 +22,23 @@ from . import kernels
 from .formats import TensorSpec
 from .steps import Located, Offsets, RowMajor, locate
 
+SCRATCH_ROWS = 128  # a tile: what is held of rows whose bytes change, or turn, on the way
+MAX_JUMPS = 8  # rows of more experts than this in one tile are moved byte by byte
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placement:
-    """Where one tensor lies in one storage. `located` is shared between tensors that differ by `origin` only."""
+    """Where one tensor lies in one storage. `located` is shared between tensors that differ by `origin` only.
+
+    swap_nibbles: the two codes of a byte change places on the way, both ways.
+    """
 
     tensor: TensorSpec
     storage: str
     origin: int
     located: Located
     unit_bytes: int
+    swap_nibbles: bool = False
 
     @property
     def row_offsets(self) -> Offsets:
@@ -50,9 +61,17 @@ class Placement:
         if len(inside) and inside[-1] - start + 1 != len(inside):
             raise ValueError(
                 f"{self.tensor.name}: rows in units [{unit_start}, {unit_stop}) of {self.storage} are not contiguous; "
-                "shard this storage where whole runs of rows end"
+                f"shard this storage where whole runs of rows end: {self._cuts()}"
             )
         return start, start + len(inside)
+
+    def _cuts(self) -> str:
+        """The units before which lie the first rows of the tensor and no others."""
+        units = self.row_offsets // self.unit_bytes
+        before, after = np.maximum.accumulate(units)[:-1], np.minimum.accumulate(units[::-1])[::-1][1:]
+        cuts = np.unique(after[before < after]).tolist()
+        shown = ", ".join(map(str, cuts[:8])) + (", ..." if len(cuts) > 8 else "")
+        return f"before units {shown}" if cuts else "nowhere, so keep it whole on one rank"
 
 
 def place_row_major(tensor: TensorSpec, storage: str) -> Placement:
@@ -61,13 +80,42 @@ def place_row_major(tensor: TensorSpec, storage: str) -> Placement:
     return Placement(tensor=tensor, storage=storage, origin=0, located=located, unit_bytes=tensor.row_bytes)
 
 
+def stack(name: str, placements: Sequence[Placement]) -> Placement:
+    """Tensors of one storage as one, stacked along rows: every expert's rows in one call, whole layers at a time."""
+    first = placements[0]
+    origins = np.array([placement.origin for placement in placements], np.int64)
+    if any(p.storage != first.storage or p.located is not first.located for p in placements):
+        raise ValueError(f"{name}: tensors of several storages or shapes do not stack; stack each alike ones alone")
+    rows = (origins[:, None] + first.located.rows).ravel()
+    shape = (len(rows), *first.tensor.shape[1:])
+    low, high = int(origins.min()), int(origins.max())
+    located = replace(
+        first.located,
+        rows=rows,
+        words=first.located.words and not (origins % 4).any(),
+        first=first.located.first + low,
+        last=first.located.last + high,
+    )
+    return replace(first, tensor=replace(first.tensor, name=name, shape=shape), origin=0, located=located)
+
+
 def apply_rows(placement: Placement, src: Tensor, row0: int, local: Tensor, base: int) -> None:
     """Write rows [row0, row0 + n) of a tensor, uint8 [n, row_bytes], into the bytes of a shard.
 
     local: 1-D uint8, the bytes of the rank's shard of the storage; base: where the shard starts in the whole storage.
     """
     _check_rows(placement, src, row0, local, base)
-    kernels.scatter_rows(src.contiguous(), placement.located, row0, placement.origin - base, local)
+    src, shift = src.contiguous(), placement.origin - base
+    if not placement.swap_nibbles and not placement.located.column_pitch:
+        kernels.scatter_rows(src, placement.located, row0, shift, local)
+        return
+    for start, stop in _pieces(placement, row0, len(src)):
+        piece = swapped(src[start:stop]) if placement.swap_nibbles else src[start:stop]
+        columns = _columns(placement, row0 + start, stop - start, shift, local)
+        if columns is None:
+            kernels.scatter_rows(piece, placement.located, row0 + start, shift, local)
+        else:
+            columns.copy_(_turned(piece, placement.run_bytes))
 
 
 def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: int, out: Tensor | None = None) -> Tensor:
@@ -75,8 +123,84 @@ def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: in
     if out is None:
         out = torch.empty((n, placement.tensor.row_bytes), dtype=torch.uint8, device=local.device)
     _check_rows(placement, out, row0, local, base)
-    kernels.gather_rows(local, placement.located, row0, placement.origin - base, out)
+    located, shift = placement.located, placement.origin - base
+    if not placement.swap_nibbles and not located.column_pitch:
+        kernels.gather_rows(local, located, row0, shift, out)
+        return out
+    for start, stop in _pieces(placement, row0, n):
+        piece, columns = out[start:stop], _columns(placement, row0 + start, stop - start, shift, local)
+        if columns is None:
+            kernels.gather_rows(local, located, row0 + start, shift, piece)
+        else:
+            items = columns.contiguous().view(len(columns), -1, placement.run_bytes)
+            piece.view(len(piece), -1, placement.run_bytes).copy_(items.transpose(0, 1))
+        if placement.swap_nibbles:
+            piece.copy_(swapped(piece))
     return out
+
+
+def apply_bytes(placement: Placement, positions: Offsets, values: Tensor, local: Tensor, base: int) -> None:
+    """Write single bytes of a tensor: `values`, uint8 [n], at `positions` of its row-major bytes."""
+    at = _bytes_at(placement, positions, local, base)
+    local[at] = swapped(values) if placement.swap_nibbles else values
+
+
+def invert_bytes(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
+    """Read single bytes of a tensor, uint8 [n], at `positions` of its row-major bytes."""
+    values = local[_bytes_at(placement, positions, local, base)]
+    return swapped(values) if placement.swap_nibbles else values
+
+
+def swapped(packed: Tensor) -> Tensor:
+    """Both codes of every byte in the other order; twice is the same bytes again."""
+    low = packed << 4
+    return low.bitwise_or_(packed >> 4)
+
+
+def _pieces(placement: Placement, row0: int, n: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most a tile of rows [start, stop) from row0, half a tile where both halves of bytes are held; rows of
+    a piece lie side by side where they do in their tile."""
+    step = SCRATCH_ROWS // 2 if placement.swap_nibbles else SCRATCH_ROWS
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        jumps = np.flatnonzero(np.diff(placement.located.rows[row0 + start : row0 + stop]) != placement.run_bytes) + 1
+        few = placement.located.column_pitch and len(jumps) < MAX_JUMPS
+        yield from pairwise([start, *(start + jumps if few else ()), stop])
+
+
+def _columns(placement: Placement, row0: int, n: int, shift: int, local: Tensor) -> Tensor | None:
+    """Where these rows lie as columns [items, n * item bytes], a view; None where they do not lie side by side."""
+    located, item = placement.located, placement.run_bytes
+    rows = located.rows[row0 : row0 + n]
+    if not located.column_pitch or int(rows[-1] - rows[0]) != (n - 1) * item or (np.diff(rows) != item).any():
+        return None
+    first = local.storage_offset() + int(rows[0]) + shift
+    return local.as_strided((len(located.runs), n * item), (located.column_pitch, 1), first)
+
+
+def _turned(rows: Tensor, item: int) -> Tensor:
+    """[n, row bytes] of items as [items, n * item bytes]."""
+    if item == 1:
+        return rows.t().contiguous()
+    return rows.view(len(rows), -1, item).transpose(0, 1).contiguous().view(-1, len(rows) * item)
+
+
+def _bytes_at(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
+    spec, located = placement.tensor, placement.located
+    positions = np.asarray(positions, np.int64)
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < spec.num_bytes:
+        low, high = int(positions.min()), int(positions.max())
+        raise ValueError(f"{spec.name}: bytes {low}..{high} lie outside [0, {spec.num_bytes}); check the positions")
+    row, column = np.divmod(positions, max(1, spec.row_bytes))
+    run, within = np.divmod(column, max(1, located.run_bytes))
+    at = located.rows[row] + (located.runs[run] + within + (placement.origin - base))
+    if len(at) and not 0 <= int(at.min()) <= int(at.max()) < local.numel():
+        low, high = int(at.min()), int(at.max())
+        raise ValueError(
+            f"{spec.name} in {placement.storage}: bytes {low}..{high} lie outside the shard's [0, {local.numel()}); "
+            "check row_start and shards"
+        )
+    return torch.from_numpy(at).to(local.device)
 
 
 def _check_rows(placement: Placement, rows: Tensor, row0: int, local: Tensor, base: int) -> None:

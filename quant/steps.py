@@ -77,6 +77,17 @@ class GatedInterleave:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapHalves:
+    """The second half first: [gate; up] fused in one checkpoint tensor, for a kernel that wants up first."""
+
+    def num_rows(self, num_rows: int) -> int:
+        return num_rows
+
+    def place(self, rows: Offsets, num_rows: int) -> Offsets:
+        return (rows + num_rows // 2) % max(1, num_rows)
+
+
+@dataclass(frozen=True, slots=True)
 class ShuffleRows:
     """flashinfer's shuffle_matrix_a: rows dealt round inside blocks of 32 (or 16).
 
@@ -99,19 +110,24 @@ class ShuffleRows:
 class Located:
     """Where the rows of a tensor and the runs of a row start, and the bytes of the padded matrix they are part of.
 
-    pitch: bytes from one row of the matrix to the next, 0 where the order scatters rows. `locate` fills in the rest:
+    dims: the padded matrix as its order lays it out, the last dim in bytes. column_pitch: bytes from one column to the
+    next where the order puts the rows of a column side by side, 0 elsewhere. `locate` fills in the rest:
     words: every run is one word of 4 bytes at a multiple of 4; first, last: the tensor lies in bytes [first, last).
     """
 
     rows: Offsets
     runs: Offsets
     run_bytes: int
-    num_bytes: int
-    pitch: int
+    dims: tuple[int, ...]
+    column_pitch: int = 0
 
     words: bool = False
     first: int = 0
     last: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.dims)
 
     def span(self, row0: int, row1: int) -> tuple[int, int]:
         """The bytes [first, last) that hold rows [row0, row1), at least one."""
@@ -137,7 +153,7 @@ class RowMajor:
     def locate(self, rows: Offsets, num_rows: int, row_bytes: int) -> Located:
         pitch = round_up(row_bytes, self.multiple)
         runs = np.zeros(1, np.int64)
-        return Located(rows=rows * pitch, runs=runs, run_bytes=row_bytes, num_bytes=num_rows * pitch, pitch=pitch)
+        return Located(rows=rows * pitch, runs=runs, run_bytes=row_bytes, dims=(num_rows, pitch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +171,59 @@ class Swizzle128x4:
             rows=rows // 128 * (128 * pitch) + rows % 32 * 16 + rows % 128 // 32 * 4,
             runs=column // 4 * 512 + column % 4,
             run_bytes=run_bytes,
-            num_bytes=round_up(num_rows, 128) * pitch,
-            pitch=0,
+            dims=(round_up(num_rows, 128), pitch),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Swizzle8x4:
+    """The scale layout of low-latency activations: atoms of 8 rows x 4 columns, padded with zeros like 128x4."""
+
+    def locate(self, rows: Offsets, num_rows: int, row_bytes: int) -> Located:
+        pitch = round_up(row_bytes, 4)
+        run_bytes = math.gcd(row_bytes, 4)
+        column = np.arange(0, row_bytes, run_bytes, dtype=np.int64)
+        return Located(
+            rows=rows // 8 * (8 * pitch) + rows % 8 * 4,
+            runs=column // 4 * 32 + column % 4,
+            run_bytes=run_bytes,
+            dims=(round_up(num_rows, 8), pitch),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMajor:
+    """Blocks of columns one after the other, each holding its bytes of every row: [row bytes / block, rows, block].
+
+    flashinfer's BlockMajorK. Every row must be whole blocks.
+    """
+
+    block_bytes: int = 128
+
+    def locate(self, rows: Offsets, num_rows: int, row_bytes: int) -> Located:
+        num_blocks = row_bytes // self.block_bytes
+        return Located(
+            rows=rows * self.block_bytes,
+            runs=np.arange(num_blocks, dtype=np.int64) * (num_rows * self.block_bytes),
+            run_bytes=self.block_bytes,
+            dims=(num_blocks, num_rows, self.block_bytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """Columns become rows, in memory: [columns, rows] of items of `item_bytes`."""
+
+    item_bytes: int = 1
+
+    def locate(self, rows: Offsets, num_rows: int, row_bytes: int) -> Located:
+        num_items = row_bytes // self.item_bytes
+        return Located(
+            rows=rows * self.item_bytes,
+            runs=np.arange(num_items, dtype=np.int64) * (num_rows * self.item_bytes),
+            run_bytes=self.item_bytes,
+            dims=(num_items, num_rows * self.item_bytes),
+            column_pitch=num_rows * self.item_bytes,
         )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quant.checkpoint import Checkpoint
-from quant.formats import FORMATS, TensorSpec, amax, encode, global_scale
+from quant.formats import FORMATS, TensorSpec, amax, constants, encode, global_scale
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
@@ -78,7 +78,8 @@ class _ColdLoad:
     # -- what is there
 
     def _has_checkpoint_form(self, row: ParameterRow) -> bool:
-        specs = [spec for spec in self._manifest.tensors_of(row) if not spec.name.endswith(".input_scale")]
+        parts = zip(self._manifest.tensors_of(row), FORMATS[row.format].components, strict=True)
+        specs = [spec for spec, part in parts if part.kind != "input_scale"]
         return len(specs) > 1 and all(spec.name in self._entries for spec in specs)
 
     def _problems(self, row: ParameterRow, encode_it: bool) -> Iterator[str]:
@@ -118,9 +119,10 @@ class _ColdLoad:
     def _blocks(self, row: ParameterRow) -> Iterator[tuple[int, Tensor]]:
         """(first row, BF16 rows [n, columns]) of the rows of a parameter that this rank owns."""
         entry = self._entries[row.name]
-        start, stop = self._owned(self._manifest.tensors_of(row)[0])
+        fmt = FORMATS[row.format]
+        start, stop = (fmt.components[0].rows * at for at in self._owned(self._manifest.tensors_of(row)[0]))
         columns = math.prod(row.shape[1:])
-        step = max(1, BLOCK_BYTES // (2 * columns))
+        step = max(1, BLOCK_BYTES // (2 * columns) // fmt.row_step) * fmt.row_step
         for first in range(start, stop, step):
             last = min(first + step, stop)
             if entry.expert is None:
@@ -132,7 +134,7 @@ class _ColdLoad:
 
     def _scales(self, encoded: list[ParameterRow], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         """The global scale of every fused group, from the largest amax over the replica's ranks."""
-        quantized = [row for row in encoded if FORMATS[row.format].has_global_scale]
+        quantized = [row for row in encoded if FORMATS[row.format].is_quantized]
         bits = torch.zeros(len(quantized), dtype=torch.int64)
         for i, row in enumerate(quantized):
             bits[i] = max((amax(block) for _, block in self._blocks(row)), default=0)
@@ -145,23 +147,37 @@ class _ColdLoad:
         for row, value in zip(quantized, values, strict=True):
             key = row.group or row.name
             largest[key] = max(largest.get(key, 0), value)
-        return {row.name: global_scale(FORMATS[row.format], largest[row.group or row.name]) for row in quantized}
+        return {
+            row.name: global_scale(FORMATS[row.format], largest[row.group or row.name])
+            for row in quantized
+            if FORMATS[row.format].has_global_scale
+        }
 
     def _encoded(self, row: ParameterRow, scale: Tensor | None) -> Filled:
         specs = {spec.name.rpartition(".")[2]: spec for spec in self._manifest.tensors_of(row)}
-        for first, block in self._blocks(row):
-            if scale is None:
-                yield self._manifest.tensors_of(row)[0], first, as_bytes(block)
-                continue
-            for suffix, rows in encode(FORMATS[row.format], block, scale).items():
-                yield specs[suffix], first, as_bytes(rows)
-        if scale is None:
+        fmt = FORMATS[row.format]
+        if not fmt.is_quantized:
+            spec = self._manifest.tensors_of(row)[0]
+            yield from ((spec, first, as_bytes(block)) for first, block in self._blocks(row))
             return
-        calibrated = self._entries.get(specs["input_scale"].name)
-        input_scale = self._checkpoint.rows(calibrated.name) if calibrated else torch.ones(())
-        for spec, value in ((specs["weight_scale_2"], scale), (specs["input_scale"], input_scale)):
-            if self._owned(spec) == (0, 1):
-                yield spec, 0, as_bytes(value.to(torch.float32).reshape(()))
+        whole = {part.suffix: self._calibrated(specs[part.suffix]) for part in fmt.components if not part.rows}
+        whole |= constants(fmt, row.shape)
+        part = fmt.component("global_scale")
+        if part is not None and scale is not None:
+            whole[part.suffix] = scale
+        parts = {part.suffix: part for part in fmt.row_components}
+        for first, block in self._blocks(row):
+            for suffix, rows in encode(fmt, block, scale, given=whole).items():
+                yield specs[suffix], first // parts[suffix].rows, as_bytes(rows)
+        for suffix, value in whole.items():
+            spec = specs[suffix]
+            if self._owned(spec) == (0, spec.num_rows):
+                yield spec, 0, as_bytes(value.reshape(spec.shape))
+
+    def _calibrated(self, spec: TensorSpec) -> Tensor:
+        """An activation scale or offset of the checkpoint; 1.0 where it has none."""
+        entry = self._entries.get(spec.name)
+        return self._checkpoint.rows(entry.name).to(torch.float32) if entry else torch.ones(spec.shape)
 
     def _copied(self, row: ParameterRow) -> Filled:
         for spec in self._manifest.tensors_of(row):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FORMATS, amax, encode, global_scale
+from quant.formats import FORMATS, amax, constants, encode, global_scale
 from quant.layouts import apply_rows, invert_rows
 from quant.models import derived_of, parameters_of, placements_of, storage_parameters
 from quant.modules import QuantModule
@@ -23,14 +23,15 @@ def encode_all(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Ten
         largest[key] = max(largest.get(key, 0), amax(weights[row.name]))
     tensors: dict[str, Tensor] = {}
     for row in rows:
-        fmt, weight = FORMATS[row.format], weights[row.name]
-        if not fmt.has_global_scale:
+        fmt, weight, stem = FORMATS[row.format], weights[row.name], row.name.removesuffix(".weight")
+        if not fmt.is_quantized:
             tensors[row.name] = weight
             continue
-        scale, stem = global_scale(fmt, largest[row.group or row.name]), row.name.removesuffix(".weight")
-        parts = encode(fmt, weight.contiguous(), scale)
+        parts = {part.suffix: torch.ones(part.last) for part in fmt.components if part.kind == "input_scale"}
+        scale = global_scale(fmt, largest[row.group or row.name]) if fmt.has_global_scale else None
+        parts |= encode(fmt, weight.contiguous(), scale, given=parts) | constants(fmt, row.shape)
+        parts |= {part.suffix: scale for part in fmt.components if scale is not None and part.kind == "global_scale"}
         tensors |= {f"{stem}.{suffix}": part for suffix, part in parts.items()}
-        tensors |= {f"{stem}.weight_scale_2": scale, f"{stem}.input_scale": torch.ones(())}
     return tensors
 
 

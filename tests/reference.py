@@ -5,7 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 
@@ -89,13 +91,30 @@ def interleave(first: Bytes, second: Bytes) -> Bytes:
     return np.stack([row for pair in zip(first, second, strict=True) for row in pair])
 
 
+def swap_nibbles(packed: Bytes) -> Bytes:
+    """The two hexadecimal digits of every byte in the other order."""
+    return np.array([int(f"{byte:02x}"[::-1], 16) for byte in range(256)], np.uint8)[packed]
+
+
+def in_turns(first: Bytes, second: Bytes, chunk: int) -> Bytes:
+    """Chunks of rows of both in turn."""
+    starts = range(0, len(first), chunk)
+    return np.concatenate([part[at : at + chunk] for at in starts for part in (first, second)])
+
+
 def linear_storage(layout: str, weight: Bytes, scales: Bytes) -> tuple[Bytes, Bytes]:
-    """Bytes of the two matrices of a linear, in tiles of 128 rows."""
+    """Bytes of the two matrices of an NVFP4 linear, in tiles of 128 rows."""
+    if layout.endswith("_swapped"):
+        return linear_storage(layout.removesuffix("_swapped"), swap_nibbles(weight), scales)
     if layout == "plain":
         return pad(weight, 128, 1).reshape(-1), pad(scales, 128, 1).reshape(-1)
-    if layout == "cutlass_linear":
+    if layout in ("cutlass_linear", "cutlass_dit"):
         return pad(weight, 128, 16).reshape(-1), swizzle_128x4(scales)
-    assert layout == "trtllm_linear"
+    if layout == "swiglu_dit":
+        half = len(weight) // 2
+        wide, fine = (in_turns(part[half:], part[:half], 64) for part in (weight, scales))
+        return wide.reshape(-1), swizzle_128x4(fine)
+    assert layout in ("trtllm_linear", "trtllm_dit")
     columns = -scales.shape[1] % 4
     wide = np.pad(pad(weight, 128, 1), ((0, 0), (0, 8 * columns)))
     return shuffle(wide).reshape(-1), swizzle_128x4(shuffle(pad(scales, 128, 4)))
@@ -105,9 +124,37 @@ def expert_storage(layout: str, gate: Bytes, up: Bytes, down: Bytes, scales: boo
     """Bytes of w13 and w2 of one expert: of the packed weights, or of the block scales."""
     if layout == "plain":
         return np.concatenate([gate, up]).reshape(-1), down.reshape(-1)
-    if layout == "cutlass_moe":
-        w13 = np.concatenate([up, gate])
+    if layout in ("cutlass_moe", "cutedsl_moe"):
+        w13 = in_turns(up, gate, 64 if layout == "cutedsl_moe" else len(up))
         return (swizzle_128x4(w13), swizzle_128x4(down)) if scales else (w13.reshape(-1), down.reshape(-1))
     assert layout == "trtllm_moe"
     w13, w2 = shuffle(interleave(up, gate)), shuffle(pad(down, 128, 1))
     return (swizzle_128x4(w13), swizzle_128x4(w2)) if scales else (w13.reshape(-1), w2.reshape(-1))
+
+
+def block_major(matrix: Bytes, block: int = 128) -> Bytes:
+    """Blocks of columns, one after the other."""
+    return np.concatenate([matrix[:, at : at + block].reshape(-1) for at in range(0, matrix.shape[1], block)])
+
+
+def fp8_by_multiplier(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 of each matrix times 448 / amax, and that multiplier, as flashinfer's MoE preparation quantizes."""
+    values = weight.float()
+    multiplier = 448 / values.abs().amax(dim=(-1, -2))
+    return (values * multiplier[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn), multiplier
+
+
+def fp8_in_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 of a matrix over amax / 448 of each block of 128 x 128, and these scales; sizes are multiples of 128."""
+    rows, columns = weight.shape
+    blocks = weight.float().view(rows // 128, 128, columns // 128, 128)
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
+    return (blocks / scale).to(torch.float8_e4m3fn).view(rows, columns), scale.view(rows // 128, columns // 128)
+
+
+def mxfp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 of a matrix over the next power of two of amax / 448 of each 32 elements, and its exponent plus 127."""
+    blocks = weight.float().unflatten(-1, (-1, 32))
+    exponent = (blocks.abs().amax(dim=-1) / 448).log2().ceil().clamp(-127, 127)
+    codes = (blocks * torch.exp2(-exponent)[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.view(weight.shape), (exponent + 127).to(torch.uint8)

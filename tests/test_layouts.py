@@ -26,11 +26,20 @@ from quant.layouts import (
 )
 from quant.steps import GatedInterleave, PadRows, Part, RowMajor, ShuffleRows, Swizzle128x4, locate
 from tests import goldens, reference
-from tests.plans import PLANS, Storages, apply_all, random_tensors, rows_of
+from tests.plans import (
+    BF16,
+    EXPERTS,
+    LINEAR,
+    NVFP4,
+    PLANS,
+    Storages,
+    apply_all,
+    experts_shape,
+    linear_shape,
+    random_tensors,
+    rows_of,
+)
 
-BF16, NVFP4 = FORMATS["bf16"], FORMATS["nvfp4"]
-LINEAR = [row.name for row in LAYOUTS.values() if row.kind in ("linear", "any")]
-EXPERTS = [row.name for row in LAYOUTS.values() if row.kind in ("experts", "any")]
 SHUFFLES = sorted(key.split("_permute_")[1] for key in goldens.load("layout_shuffle") if "w2_permute" in key)
 MOE = goldens.names("moe_nvfp4")
 
@@ -156,21 +165,35 @@ def test_derived_scalars_of_experts_are_those_of_sglang(name: str, layout: str) 
         assert torch.equal(value[0], expected[derived.leaf]), derived.leaf
 
 
-@pytest.mark.parametrize("layout", ["trtllm_linear", "cutlass_linear"])
+DIT = {
+    "trtllm_linear": "trtllm",
+    "cutlass_linear": "cutlass",
+    "trtllm_dit": "trtllm",
+    "trtllm_dit_swapped": "trtllm_swapped",
+    "cutlass_dit": "cutlass",
+    "cutlass_dit_swapped": "cutlass_swapped",
+}
+
+
+@pytest.mark.parametrize("layout", DIT)
 @pytest.mark.parametrize("name", goldens.names("dit_nvfp4"))
 def test_a_linear_gets_the_bytes_that_sglang_feeds_the_kernel(name: str, layout: str) -> None:
-    """Ours are whole tiles of 128 rows; CUTLASS' weight is the first of them, padded to 32, the rest zero."""
+    """Ours are whole tiles of 128 rows; what CUTLASS is fed is the first of them, padded to 32, the rest is zero."""
     stored, args = goldens.load(name), goldens.fixtures()[name]["args"]
     plan = plan_linear(LAYOUTS[layout], NVFP4, "a", args["N"], args["K"])
     tensors = random_tensors(plan, 0) | {
         f"a.{suffix}": rows_of(stored[f"ckpt.{suffix}"]) for suffix in ("weight", "weight_scale")
     }
     storages = apply_all(plan, tensors)
-    prefix = f"out.{layout.removesuffix('_linear')}"
-    expected = goldens.bytes_of(stored[f"{prefix}.weight"])
-    assert torch.equal(storages["a.weight"][: len(expected)], expected)
-    assert not storages["a.weight"][len(expected) :].any()
-    assert torch.equal(storages["a.weight_scale"], goldens.bytes_of(stored[f"{prefix}.weight_scale_interleaved"]))
+    fed = {spec.leaf: spec.kernel_view(storages[spec.name]) for spec in plan.storages}
+    prefix = f"out.{DIT[layout]}"
+    assert goldens.same(name, f"{prefix}.weight", fed["weight"])
+    assert goldens.same(name, f"{prefix}.weight_scale_interleaved", fed["weight_scale"])
+    padding_cols = torch.tensor([fed["weight"].shape[1] - args["K"] // 2], dtype=torch.int32)
+    assert goldens.same(name, f"{prefix}.weights_padding_cols", padding_cols)
+    for placement in plan.placements[:2]:
+        back = invert_rows(placement, 0, placement.tensor.num_rows, storages[placement.storage], 0)
+        assert torch.equal(back, tensors[placement.tensor.name])
 
 
 def test_derived_scalars_of_a_linear() -> None:
@@ -191,7 +214,8 @@ def test_derived_scalars_of_a_linear() -> None:
     seed=st.integers(0, 99),
 )
 def test_a_linear_lies_where_the_slow_reference_puts_it(layout: str, num_rows: int, num_blocks: int, seed: int) -> None:
-    plan = plan_linear(LAYOUTS[layout], NVFP4, "a", num_rows, 16 * num_blocks)
+    shape = linear_shape(LAYOUTS[layout], NVFP4, num_rows, 16 * num_blocks)
+    plan = plan_linear(LAYOUTS[layout], NVFP4, "a", *shape)
     tensors = random_tensors(plan, seed)
     storages = apply_all(plan, tensors)
     expected = reference.linear_storage(layout, tensors["a.weight"].numpy(), tensors["a.weight_scale"].numpy())
@@ -216,8 +240,8 @@ def test_a_linear_lies_where_the_slow_reference_puts_it(layout: str, num_rows: i
 def test_experts_lie_where_the_slow_reference_puts_them(
     layout: str, num_experts: int, hidden: int, inter: int, seed: int
 ) -> None:
-    unit = 64 if layout == "trtllm_moe" else 16
-    plan = plan_experts(LAYOUTS[layout], NVFP4, "a", num_experts, unit * hidden, unit * inter)
+    shape = experts_shape(LAYOUTS[layout], NVFP4, num_experts, 48 * hidden, 48 * inter)
+    plan = plan_experts(LAYOUTS[layout], NVFP4, "a", *shape)
     tensors = random_tensors(plan, seed)
     storages = apply_all(plan, tensors)
     for suffix, scales in (("weight", False), ("weight_scale", True)):
@@ -262,9 +286,23 @@ def test_steps_are_bijections_in_closed_form() -> None:
         ),
         (lambda: plan_linear(LAYOUTS["trtllm_moe"], NVFP4, "a", 128, 64), "is for experts, not linear; what fits"),
         (lambda: plan_linear(LAYOUTS["cutlass_linear"], BF16, "a", 128, 64), "holds nvfp4, not bf16; what fits: plain"),
-        (lambda: plan_linear(LAYOUTS["plain"], NVFP4, "a", 128, 24), "a.weight: shape (128, 24) does not fit nvfp4"),
-        (lambda: choose_layout("linear", NVFP4, "marlin", (128, 64)), "unknown; known: auto, cutlass, cutlass_linear"),
-        (lambda: choose_layout("experts", NVFP4, "trtllm", (4, 80, 64)), "does not fit layout trtllm_moe"),
+        (
+            lambda: plan_linear(LAYOUTS["plain"], NVFP4, "a", 128, 24),
+            "nvfp4 wants rows and elements in multiples of (1, 16); what fits: none",
+        ),
+        (
+            lambda: choose_layout("linear", NVFP4, "marlin", (128, 64)),
+            "unknown; known: auto, cutedsl, cutedsl_moe, cutlass, ",
+        ),
+        (
+            lambda: choose_layout("experts", NVFP4, "trtllm", (4, 80, 64)),
+            "does not fit layout trtllm_moe: hidden 80 is",
+        ),
+        (lambda: choose_layout("linear", NVFP4, "auto", (4, 24)), "what fits: none"),
+        (
+            lambda: choose_layout("linear", FORMATS["mxfp4"], "cutlass", (4, 32)),
+            "holds nvfp4, not mxfp4; what fits: plain",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(call: Callable[[], object], message: str) -> None:
@@ -283,13 +321,22 @@ def test_what_does_not_fit_is_refused_with_what_would(call: Callable[[], object]
         ("experts", "nvfp4", "auto", 100, "trtllm_moe", "sm_100"),
         ("experts", "nvfp4", "trtllm", None, "trtllm_moe", "forward decodes"),
         ("linear", "nvfp4", "trtllm_moe", 100, "trtllm_linear", "asked for trtllm_moe"),
+        ("linear", "nvfp4", "cutlass_dit", 100, "cutlass_dit", "asked for cutlass_dit"),
+        ("linear", "mxfp8", "auto", 100, "cutlass_linear_mxfp8", "sm_100"),
+        ("linear", "mxfp8", "trtllm", 120, "trtllm_linear_mxfp8", "no kernel for sm_120, forward decodes"),
+        ("linear", "fp8", "auto", 90, "cutlass_linear_fp8", "sm_90"),
+        ("linear", "int8_dynamic", "auto", "ascend", "npu_linear", "serves ascend"),
+        ("linear", "int8_dynamic", "auto", 100, "plain", "sm_100"),
+        ("experts", "fp8_block", "auto", 103, "trtllm_moe_fp8_block", "sm_103"),
+        ("experts", "bf16", "trtllm", 100, "trtllm_moe_bf16", "asked for trtllm"),
+        ("experts", "nvfp4", "auto", 120, "cutlass_moe", "sm_120"),
         ("experts", "nvfp4", "plain", 100, "plain", "asked for plain"),
     ],
 )
 def test_a_layout_is_chosen_and_says_why(
-    kind: str, fmt: str, wanted: str, arch: int | None, name: str, why: str
+    kind: str, fmt: str, wanted: str, arch: int | str | None, name: str, why: str
 ) -> None:
-    shape = (128, 64) if kind == "linear" else (4, 128, 64)
+    shape = (128, 128) if name == "trtllm_linear_mxfp8" else (128, 64) if kind == "linear" else (4, 128, 128)
     layout, reason = choose_layout(kind, FORMATS[fmt], wanted, shape, arch)  # type: ignore[arg-type]
     assert layout.name == name and why in reason
 

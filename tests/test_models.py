@@ -31,7 +31,7 @@ from quant.models import (
     quantize_model,
     storage_parameters,
 )
-from quant.modules import QuantExperts, QuantLinear, decode_all, quantized_modules
+from quant.modules import QuantExperts, QuantLinear, decode_all, layouts_of, quantized_modules
 
 FAMILIES = ("plain", "cutlass", "trtllm")
 SMALL = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -394,3 +394,33 @@ def test_logits_of_the_mixture_differ_from_the_dense_model_by_summation_order_on
         mlp.gate_proj.decoded, mlp.up_proj.decoded, mlp.down_proj.decoded = decoded
     assert 0 < difference <= 3 * yardstick
     assert yardstick <= 1e-4 * expected.std()
+
+
+def test_bf16_experts_take_the_block_layout_that_is_asked_for_and_all_else_stays(tmp_path: Path) -> None:
+    config_dir(tmp_path, "qwen3_moe")
+    plain, blocked = (build_model(tmp_path, "bf16", layout) for layout in ("auto", "trtllm"))
+    assert layouts_of(plain) == ("plain",) and layouts_of(blocked) == ("trtllm_moe_bf16",)
+    weights = random_weights(plain, 1)
+    assert {row.name: row.shape for row in parameters_of(blocked)} == {name: w.shape for name, w in weights.items()}
+    for model in (plain, blocked):
+        install(model, encode_all(model, weights))
+        decode_all(model)
+    tokens = torch.arange(8)[None]
+    assert torch.allclose(plain(tokens).logits, blocked(tokens).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_what_auto_chooses_and_why_is_logged_once_for_modules_alike(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config_dir(tmp_path, "llama")
+    caplog.set_level("INFO")
+    build_model(tmp_path, "fp8", "auto", device="meta", arch=90)
+    said = [record.getMessage() for record in caplog.records if record.name == "quant.models"]
+    assert said and len(said) == len(set(said)) < 14
+    assert all(text.startswith("layout cutlass_linear_fp8 for ") and "serves sm_90" in text for text in said)
+
+
+def test_a_layout_for_checkpoints_of_the_other_nibble_order_is_refused_for_a_trainer(tmp_path: Path) -> None:
+    config_dir(tmp_path, "llama")
+    with pytest.raises(ModelError, match="trainers encode it into the low one; what fits: cutlass_dit"):
+        build_model(tmp_path, "nvfp4", "cutlass_dit_swapped", device="meta")

@@ -15,8 +15,12 @@ from quant.layouts import LAYOUTS, LayoutTagError
 from quant.modules import QuantExperts, QuantLinear, QuantModule, decode_all, quantized_modules
 
 NVFP4 = FORMATS["nvfp4"]
-LINEAR = [f"linear:{row.name}" for row in LAYOUTS.values() if row.kind in ("linear", "any")]
-EXPERTS = [f"experts:{row.name}" for row in LAYOUTS.values() if row.kind in ("experts", "any")]
+# Rows for NVFP4 as the format has it, of any number of rows.
+HOLDING = [
+    row for row in LAYOUTS.values() if "nvfp4" in row.formats and not row.swap_nibbles and "rows" not in row.multiples
+]
+LINEAR = [f"linear:{row.name}" for row in HOLDING if row.kind in ("linear", "any")]
+EXPERTS = [f"experts:{row.name}" for row in HOLDING if row.kind in ("experts", "any")]
 N, K = 200, 336  # neither is a multiple of 128; K / 16 = 21 is no multiple of 4
 E, HIDDEN, INTER = 3, 192, 64
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -59,8 +63,8 @@ def loaded(case: str, input_scale: float = 1.0, seed: int = 0) -> QuantModule:
 def forward(module: QuantModule, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     if isinstance(module, QuantLinear):
-        return module(torch.randn(5, K, generator=generator).to(dtype))
-    hidden = torch.randn(6, HIDDEN, generator=generator).to(dtype)
+        return module(torch.randn(5, module.in_features, generator=generator).to(dtype))
+    hidden = torch.randn(6, module.hidden, generator=generator).to(dtype)
     index = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0], [2, 1]])
     weights = torch.rand(6, 2, generator=generator).to(dtype)
     return module(hidden, index, weights)
@@ -110,9 +114,52 @@ def test_trtllm_experts_round_elsewhere_where_the_activation_scale_is_no_power_o
     # Its g1_scale_c folds 1/a2 into the up half before the product, so FP32 rounds in another place; the others agree.
     outputs = {case: forward(loaded(case, 0.0173), torch.float32) for case in EXPERTS}
     trtllm = outputs.pop("experts:trtllm_moe")
-    assert len(outputs) == 2 and len({bits(value) for value in outputs.values()}) == 1
+    assert len(outputs) == len(EXPERTS) - 1 and len({bits(value) for value in outputs.values()}) == 1
     reference = outputs["experts:plain"]
     assert (trtllm - reference).abs().max() <= 4 * torch.finfo(torch.float32).eps * reference.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["cutlass_dit", "trtllm_dit"])
+def test_a_checkpoint_of_the_other_nibble_order_gives_the_same_bits(layout: str) -> None:
+    model = build(f"linear:{layout}_swapped")
+    tensors = checkpoint(model)
+    tensors["block.weight"] = (tensors["block.weight"] >> 4) | (tensors["block.weight"] << 4)
+    install(model, tensors)
+    decode_all(model)
+    assert bits(forward(model["block"])) == bits(forward(loaded(f"linear:{layout}")))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_every_layout_of_a_format_gives_the_same_bits(fmt: str, kind: str) -> None:
+    found = {}
+    for row in LAYOUTS.values():
+        if fmt in row.formats and row.kind in (kind, "any") and not row.swap_nibbles:
+            try:
+                module = loaded_as(kind, fmt, row.name)
+            except ValueError as error:  # multiples that this shape is not of
+                assert "no multiple of" in str(error)
+                continue
+            found[row.name] = bits(forward(module).float()) if kind == "linear" else forward(module).float()
+    plain = found.pop("plain")
+    if kind == "linear":
+        assert all(value == plain for value in found.values()), found.keys()
+    else:  # FP32 rounds in another place where a scalar is folded into another
+        assert all(torch.allclose(value, plain, rtol=2e-2, atol=1e-4) for value in found.values()), found.keys()
+
+
+def loaded_as(kind: str, fmt: str, layout: str) -> QuantModule:
+    shape = (256, 256) if kind == "linear" else (E, 256, 128)
+    model = nn.ModuleDict({"block": module_of(kind, fmt, layout, shape)})
+    install(model, checkpoint(model))
+    decode_all(model)
+    return next(iter(quantized_modules(model)))
+
+
+def module_of(kind: str, fmt: str, layout: str, shape: tuple[int, ...]) -> QuantModule:
+    if kind == "linear":
+        return QuantLinear(shape[1], shape[0], False, FORMATS[fmt], LAYOUTS[layout], "block")
+    return QuantExperts(*shape, nn.SiLU(), FORMATS[fmt], LAYOUTS[layout], "block")
 
 
 @pytest.mark.parametrize("case", LINEAR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,9 +67,10 @@ def test_any_rows_are_written_without_touching_another_byte(case: str) -> None:
 def test_numba_and_torch_place_bytes_alike(case: str) -> None:
     plan = PLANS[case]()
     tensors = random_tensors(plan, 4)
-    ours, twins = apply_all(plan, tensors), empty(plan)
+    ours, twins = empty(plan), empty(plan)
     for placement in plan.placements:
         whole = tensors[placement.tensor.name]
+        apply_rows(replace(placement, swap_nibbles=False), whole, 0, ours[placement.storage], 0)  # kernels only move
         kernels.scatter_rows_torch(whole, placement.located, 0, placement.origin, twins[placement.storage])
         back = torch.empty_like(whole)
         kernels.gather_rows_torch(twins[placement.storage], placement.located, 0, placement.origin, back)
@@ -77,13 +79,18 @@ def test_numba_and_torch_place_bytes_alike(case: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
-def test_memory_need_not_be_aligned(offset: int) -> None:
-    plan = plan_linear(LAYOUTS["trtllm_linear"], NVFP4, "a", 130, 128)
-    placement = plan.placements[1]
-    source = random_tensors(plan, 5)["a.weight_scale"]
-    storage = torch.zeros(plan.storages[1].num_bytes + offset, dtype=torch.uint8)[offset:]
+@pytest.mark.parametrize(
+    ("layout", "fmt", "index"),
+    [("trtllm_linear", "nvfp4", 1), ("trtllm_dit_swapped", "nvfp4", 0), ("npu_linear", "int8_dynamic", 0)],
+)
+def test_memory_need_not_be_aligned(layout: str, fmt: str, index: int, offset: int) -> None:
+    plan = plan_linear(LAYOUTS[layout], FORMATS[fmt], "a", 130, 128)
+    placement, num_bytes = plan.placements[index], plan.storages[index].num_bytes
+    tensors = random_tensors(plan, 5)
+    source, expected = tensors[placement.tensor.name], apply_all(plan, tensors)[placement.storage]
+    storage = torch.zeros(num_bytes + offset, dtype=torch.uint8)[offset:]
     apply_rows(placement, source, 0, storage, 0)
-    assert torch.equal(storage, apply_all(plan, random_tensors(plan, 5))["a.weight_scale"])
+    assert torch.equal(storage, expected)
     assert torch.equal(invert_rows(placement, 3, 100, storage, 0), source[3:103])
 
 

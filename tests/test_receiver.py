@@ -310,7 +310,7 @@ def write_expert_padding(storages: Mapping[str, Tensor]) -> None:
 
 
 def write_scale_padding(storages: Mapping[str, Tensor]) -> None:
-    storages["d.weight_scale"][0, 3 * 128 * 2 + 512 - 768 + 1] = 1  # column 5 of 5: the second atom's byte 1
+    storages["d.weight_scale"][0].view(-1)[3 * 128 * 2 + 512 - 768 + 1] = 1  # column 5 of 5: the second atom's byte 1
 
 
 def move(storages: Mapping[str, Tensor]) -> None:

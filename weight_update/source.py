@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.formats import TensorSpec, dtype_name
+from quant.formats import FORMATS, TensorSpec, dtype_name
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, local_rows
@@ -164,10 +164,12 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     specs = manifest.tensors_of(row)
     is_float = local.rows.dtype in FLOATS
     if name == row.name and is_float and local.shape == row.shape:
+        problem = _not_encodable(row, local)
         required = manifest.required_of(row)  # an input scale is calibration: it comes by itself or is carried over
-        return _made(name, "encode", row, tuple(spec for spec in specs if spec.name in required), local), None
+        encoded = tuple(spec for spec in specs if spec.name in required)
+        return (None, problem) if problem else (_made(name, "encode", row, encoded, local), None)
     dtype = dtype_name(local.rows.dtype)
-    quantized = len(specs) > 1
+    quantized = FORMATS[row.format].is_quantized
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
         return _made(name, "checkpoint", row, (spec,), local), None
@@ -179,6 +181,22 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     expected = [f"{list(row.shape)} of BF16 or FP32"] if name == row.name else []
     expected += [f"{list(spec.shape)} of {spec.dtype}"] if spec is not None and quantized else []
     return None, f"{name}: got {list(local.shape)} of {dtype}, expected {' or '.join(expected)}"
+
+
+def _not_encodable(row: ParameterRow, local: LocalRows) -> str | None:
+    """Why these rows cannot become checkpoint form here: calibration is missing, or rows that share a scale are cut."""
+    fmt = FORMATS[row.format]
+    if fmt.needs:
+        needs = ", ".join(fmt.needs)
+        return f"{row.name}: {row.format} needs {needs}, which a trainer has not; push it in checkpoint form"
+    start, step = local.first, fmt.row_step
+    stop = start + local.rows.shape[0]
+    if start < stop and (start % step or (stop % step and stop != row.shape[0])):
+        return (
+            f"{row.name}: rows {start}:{stop} cut a block of {step} rows that share a scale in {row.format}; shard "
+            f"the trainer at multiples of {step} rows, or push from one rank"
+        )
+    return None
 
 
 def _made(

@@ -1,9 +1,9 @@
 """What the CPU kernels cost on one thread, over `torch.Tensor.copy_` of the same bytes in the same run.
 
-    python -m tests.bench.encode [--json] [--runs N]
+    python -m tests.bench.encode [--json] [--runs N] [--case PART_OF_A_NAME]
 
-encode counts BF16 input bytes and includes amax, decode BF16 output bytes, apply and invert checkpoint bytes:
-weights and block scales together. Medians over the runs, each next to a copy of its own.
+encode counts BF16 input bytes and includes amax, decode BF16 output bytes. Medians over the runs, each next to a copy
+of its own. scratch: nvfp4's loops take 24 KiB, the rows in torch a few tensors of PIECE_ELEMENTS in FP32 or FP64.
 """
 
 from __future__ import annotations
@@ -17,20 +17,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from quant.formats import FORMATS, amax, decode, encode, global_scale
-from quant.layouts import LAYOUTS, LayoutPlan, apply_rows, invert_rows, plan_experts, plan_linear
+from quant.formats import FORMATS, Format, Parts, amax, decode, encode, global_scale
 
-NVFP4 = FORMATS["nvfp4"]
 SHAPE = (8192, 4096)  # 64 MiB of BF16: beyond the caches
-EXPERTS, HIDDEN, INTER = 32, 2048, 768  # a quarter of a layer of Qwen3-30B-A3B
-
-PLANS: dict[str, Callable[[], LayoutPlan]] = {
-    "trtllm_linear": lambda: plan_linear(LAYOUTS["trtllm_linear"], NVFP4, "a", *SHAPE),
-    "cutlass_linear": lambda: plan_linear(LAYOUTS["cutlass_linear"], NVFP4, "a", *SHAPE),
-    "trtllm_moe": lambda: plan_experts(LAYOUTS["trtllm_moe"], NVFP4, "a", EXPERTS, HIDDEN, INTER),
-    "cutlass_moe": lambda: plan_experts(LAYOUTS["cutlass_moe"], NVFP4, "a", EXPERTS, HIDDEN, INTER),
-    "plain experts": lambda: plan_experts(LAYOUTS["plain"], NVFP4, "a", EXPERTS, HIDDEN, INTER),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,61 +44,46 @@ def measure(case: str, num_bytes: int, copy: Callable[[], object], work: Callabl
     return Row(case=case, mb=num_bytes / 1e6, gb_s=num_bytes / seconds / 1e9, over_copy=ratio)
 
 
-def format_rows(runs: int) -> Iterator[Row]:
-    """Encoding, amax included, and decoding."""
+def format_rows(runs: int, only: str) -> Iterator[Row]:
+    """Encoding, amax included, and decoding, for every row of the table."""
     weight = torch.randn(SHAPE).bfloat16()
     target = torch.zeros_like(weight)
-    parts = encode(NVFP4, weight, global_scale(NVFP4, amax(weight)))
-    tensors = {**parts, "weight_scale_2": global_scale(NVFP4, amax(weight))}
 
-    def encode_with_amax() -> None:
-        encode(NVFP4, weight, global_scale(NVFP4, amax(weight)), parts)
+    def case(name: str, work: Callable[[], object]) -> Row:
+        return measure(name, weight.nbytes, lambda: target.copy_(weight), work, runs)
 
-    for case, work in (
-        ("nvfp4 amax", lambda: amax(weight)),
-        ("nvfp4 encode with amax", encode_with_amax),
-        ("nvfp4 decode", lambda: decode(NVFP4, tensors, target)),
-    ):
-        yield measure(case, weight.nbytes, lambda: target.copy_(weight), work, runs)
+    yield case("amax", lambda: amax(weight))
+    for fmt in (row for row in FORMATS.values() if only in row.name):
+        given = {name: torch.ones(1) for name in fmt.needs}
+        scale = global_scale(fmt, amax(weight)) if fmt.has_global_scale else None
+        parts = encode(fmt, weight, scale, given=given)
+        part = fmt.component("global_scale")
+        tensors = {**parts, **given} if part is None or scale is None else {**parts, part.suffix: scale}
 
+        def encode_with_amax(fmt: Format = fmt, parts: Parts = parts, given: Parts = given) -> None:
+            bits = amax(weight)
+            encode(fmt, weight, global_scale(fmt, bits) if fmt.has_global_scale else None, parts, given)
 
-def layout_rows(case: str, plan: LayoutPlan, runs: int) -> Iterator[Row]:
-    """Applying and inverting a whole module."""
-    storages = {spec.name: torch.zeros(spec.num_bytes, dtype=torch.uint8) for spec in plan.storages}
-    rows = [torch.randint(0, 256, (p.tensor.num_rows, p.tensor.row_bytes), dtype=torch.uint8) for p in plan.placements]
-    copies = [torch.zeros_like(tensor) for tensor in rows]
+        def decode_all(fmt: Format = fmt, tensors: Parts = tensors) -> None:
+            decode(fmt, tensors, target)
 
-    def copy() -> None:
-        for target, source in zip(copies, rows, strict=True):
-            target.copy_(source)
-
-    def apply() -> None:
-        for placement, source in zip(plan.placements, rows, strict=True):
-            apply_rows(placement, source, 0, storages[placement.storage], 0)
-
-    def invert() -> None:
-        for placement, target in zip(plan.placements, copies, strict=True):
-            invert_rows(placement, 0, len(target), storages[placement.storage], 0, out=target)
-
-    num_bytes = sum(tensor.nbytes for tensor in rows)
-    yield measure(f"{case} apply", num_bytes, copy, apply, runs)
-    yield measure(f"{case} invert", num_bytes, copy, invert, runs)
+        yield case(f"{fmt.name} encode with amax", encode_with_amax)
+        yield case(f"{fmt.name} decode", decode_all)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--case", default="", help="rows whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*format_rows(options.runs)]
-    for case, plan in PLANS.items():
-        rows += layout_rows(case, plan(), options.runs)
+    rows = [*format_rows(options.runs, options.case)]
     if options.json:
         print(json.dumps({"threads": 1, "rows": [asdict(row) for row in rows]}))
         return
     for row in rows:
-        print(f"{row.case:24} {row.mb:7.1f} MB  {row.gb_s:6.2f} GB/s = {row.over_copy:.3f} of a copy")
+        print(f"{row.case:32} {row.mb:7.1f} MB  {row.gb_s:6.2f} GB/s = {row.over_copy:.3f} of a copy")
 
 
 if __name__ == "__main__":
