@@ -182,8 +182,7 @@ def test_a_padding_byte_is_found_wherever_it_is(row_bytes: int, unit_bytes: int,
         rows=np.arange(3) * unit_bytes,
         runs=np.zeros(1, np.int64),
         run_bytes=row_bytes,
-        num_bytes=3 * unit_bytes,
-        pitch=unit_bytes,
+        dims=(3, unit_bytes),
     )
     placement = Placement(tensor=spec, storage="w", origin=0, located=located, unit_bytes=unit_bytes)
     storage = torch.zeros(3, unit_bytes, dtype=torch.uint8)

@@ -190,9 +190,9 @@ def _plan_write(storages: Mapping[str, Tensor], placement: Placement, shards: Sh
 
 
 def _is_row_major(placement: Placement, offsets: npt.NDArray[np.int64]) -> bool:
-    """Whether these rows lie one after the other, each in one piece."""
+    """Whether these rows lie one after the other, each in one piece and with its bytes as they come."""
     row_bytes = placement.tensor.row_bytes
-    whole = placement.run_bytes == row_bytes and not placement.run_offsets.any()
+    whole = placement.run_bytes == row_bytes and not placement.run_offsets.any() and not placement.swap_nibbles
     return bool(whole and len(offsets) and (np.diff(offsets) == row_bytes).all())
 
 

@@ -18,15 +18,19 @@ def results(module: str) -> Any:
 
 
 def main() -> None:
-    print("measuring, about a minute ...", file=sys.stderr)
-    encode, push = results("tests.bench.encode"), results("tests.bench.push")
+    print("measuring, a few minutes ...", file=sys.stderr)
+    encode, layouts, push = (results(f"tests.bench.{name}") for name in ("encode", "layouts", "push"))
     if "--json" in sys.argv:
-        print(json.dumps({"encode": encode, "push": push}))
+        print(json.dumps({"encode": encode, "layouts": layouts, "push": push}))
         return
     print("| what | bytes | measured | over |")
     print("| --- | --- | --- | --- |")
     for row in encode["rows"]:
         print(f"| {row['case']} | {row['mb']:.0f} MB | **{row['over_copy']:.2f}** | torch.copy_, one thread |")
+    for row in layouts["rows"]:
+        for what in ("apply", "invert"):
+            ratio = row[f"{what}_over_copy"]
+            print(f"| {row['case']} {what} | {row['mb']:.0f} MB | **{ratio:.2f}** | a copy of the same bytes |")
     for row in push["rows"]:
         size, pause = f"{row['wire_mb']:.0f} MB", f"{row['pause_ms']:.0f} ms"
         lines = (
