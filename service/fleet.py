@@ -70,6 +70,7 @@ class Fleet:
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._started_ray = False
         self._groups: list[Any] = []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None  # the state of a trial; gone with the fleet
         self.coordinator: Any = None
 
     def __enter__(self) -> Fleet:
@@ -97,12 +98,18 @@ class Fleet:
         self._on_progress("ray", 1, 1)
         addresses = self._start_ranks(str(config_dir))
         self._on_progress("coordinator", 0, 1)
-        state_dir = config.state_dir or Path(tempfile.mkdtemp(prefix="transfuse-"))
+        state_dir = self._state_dir()
         self.coordinator = REMOTE_COORDINATOR.remote(
             addresses, str(state_dir / "transfuse.sqlite"), self._listen(), config.model, str(config_dir)
         )
         self.address = _get(self.coordinator.address.remote(), "the coordinator")
         self._on_progress("coordinator", 1, 1)
+
+    def _state_dir(self) -> Path:
+        if self.config.state_dir is not None:
+            return self.config.state_dir
+        self._scratch = tempfile.TemporaryDirectory(prefix="transfuse-")
+        return Path(self._scratch.name)
 
     def _connect(self) -> None:
         if ray.is_initialized():
@@ -187,6 +194,9 @@ class Fleet:
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
 
 def _get(reference: Any, who: str) -> Any:
