@@ -14,8 +14,8 @@ from quant.derived import fp8_scalars_of_multipliers
 from quant.formats import FORMATS, amax, global_scale
 from quant.layouts import LAYOUTS, LayoutPlan, plan_experts
 
-from .cases_formats import Case, Produce, Tensors, encoded
-from .cases_layouts import FLASHINFER, MODELOPT, SGLANG, applied, as_tensor, case, given
+from .cases_formats import Case, Produce, Tensors, case, encoded
+from .cases_layouts import FLASHINFER, MODELOPT, SGLANG, applied, as_tensor, given
 from .fixtures import Fixture
 
 

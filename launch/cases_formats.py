@@ -36,6 +36,11 @@ class Case:
     produce: Produce
 
 
+def case(row: str, oracle: str, group: str, match: str, produce: Produce) -> Case:
+    """A case whose fields come in order, so that a table of them reads as one."""
+    return Case(row=row, oracle=oracle, group=group, match=match, produce=produce)
+
+
 class Apart(Exception):
     """The row does on purpose what the library does not; `status` is "refused" or "special"."""
 
@@ -191,45 +196,41 @@ def _e2m1_values(fixture: Fixture, match: re.Match[str]) -> Tensor:
     return floats.e2m1_values(floats.unpack_nibbles(packed))
 
 
-def _case(row: str, oracle: str, group: str, match: str, produce: Produce) -> Case:
-    return Case(row=row, oracle=oracle, group=group, match=match, produce=produce)
-
-
 _CT = r"ct_(?P<form>bf16|f32)\.(?P<part>{parts})"
 _CT_FP8 = r"ct_{row}_(?P<form>bf16|f32)\.(?P<part>weight|weight_scale)"
 _PART = r"\.(?P<part>weight|weight_scale)"
 _INT = "int8_int4"
 
 FORMAT_CASES: tuple[Case, ...] = (
-    _case("nvfp4", MODELOPT, "e2m1", r"modelopt\.code", _e2m1_code),
-    _case("nvfp4", CT, "e2m1", r"ct\.packed", _e2m1_packed),
-    _case("nvfp4", CT, "e2m1", r"ct\.unpacked_of_all_bytes", _e2m1_values),
-    _case(
+    case("nvfp4", MODELOPT, "e2m1", r"modelopt\.code", _e2m1_code),
+    case("nvfp4", CT, "e2m1", r"ct\.packed", _e2m1_packed),
+    case("nvfp4", CT, "e2m1", r"ct\.unpacked_of_all_bytes", _e2m1_values),
+    case(
         "nvfp4",
         MODELOPT,
         "nvfp4",
         r"modelopt\.(?P<part>weight|weight_scale|weight_scale_2|dequant_bf16)",
         _by_row("nvfp4"),
     ),
-    _case(
+    case(
         "nvfp4, a given scale",
         MODELOPT,
         "nvfp4",
         r"modelopt_fixed_global\.(?P<part>weight|weight_scale|weight_scale_2)",
         _by_row("nvfp4", "modelopt_fixed_global"),
     ),
-    _case(
+    case(
         "nvfp4, rounded as its own",
         CT,
         "nvfp4",
         _CT.format(parts="weight_packed|weight_scale|weight_global_scale|dequant"),
         _by_function("nvfp4", _nvfp4_ct),
     ),
-    _case("fp8", MODELOPT, "fp8", r"modelopt_tensor_f32scale\.(?P<part>weight|weight_scale|dequant)", _by_row("fp8")),
-    _case("fp8, a BF16 scale", MODELOPT, "fp8", r"modelopt_tensor_bf16scale" + _PART, _fp8_short_scale),
-    _case("fp8_channel", MODELOPT, "fp8", r"modelopt_channel" + _PART, _by_row("fp8_channel")),
-    _case("fp8_block", MODELOPT, "fp8", r"modelopt_block128" + _PART, _by_row("fp8_block")),
-    _case(
+    case("fp8", MODELOPT, "fp8", r"modelopt_tensor_f32scale\.(?P<part>weight|weight_scale|dequant)", _by_row("fp8")),
+    case("fp8, a BF16 scale", MODELOPT, "fp8", r"modelopt_tensor_bf16scale" + _PART, _fp8_short_scale),
+    case("fp8_channel", MODELOPT, "fp8", r"modelopt_channel" + _PART, _by_row("fp8_channel")),
+    case("fp8_block", MODELOPT, "fp8", r"modelopt_block128" + _PART, _by_row("fp8_block")),
+    case(
         "fp8_block_ue8m0",
         "transformers",
         "fp8",
@@ -237,64 +238,64 @@ FORMAT_CASES: tuple[Case, ...] = (
         _ue8m0,
     ),
     *(
-        _case(f"{row}, rounded as its own", CT, "fp8", _CT_FP8.format(row=theirs), _by_function(row, function))
+        case(f"{row}, rounded as its own", CT, "fp8", _CT_FP8.format(row=theirs), _by_function(row, function))
         for row, theirs, function in (
             ("fp8", "tensor", compressed.fp8_tensor),
             ("fp8_channel", "channel", compressed.fp8_channel),
             ("fp8_block", "block128", compressed.fp8_block),
         )
     ),
-    _case("nvfp4", MODELOPT, "dit", r"ckpt\.(?P<part>weight|weight_scale|weight_scale_2)", _by_row("nvfp4")),
+    case("nvfp4", MODELOPT, "dit", r"ckpt\.(?P<part>weight|weight_scale|weight_scale_2)", _by_row("nvfp4")),
     *(
-        _case(row, MODELOPT, row, r"modelopt\.(?P<part>weight|weight_scale|dequant_bf16)", _by_row(row))
+        case(row, MODELOPT, row, r"modelopt\.(?P<part>weight|weight_scale|dequant_bf16)", _by_row(row))
         for row in ("mxfp8", "mxfp4")
     ),
-    _case(
+    case(
         "mxfp8, rounded as its own",
         CT,
         "mxfp8",
         _CT.format(parts="weight|weight_scale"),
         _by_function("mxfp8", compressed.mxfp8),
     ),
-    _case(
+    case(
         "mxfp4, rounded as its own",
         CT,
         "mxfp4",
         _CT.format(parts="weight_packed|weight_scale"),
         _by_function("mxfp4", compressed.mxfp4),
     ),
-    _case("int8", MODELOPT, _INT, r"modelopt_sq" + _PART, _by_row("int8")),
-    _case("int8", MODELOPT, _INT, r"modelopt_qtensor" + _PART, _int8_column),
-    _case(
+    case("int8", MODELOPT, _INT, r"modelopt_sq" + _PART, _by_row("int8")),
+    case("int8", MODELOPT, _INT, r"modelopt_qtensor" + _PART, _int8_column),
+    case(
         "int8, rounded as its own",
         CT,
         _INT,
         _CT.format(parts="weight|weight_scale"),
         _by_function("int8", compressed.int8_channel),
     ),
-    _case(
+    case(
         "int8_static",
         MODELSLIM,
         _INT,
         r"modelslim_static_(?P<model>bf16|fp16)model\.(?P<part>weight|quant_bias|input_scale|input_offset|deq_scale|bias)",
         _int8_static,
     ),
-    _case(
+    case(
         "int8_dynamic",
         MODELSLIM,
         _INT,
         r"modelslim_dynamic\.(?P<part>weight|weight_scale|weight_offset|bias)",
         _int8_dynamic,
     ),
-    _case("int4_awq", MODELOPT, _INT, r"modelopt_int4_awq_g(?P<size>\d+)" + _PART, _int4_awq),
-    _case(
+    case("int4_awq", MODELOPT, _INT, r"modelopt_int4_awq_g(?P<size>\d+)" + _PART, _int4_awq),
+    case(
         "int4, flat blocks",
         MODELOPT,
         _INT,
         r"modelopt_int4_blockwise(?P<size>\d+)\.(?P<part>weight|scales)",
         _int4_flat,
     ),
-    _case(
+    case(
         "int4_group",
         CT,
         _INT,

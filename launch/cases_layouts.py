@@ -25,7 +25,7 @@ from quant.steps import (
 )
 from quant.whole import CHECKPOINT, Tagged, apply_plan
 
-from .cases_formats import Apart, Case, Produce, Tensors
+from .cases_formats import Apart, Case, Produce, Tensors, case
 from .fixtures import Fixture
 
 FLASHINFER, SGLANG, MODELOPT = "flashinfer-python", "sglang", "nvidia-modelopt"
@@ -168,10 +168,6 @@ def _padded(fixture: Fixture, match: re.Match[str]) -> Tensor:
     if match["swizzled"]:
         return _swizzled_as(padded[1], fixture, match[0])
     return padded[match["part"] == "weight_scale"]
-
-
-def case(row: str, oracle: str, group: str, match: str, produce: Produce) -> Case:
-    return Case(row=row, oracle=oracle, group=group, match=match, produce=produce)
 
 
 _TILED = r"(?P<case>\d+x\d+_t(?P<tile>\d+))"

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quant.checkpoint import Checkpoint
-from quant.formats import FORMATS, TensorSpec, amax, constants, encode, global_scale
+from quant.formats import FORMATS, NON_FINITE, TensorSpec, amax, constants, encode
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 from weight_update.chunks import Chunk, decode_request, encode_chunk
+from weight_update.encoder import BLOCK_BYTES, global_scales, rows_at_a_time
 from weight_update.errors import ManifestError, raise_all
 from weight_update.receiver import Receiver
 
-BLOCK_BYTES = 8 << 20  # BF16 bytes read and encoded at a time
 FLOATS = ("BF16", "F32", "F16")
 LOAD_TRANSACTION = 1  # before any coordinator is there
 
@@ -61,12 +61,12 @@ class _ColdLoad:
     def run(self, group: dist.ProcessGroup | None) -> None:
         receiver, manifest = self._receiver, self._manifest
         encoded = [row for row in manifest.parameters if not self._has_checkpoint_form(row)]
-        problems = [problem for row in manifest.parameters for problem in self._problems(row, row in encoded)]
+        encoded_names = {row.name for row in encoded}
+        problems = [each for row in manifest.parameters for each in self._problems(row, row.name in encoded_names)]
         raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", problems)
         scales = self._scales(encoded, group)
         everything = np.arange(len(manifest.tensors))
         receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, everything)
-        encoded_names = {row.name for row in encoded}
         for row in manifest.parameters:
             filled = self._encoded(row, scales.get(row.name)) if row.name in encoded_names else self._copied(row)
             for spec, first, data in filled:
@@ -122,7 +122,7 @@ class _ColdLoad:
         fmt = FORMATS[row.format]
         start, stop = (fmt.components[0].rows * at for at in self._owned(self._manifest.tensors_of(row)[0]))
         columns = math.prod(row.shape[1:])
-        step = max(1, BLOCK_BYTES // (2 * columns) // fmt.row_step) * fmt.row_step
+        step = rows_at_a_time(fmt, columns)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             if entry.expert is None:
@@ -141,17 +141,9 @@ class _ColdLoad:
         if group is not None:
             dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
         values = bits.tolist()
-        bad = [f"{row.name}: NaN or Inf" for row, value in zip(quantized, values, strict=True) if value >= 0x7F80]
+        bad = [f"{row.name}: NaN or Inf" for row, value in zip(quantized, values, strict=True) if value >= NON_FINITE]
         raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", bad)
-        largest: dict[str, int] = {}
-        for row, value in zip(quantized, values, strict=True):
-            key = row.group or row.name
-            largest[key] = max(largest.get(key, 0), value)
-        return {
-            row.name: global_scale(FORMATS[row.format], largest[row.group or row.name])
-            for row in quantized
-            if FORMATS[row.format].has_global_scale
-        }
+        return global_scales(zip(quantized, values, strict=True))
 
     def _encoded(self, row: ParameterRow, scale: Tensor | None) -> Filled:
         specs = {spec.name.rpartition(".")[2]: spec for spec in self._manifest.tensors_of(row)}

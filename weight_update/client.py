@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protos import transfuse_pb2 as pb
-from quant.formats import FORMATS, amax, global_scale
+from quant.formats import NON_FINITE, amax
 from sharding.routes import destinations
 
 from .digest import Digests, digest_rows, name_key
 from .door import Door, route
-from .encoder import blocks, encoded, nonfinite_index
+from .encoder import blocks, encoded, global_scales, nonfinite_index
 from .errors import ManifestError, WeightUpdateError, raise_all
 from .manifest import Manifest
 from .ranks import Ranks
@@ -153,27 +153,19 @@ class Pusher:
         assert plan is not None
         return plan
 
-    def _scales(self, plan: PushPlan) -> dict[str, Tensor | None]:
+    def _scales(self, plan: PushPlan) -> dict[str, Tensor]:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
         bits = np.zeros(len(plan.sources), np.int64)
         where: dict[str, tuple[int, ...]] = {}
         for i, source in enumerate(plan.sources):
             bits[i] = max((amax(block) for _, block in blocks(source)), default=0)
-            if bits[i] >= 0x7F80:
+            if bits[i] >= NON_FINITE:
                 where[source.name] = nonfinite_index(source)
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
         check_finite(plan, bits, where)
-        largest: dict[str, int] = {}
-        for source, value in zip(plan.sources, bits.tolist(), strict=True):
-            key = source.parameter.group or source.name
-            largest[key] = max(largest.get(key, 0), value)
-        return {
-            source.name: global_scale(FORMATS[source.parameter.format], largest[source.parameter.group or source.name])
-            if source.kind == "encode" and FORMATS[source.parameter.format].has_global_scale
-            else None
-            for source in plan.sources
-        }
+        pairs = zip(plan.sources, bits.tolist(), strict=True)
+        return global_scales((source.parameter, value) for source, value in pairs if source.kind == "encode")
 
     def _begin(self, manifest: Manifest, plan: PushPlan, base_version: int, push_id: str) -> pb.BeginReply:
         def begin() -> bytes:
@@ -195,7 +187,7 @@ class Pusher:
         described: pb.DescribeReply,
         manifest: Manifest,
         plan: PushPlan,
-        scales: dict[str, Tensor | None],
+        scales: dict[str, Tensor],
         begun: pb.BeginReply,
         clock: _Clock,
     ) -> tuple[int, pb.DecideReply]:
@@ -222,7 +214,7 @@ class Pusher:
         described: pb.DescribeReply,
         manifest: Manifest,
         plan: PushPlan,
-        scales: dict[str, Tensor | None],
+        scales: dict[str, Tensor],
         begun: pb.BeginReply,
     ) -> tuple[int, Digests]:
         """Encode and stream this rank's rows; returns the wire bytes and the digests of what was sent."""
@@ -250,14 +242,12 @@ class Pusher:
             raise
         return sum(stream.wire_bytes for stream in streams), digests
 
-    def _send(
-        self, manifest: Manifest, plan: PushPlan, scales: dict[str, Tensor | None], doors: Sequence[Door]
-    ) -> Digests:
+    def _send(self, manifest: Manifest, plan: PushPlan, scales: dict[str, Tensor], doors: Sequence[Door]) -> Digests:
         digests = np.zeros((len(plan.specs), 2), np.uint64)
         positions = {spec.name: i for i, spec in enumerate(plan.specs)}
         done = 0
         for source in plan.sources:
-            for spec, first, data in encoded(source, scales[source.name]):
+            for spec, first, data in encoded(source, scales.get(source.name)):
                 position = positions[spec.name]
                 digests[position] += np.array(digest_rows(name_key(spec.name), data, first), np.uint64)
                 index = manifest.index[spec.name]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS, TensorSpec, constants, encode, first_nonfinite
+from quant.formats import FORMATS, Format, TensorSpec, constants, encode, first_nonfinite, global_scale
+from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 
 from .source import Source
@@ -15,13 +16,29 @@ from .source import Source
 BLOCK_BYTES = 8 << 20  # BF16 bytes encoded at a time
 
 
+def rows_at_a_time(fmt: Format, columns: int) -> int:
+    """How many rows of BF16 make a block: about BLOCK_BYTES, in whole steps of the format, at least one."""
+    return max(1, BLOCK_BYTES // (2 * columns) // fmt.row_step) * fmt.row_step
+
+
+def global_scales(amaxes: Iterable[tuple[ParameterRow, int]]) -> dict[str, Tensor]:
+    """Parameter name -> its global scale, for formats that have one: from the largest amax of its fused group.
+
+    amaxes: each parameter with the BF16 bits of its largest magnitude over all ranks.
+    """
+    pairs = [(row, row.group or row.name, bits) for row, bits in amaxes if FORMATS[row.format].has_global_scale]
+    largest: dict[str, int] = {}
+    for _, key, bits in pairs:
+        largest[key] = max(largest.get(key, 0), bits)
+    return {row.name: global_scale(FORMATS[row.format], largest[key]) for row, key, _ in pairs}
+
+
 def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
     """(first row, BF16 rows) of a source to encode, in blocks of bounded size; nothing for checkpoint form."""
     if source.kind == "checkpoint" or source.rows.numel() == 0:
         return
     rows = source.rows.reshape(max(1, source.rows.shape[0]) if source.rows.ndim else 1, -1)
-    format_ = FORMATS[source.parameter.format]
-    step = max(1, BLOCK_BYTES // (2 * rows.shape[1]) // format_.row_step) * format_.row_step
+    step = rows_at_a_time(FORMATS[source.parameter.format], rows.shape[1])
     for start in range(0, rows.shape[0], step):
         # A view where the rows are contiguous BF16 on the host already; otherwise scratch of one block.
         block = rows[start : start + step].to(device="cpu", dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.formats import FORMATS, TensorSpec, dtype_name
+from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, local_rows
@@ -248,7 +248,7 @@ def check_finite(plan: PushPlan, amax_bits: np.ndarray, first_nonfinite: Mapping
     """
     problems = []
     for source, bits in zip(plan.sources, amax_bits, strict=True):
-        if bits >= 0x7F80:
+        if bits >= NON_FINITE:
             where = first_nonfinite.get(source.name)
             at = f"index {list(where)}" if where is not None else "in rows of another trainer rank"
             problems.append(f"{source.name}: NaN or Inf at {at}; the weights are not finite, nothing was sent")
