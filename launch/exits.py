@@ -19,7 +19,11 @@ class Exit:
 
 EXITS: tuple[Exit, ...] = (
     Exit(code=0, means="done"),
-    Exit(code=1, means="failed: a rank, or a digest that does not match", errors=("internal", "digest", "member")),
+    Exit(
+        code=1,
+        means="failed: a rank, the version store, or a digest that does not match",
+        errors=("internal", "digest", "member", "store"),
+    ),
     Exit(code=2, means="usage: see --help"),
     Exit(code=3, means="no connection, or it broke", errors=("transfer",)),
     Exit(code=4, means="refused: the input does not fit; nothing was changed", errors=("manifest", "plan", "layout")),

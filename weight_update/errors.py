@@ -9,6 +9,7 @@
       VersionError(RuntimeError)       wrong base version, or no such version
       BusyError(RuntimeError)          another transaction is open, or serving is paused
       MemberError(RuntimeError)        a rank failed or is fenced
+      StoreError(RuntimeError)         a version cannot be written to, or read from, the version store
 
 All are picklable, since they cross processes. `code` is stable: scripts and the wire use it.
 """
@@ -72,6 +73,12 @@ class MemberError(WeightUpdateError, RuntimeError):
     code = "member"
 
 
+class StoreError(WeightUpdateError, RuntimeError):
+    """The version store cannot write, or read, a version."""
+
+    code = "store"
+
+
 ERRORS: dict[str, type[WeightUpdateError]] = {
     error.code: error
     for error in (
@@ -84,6 +91,7 @@ ERRORS: dict[str, type[WeightUpdateError]] = {
         VersionError,
         BusyError,
         MemberError,
+        StoreError,
     )
 }
 
