@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .steps import Located
+from .steps import Located, Offsets
+
+U64 = NDArray[np.uint64]
 
 _PIECE_ELEMENTS = 1 << 18  # the twins work in pieces, so that their FP32 scratch stays small
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantissa bits, rounded once, ties to even
@@ -82,6 +84,30 @@ def gather_rows(local: Tensor, located: Located, row0: int, shift: int, out: Ten
         rows, runs = located.rows[row0 : row0 + len(out)], located.runs
         wide = _flat(out, item).reshape(len(out), -1)
         loops.gather(_flat(local, item), rows, shift, runs, located.run_bytes >> bits, bits, wide)
+
+
+def locate_bytes(located: Located, row_bytes: int, shift: int, positions: Offsets) -> Offsets:
+    """Where single bytes of a tensor lie, shifted by bytes; positions lie inside the tensor."""
+    at = np.empty(len(positions), np.int64)
+    loops = numba_loops()
+    if loops is None or not len(positions):
+        row, column = np.divmod(positions, max(1, row_bytes))
+        run, within = np.divmod(column, max(1, located.run_bytes))
+        return located.rows[row] + (located.runs[run] + within + shift)
+    loops.locate(located.rows, located.runs, located.run_bytes, row_bytes, shift, positions, at)
+    return at
+
+
+def gather_words(local: Tensor, located: Located, row_bytes: int, shift: int, words: Offsets, swap: bool) -> U64 | None:
+    """Words of 8 bytes of a tensor by number, None where only `locate_bytes` can read them."""
+    loops = _loops_for(local)
+    if loops is None:
+        return None
+    out = np.empty(len(words), np.uint64)
+    if len(words):
+        flat = _flat(local, np.uint8)
+        loops.gather_words(flat, located.rows, located.runs, located.run_bytes, row_bytes, shift, words, swap, out)
+    return out
 
 
 def _check_nvfp4(rows: Tensor, weight: Tensor, block_scale: Tensor) -> None:

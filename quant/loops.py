@@ -190,3 +190,37 @@ def gather(local: U8, rows: I64, shift: int, runs: I64, run_items: int, bits: in
                 at, first = np.uint64((base + runs[j]) >> bits), np.uint64(j * run_items)
                 for k in range(np.uint64(run_items)):
                     out[i, first + k] = local[at + k]
+
+
+@loop
+def locate(rows: I64, runs: I64, run_bytes: int, row_bytes: int, shift: int, positions: I64, at: I64) -> None:
+    """Where bytes at increasing `positions` of a tensor lie: one division a row or run that is new, none else."""
+    row, start, run, within = -1, 0, 0, 0
+    for i in range(positions.size):
+        if row < 0 or positions[i] - start >= row_bytes or positions[i] < start:
+            row = positions[i] // row_bytes
+            start = row * row_bytes
+        column = positions[i] - start
+        run = column // run_bytes
+        within = column - run * run_bytes
+        at[i] = rows[row] + runs[run] + within + shift
+
+
+@loop
+def gather_words(
+    local: U8, rows: I64, runs: I64, run_bytes: int, row_bytes: int, shift: int, words: I64, swap: bool, out: U64
+) -> None:
+    """Little-endian words of 8 bytes of rows; word i of row r has number r * words a row + i, a row ends in zeros."""
+    per_row = (row_bytes + 7) // 8
+    for i in range(words.size):
+        row = words[i] // per_row
+        first = (words[i] - row * per_row) * 8
+        base = rows[row] + shift
+        value = np.uint64(0)
+        for j in range(min(8, row_bytes - first)):
+            run = (first + j) // run_bytes
+            byte = np.uint64(local[base + runs[run] + (first + j - run * run_bytes)])
+            if swap:
+                byte = ((byte << np.uint64(4)) | (byte >> np.uint64(4))) & np.uint64(255)
+            value |= byte << np.uint64(8 * j)
+        out[i] = value

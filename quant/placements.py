@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels
@@ -23,6 +24,7 @@ from .formats import TensorSpec
 from .steps import Located, Offsets, RowMajor, locate
 
 SCRATCH_ROWS = 128  # a tile: what is held of rows whose bytes change, or turn, on the way
+PIECE_WORDS = 1 << 14  # read at a time by the twin, whose index takes 64 bytes a word
 MAX_JUMPS = 8  # rows of more experts than this in one tile are moved byte by byte
 
 
@@ -141,14 +143,62 @@ def invert_rows(placement: Placement, row0: int, n: int, local: Tensor, base: in
 
 def apply_bytes(placement: Placement, positions: Offsets, values: Tensor, local: Tensor, base: int) -> None:
     """Write single bytes of a tensor: `values`, uint8 [n], at `positions` of its row-major bytes."""
-    at = _bytes_at(placement, positions, local, base)
+    at = locate_bytes(placement, positions, local, base)
     local[at] = swapped(values) if placement.swap_nibbles else values
 
 
 def invert_bytes(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
     """Read single bytes of a tensor, uint8 [n], at `positions` of its row-major bytes."""
-    values = local[_bytes_at(placement, positions, local, base)]
+    values = local[locate_bytes(placement, positions, local, base)]
     return swapped(values) if placement.swap_nibbles else values
+
+
+def invert_words(placement: Placement, words: Offsets, local: Tensor, base: int) -> NDArray[np.uint64]:
+    """Read words of 8 bytes of a tensor, little-endian: word i of row r has the number r * words a row + i.
+
+    The last word of a row is filled up with zeros. Rows are in the shard; nothing but the words is read.
+    """
+    spec, shift = placement.tensor, placement.origin - base
+    _check_words(placement, words, local, shift)
+    found = kernels.gather_words(local, placement.located, spec.row_bytes, shift, words, placement.swap_nibbles)
+    if found is not None:
+        return found
+    pieces = [
+        _words_twin(placement, words[start : start + PIECE_WORDS], local, base)
+        for start in range(0, len(words), PIECE_WORDS)
+    ]
+    return np.concatenate([np.empty(0, np.uint64), *pieces])
+
+
+def _words_twin(placement: Placement, words: Offsets, local: Tensor, base: int) -> NDArray[np.uint64]:
+    row_bytes = placement.tensor.row_bytes
+    row, word = np.divmod(words, -(-row_bytes // 8))
+    column = word[:, None] * 8 + np.arange(8)
+    inside = column < row_bytes
+    out = np.zeros(column.shape, np.uint8)
+    positions = (row[:, None] * row_bytes + column)[inside]
+    out[inside] = invert_bytes(placement, positions, local, base).cpu().numpy()
+    return out.view("<u8").astype(np.uint64).ravel()
+
+
+def _check_words(placement: Placement, words: Offsets, local: Tensor, shift: int) -> None:
+    """Words are in the tensor, their rows in the shard; the loop that reads them checks no bounds."""
+    spec, located = placement.tensor, placement.located
+    per_row = -(-spec.row_bytes // 8)
+    if not len(words):
+        return
+    low, high = int(words.min()), int(words.max())
+    if not 0 <= low <= high < spec.num_rows * per_row:
+        raise ValueError(f"{spec.name}: words {low}..{high} lie outside [0, {spec.num_rows * per_row})")
+    first, last = located.first, located.last
+    if first + shift < 0 or last + shift > local.numel():
+        rows = located.rows[np.unique(words // per_row)]
+        first, last = int(rows.min()), int(rows.max() + located.runs.max()) + located.run_bytes
+    if first + shift < 0 or last + shift > local.numel():
+        raise ValueError(
+            f"{spec.name} in {placement.storage}: bytes [{first + shift}, {last + shift}) lie outside the shard's "
+            f"[0, {local.numel()}); check row_start and shards"
+        )
 
 
 def swapped(packed: Tensor) -> Tensor:
@@ -185,15 +235,14 @@ def _turned(rows: Tensor, item: int) -> Tensor:
     return rows.view(len(rows), -1, item).transpose(0, 1).contiguous().view(-1, len(rows) * item)
 
 
-def _bytes_at(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
-    spec, located = placement.tensor, placement.located
+def locate_bytes(placement: Placement, positions: Offsets, local: Tensor, base: int) -> Tensor:
+    """Where single bytes of a tensor lie in the shard: int64 [n]; what lies outside raises."""
+    spec = placement.tensor
     positions = np.asarray(positions, np.int64)
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < spec.num_bytes:
         low, high = int(positions.min()), int(positions.max())
         raise ValueError(f"{spec.name}: bytes {low}..{high} lie outside [0, {spec.num_bytes}); check the positions")
-    row, column = np.divmod(positions, max(1, spec.row_bytes))
-    run, within = np.divmod(column, max(1, located.run_bytes))
-    at = located.rows[row] + (located.runs[run] + within + (placement.origin - base))
+    at = kernels.locate_bytes(placement.located, spec.row_bytes, placement.origin - base, positions)
     if len(at) and not 0 <= int(at.min()) <= int(at.max()) < local.numel():
         low, high = int(at.min()), int(at.max())
         raise ValueError(

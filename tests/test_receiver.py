@@ -367,7 +367,7 @@ def test_staged_bytes_that_change_after_prepare_are_caught() -> None:
         rig.begin(ALL)
         rig.stage(ALL, random_content(rig.specs, 2))
         rig.prepare()
-        push = rig.receivers[0]._push
+        push = rig.receivers[0]._install
         assert push is not None
         push.staging.rows(tensor)[0, 0] ^= 4
         with pytest.raises(DigestError, match=rf"(?s)1 problem\n  - {rig.specs[tensor].name}: "):

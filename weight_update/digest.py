@@ -36,6 +36,7 @@ from torch import Tensor
 from quant.kernels import numba_loops
 
 Digests = npt.NDArray[np.uint64]  # [n, 2]: one row a tensor
+Lanes = tuple[int, int]
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -61,6 +62,32 @@ def digest_rows(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
         part0, part1 = digest(_words(rows[start : start + step]), key, row_bytes, row0 + start)
         lane0, lane1 = lane0 + part0, lane1 + part1
     return lane0 & MASK, lane1 & MASK
+
+
+def digest_words(key: int, row_bytes: int, at: npt.NDArray[np.int64], words: npt.NDArray[np.uint64]) -> Lanes:
+    """What single words add to the digest of a tensor: word i of row r has the number at = r * words a row + i."""
+    num_words = -(-row_bytes // 8)
+    loops = _loops()
+    if not len(at):
+        return 0, 0
+    if loops is not None:
+        lanes = loops.digest_words(words, at, np.uint64(key), np.uint64(row_bytes), num_words)
+        return int(lanes[0]), int(lanes[1])
+    row, column = (torch.from_numpy(part) for part in np.divmod(at, num_words))
+    sums = []
+    for seed in SEEDS:
+        lane = _mix(torch.tensor([_signed((key ^ seed) + row_bytes * GOLDEN)]))
+        row_keys = _mix(lane + (row + 1) * _signed(GOLDEN))
+        mixed = _mix(torch.from_numpy(words.view(np.int64)) ^ (row_keys + column * _signed(GOLDEN)))
+        sums.append(int(mixed.sum()) & MASK)
+    return sums[0], sums[1]
+
+
+def words_of(row_bytes: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The words, by number, in which bytes at these positions of a tensor lie; one for every position."""
+    row, column = np.divmod(positions, row_bytes)
+    words: npt.NDArray[np.int64] = row * -(-row_bytes // 8) + column // 8
+    return words
 
 
 def total(digests: Digests) -> str:

@@ -20,7 +20,7 @@ from quant.layouts import Derived, Placement, apply_rows, invert_rows
 
 from .digest import MASK, digest_rows, name_key
 from .errors import PlanError, raise_all
-from .inplace import local_of
+from .inplace import AddressAudit, Storages, local_of
 
 BLOCK_BYTES = 1 << 20  # rows go in blocks of about this size: what a core's cache holds, and bounded scratch
 MAX_WORD_BYTES = 8  # padding is looked at in words of up to this size
@@ -79,6 +79,21 @@ class Copy(Write):
         return digest_rows(self.key, self.view, self.row0)
 
 
+def part_of(write: Write, row0: int, num_rows: int) -> Write:
+    """The same tensor, fewer rows."""
+    blocks = tuple(_blocks(num_rows, write.placement.tensor.row_bytes))
+    return Write(
+        placement=write.placement,
+        key=write.key,
+        local=write.local,
+        base=write.base,
+        row0=row0,
+        num_rows=num_rows,
+        blocks=blocks,
+        span=write.span,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recompute:
     """One derived value: target.copy_(function(*inputs)), on the rank that holds it."""
@@ -119,6 +134,46 @@ class Padding:
                 unit = self.first + start + row
                 return f"{self.storage}: padding byte {at} of unit {unit} of this rank is {int(word[byte])}, expected 0"
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Live:
+    """All that a rank's storages are: their bytes, where every tensor of the manifest lies, what is derived, what is
+    padding, and where everything was."""
+
+    bytes: Mapping[str, Tensor]
+    writes: tuple[Write, ...]
+    recomputes: tuple[Recompute, ...]
+    padding: Mapping[str, tuple[Padding, ...]]
+    audit: AddressAudit
+
+    def stale(self, touched: set[str]) -> list[Recompute]:
+        """Derived values, in their order, that follow from these storages or from each other."""
+        stale = []
+        for each in self.recomputes:
+            if touched & set(each.sources):
+                stale.append(each)
+                touched = touched | {each.name}
+        return stale
+
+
+def plan_live(
+    storages: Mapping[str, Tensor],
+    placements: Sequence[Placement],
+    derived: Sequence[Derived],
+    shards: Shards,
+    live: Storages,
+) -> Live:
+    """The live bytes of one rank; PlanError that lists whatever does not fit together."""
+    data = {name: bytes_of(name, local_of(tensor)) for name, tensor in storages.items()}
+    writes = plan_writes(data, placements, derived, shards)
+    return Live(
+        bytes=data,
+        writes=writes,
+        recomputes=plan_recomputes(storages, derived),
+        padding=plan_padding(data, writes),
+        audit=AddressAudit.capture(live),
+    )
 
 
 def bytes_of(name: str, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop of `digest`, compiled by numba on its first call; imported only where numba is.
+"""The loops of `digest`, compiled by numba on its first call; imported only where numba is.
 
 Unsigned arithmetic throughout, so that numba never widens to float64, and a flat inner loop that LLVM turns into vector
 code: 12 GB/s on one Zen 4 core for both lanes, 2 GB/s where a row is less than eight words.
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from quant.loops import loop
 
 U64: TypeAlias = NDArray[np.uint64]
+I64: TypeAlias = NDArray[np.int64]
 
 
 @loop
@@ -36,4 +37,24 @@ def digest(words: U64, key: np.uint64, row_bytes: np.uint64, row0: np.uint64) ->
             step = np.uint64(i) * golden
             sum0 += mix(words[r, i] ^ (key0 + step))
             sum1 += mix(words[r, i] ^ (key1 + step))
+    return sum0, sum1
+
+
+@loop
+def digest_words(
+    words: U64, at: I64, key: np.uint64, row_bytes: np.uint64, num_words: int
+) -> tuple[np.uint64, np.uint64]:
+    """Both lanes of single words: words[i] is word at[i] of the tensor, `num_words` of them a row."""
+    golden, sum0, sum1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0), np.uint64(0)
+    lane0 = mix((key ^ np.uint64(0x243F6A8885A308D3)) + row_bytes * golden)
+    lane1 = mix((key ^ np.uint64(0x13198A2E03707344)) + row_bytes * golden)
+    row, key0, key1 = -1, np.uint64(0), np.uint64(0)
+    for i in range(words.size):
+        r = at[i] // num_words
+        if r != row:
+            step = np.uint64(r + 1) * golden
+            row, key0, key1 = r, mix(lane0 + step), mix(lane1 + step)
+        step = np.uint64(at[i] - r * num_words) * golden
+        sum0 += mix(words[i] ^ (key0 + step))
+        sum1 += mix(words[i] ^ (key1 + step))
     return sum0, sum1

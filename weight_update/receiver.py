@@ -21,43 +21,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from quant.layouts import Derived, Placement
 from quant.parameters import ParameterRow
 
 from .chunks import Chunk, check
-from .digest import Digests, digest_rows
-from .errors import (
-    BusyError,
-    DigestError,
-    LayoutError,
-    ManifestError,
-    PlanError,
-    TransferError,
-    VersionError,
-    raise_all,
-)
-from .inplace import AddressAudit, Storages, local_of
-from .live import (
-    BLOCK_BYTES,
-    Padding,
-    Recompute,
-    Shards,
-    Span,
-    Write,
-    bytes_of,
-    merge_spans,
-    plan_padding,
-    plan_recomputes,
-    plan_writes,
-)
+from .delta import BlobSize, Patch, Positions
+from .digest import Digests
+from .errors import BusyError, ManifestError, VersionError, raise_all
+from .inplace import Storages, local_of
+from .install import FullInstall, Install, MemoryPlan, read_back
+from .live import Shards, plan_live
 from .manifest import Manifest
-from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
+from .patching import DeltaInstall
+from .staging import Arena
 
-SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
-TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
+Indices = npt.NDArray[np.integer[Any]] | Sequence[int]
 
 
 class State(enum.Enum):
@@ -69,34 +49,19 @@ class State(enum.Enum):
     INSTALLED = "installed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes above idle that a transaction needs on this rank. in_flight: what the transport says that it holds."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reverse:
+    """What leads this rank's bytes from one version back to the one that it built on. Tensors are of the manifest."""
 
-    staging_bytes: int
-    undo_bytes: int
-    scratch_bytes: int
-    in_flight_bytes: int = 0
+    version: int
+    base_version: int
+    patches: tuple[Patch, ...]
 
     @property
-    def peak_bytes(self) -> int:
-        return self.staging_bytes + self.undo_bytes + self.scratch_bytes + self.in_flight_bytes
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Push:
-    """One transaction, planned: what is executed later has no decisions left."""
-
-    transaction: int
-    version: int
-    writes: list[Write]
-    rows: list[Tensor]  # staged, as each write takes them
-    staging: StagingBuffer
-    undo: list[tuple[Tensor, Tensor]]  # live bytes, their copy
-    recomputes: list[Recompute]
-    padding: list[Padding]
-    scratch: Tensor
-    staged: Digests | None = None
+    def num_bytes(self) -> int:
+        return sum(
+            patch.values.nbytes + (0 if patch.positions is None else patch.positions.nbytes) for patch in self.patches
+        )
 
 
 class Receiver:
@@ -127,18 +92,25 @@ class Receiver:
         self.state = State.IDLE
         self._budget_bytes = memory_budget_bytes
         self._storages = dict(storages)
-        self._bytes = {name: bytes_of(name, local_of(tensor)) for name, tensor in storages.items()}
-        self._writes = plan_writes(self._bytes, placements, derived, {} if shards is None else shards)
-        self._recomputes = plan_recomputes(self._storages, derived)
-        self._padding = plan_padding(self._bytes, self._writes)
-        self._audit = AddressAudit.capture(self._storages if live is None else live)
+        self._live = plan_live(
+            storages,
+            placements,
+            derived,
+            {} if shards is None else shards,
+            self._storages if live is None else live,
+        )
         self._arena = Arena()
-        self._push: _Push | None = None
+        self._install: Install | None = None
+        self._last: tuple[Install, int] | None = None  # the published one whose undo is still there, and its base
+        self._known = np.zeros((len(placements), 2), np.uint64)  # digests of the live rows of this rank
+        self._is_known = np.zeros(len(placements), np.bool_)
+        self._stale: dict[str, Positions | None] = {each.tensor.name: None for each in placements}
         # Guards the state, and the live bytes between an install and a re-read. Staging has its own lock, so that bytes
         # arrive meanwhile.
         self._lock = threading.RLock()
-        self.row_start = np.array([write.row0 for write in self._writes], np.int64)
-        self.row_stop = self.row_start + np.array([write.num_rows for write in self._writes], np.int64)
+        writes = self._live.writes
+        self.row_start = np.array([write.row0 for write in writes], np.int64)
+        self.row_stop = self.row_start + np.array([write.num_rows for write in writes], np.int64)
 
     @classmethod
     def from_module(cls, model: nn.Module, *, memory_budget_bytes: int | None = None, version: int = 0) -> Receiver:
@@ -165,13 +137,18 @@ class Receiver:
         transaction: int,
         version: int,
         base_version: int,
-        tensors: npt.NDArray[np.integer[Any]] | Sequence[int],
+        tensors: Indices,
         *,
         in_flight_bytes: int = 0,
+        blobs: Sequence[BlobSize] | None = None,
+        patches: Sequence[Patch] = (),
     ) -> MemoryPlan:
         """Open a transaction over these tensors of the manifest; reserves all the memory that it will need.
 
         in_flight_bytes: what the caller's transport may hold at a time, counted in the plan and against the budget.
+        blobs: a delta comes instead of whole tensors, of these sizes, one a trainer rank; chunks name the trainer rank
+        where they name a tensor otherwise. patches: part of a delta that is here already (with blobs=()), whose tensors
+        are positions in `tensors`.
         """
         with self._lock:
             self._expect("begin", State.IDLE)
@@ -179,35 +156,38 @@ class Receiver:
                 raise VersionError(
                     f"version {version} on base {base_version}: this rank holds {self.version}; describe again"
                 )
-            self._push, memory = self._plan(transaction, version, self._checked(tensors), in_flight_bytes)
-            self.state = State.OPEN
-            return memory
+            indices = self._checked(tensors)
+            install: FullInstall | DeltaInstall
+            if blobs is None:
+                install = FullInstall(self._live, transaction, version, indices, in_flight_bytes)
+            else:
+                base = self._base_digests(indices)
+                install = DeltaInstall(
+                    self._live, transaction, version, indices, in_flight_bytes, base=base, blobs=blobs, patches=patches
+                )
+            install.memory.require(self._budget_bytes)
+            self._last = None  # its undo lies in the memory that is taken now
+            install.reserve(self._arena)
+            self._install, self.state = install, State.OPEN
+            return install.memory
 
     def stage(self, chunk: Chunk, transaction: int | None = None) -> int:
         """Check a chunk and put it where it belongs; returns the bytes staged so far. Any thread, any order, any number
         of times. transaction: refuse the chunk unless this one is open."""
-        push = self._push
-        if push is None or (transaction is not None and transaction != push.transaction):
-            held = "none" if push is None else f"{push.transaction}"
+        install = self._install
+        if install is None or (transaction is not None and transaction != install.transaction):
+            held = "none" if install is None else f"{install.transaction}"
             raise BusyError(f"chunk {chunk.sequence} of transaction {transaction}: the open one is {held}; begin again")
         check(chunk)
-        return push.staging.place(chunk)
+        return install.staging.place(chunk)
 
     def prepare(self) -> Digests:
-        """Everything is here: digests of the staged rows, [n, 2] in the order of begin. Takes the undo copy."""
+        """Everything is here: digests of the rows as they will be, [n, 2] in the order of begin. Takes the undo copy;
+        of a delta, says where every changed byte goes."""
         with self._lock:
-            push = self._expect("prepare", State.OPEN)
-            missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in push.staging.missing()]
-            raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
-            push.staging.close()
-            push.staged = np.array(
-                [digest_rows(write.key, rows, write.row0) for write, rows in zip(push.writes, push.rows, strict=True)],
-                np.uint64,
-            )
-            for live, copy in push.undo:
-                copy.copy_(live)
+            digests = self._expect("prepare", State.OPEN).prepare()
             self.state = State.PREPARED
-            return push.staged
+            return digests
 
     def install(self) -> Digests:
         """Write in place, recompute what is derived, read back: digests of the installed rows, [n, 2].
@@ -215,51 +195,69 @@ class Receiver:
         Whatever fails puts the old bytes back before it is raised; the transaction is then prepared again.
         """
         with self._lock:
-            push = self._expect("install", State.PREPARED)
+            install = self._expect("install", State.PREPARED)
             self.state = State.INSTALLED
+            self._mark_stale(install)
             try:
-                return self._install(push)
+                self._written = install.write()
             except BaseException:
                 self.undo()
                 raise
+            return self._written
 
     def undo(self) -> None:
         """Put the bytes from before install back, derived values included."""
         with self._lock:
-            push = self._expect("undo", State.INSTALLED)
-            for live, copy in push.undo:
-                live.copy_(copy)
+            install = self._expect("undo", State.INSTALLED)
+            self._mark_stale(install)
+            install.undo()
             self.state = State.PREPARED
 
     def publish(self) -> None:
         """What is installed is the version from now on."""
         with self._lock:
-            push = self._expect("publish", State.INSTALLED)
-            self.version = push.version
-            self._end(push)
+            install = self._expect("publish", State.INSTALLED)
+            self._known[install.indices], self._is_known[install.indices] = self._written, True
+            self._last = install, self.version
+            self.version = install.version
+            self._end(install)
 
     def abort(self) -> None:
         """Back to the old bytes and to idle, from any state; nothing where nothing is open."""
         with self._lock:
-            if self._push is None:
+            if self._install is None:
                 return
             if self.state is State.INSTALLED:
                 self.undo()
-            self._end(self._push)
+            self._end(self._install)
 
-    def digests(self, tensors: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None) -> Digests:
-        """Digests of the live bytes of these tensors, all by default, [n, 2]."""
+    def digests(self, tensors: Indices | None = None) -> Digests:
+        """Digests of the live bytes of these tensors, all by default, [n, 2]; every byte is read."""
         with self._lock:
-            writes = self._writes if tensors is None else [self._writes[int(i)] for i in tensors]
-            return _digests(writes, torch.empty(_block_bytes(writes), dtype=torch.uint8))
+            writes = self._live.writes
+            return read_back(writes if tensors is None else [writes[int(i)] for i in tensors])
+
+    def last_undo(self) -> Reverse | None:
+        """The reverse delta of the last publish, in memory of its own; None once the next transaction began."""
+        with self._lock:
+            if self._last is None:
+                return None
+            install, base_version = self._last
+            return Reverse(version=install.version, base_version=base_version, patches=tuple(install.reverse()))
+
+    def take_stale(self) -> dict[str, Positions | None]:
+        """Tensors whose live bytes were written since the last call, and which bytes of them; None for any of them."""
+        with self._lock:
+            stale, self._stale = self._stale, {}
+            return stale
 
     # -- what is there
 
     @property
     def staged_bytes(self) -> int:
         """Bytes staged so far in the open transaction, duplicates not counted."""
-        push = self._push
-        return 0 if push is None else push.staging.staged_bytes
+        install = self._install
+        return 0 if install is None else install.staging.staged_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -269,12 +267,12 @@ class Receiver:
     def audit(self) -> None:
         """Raise LayoutError unless every storage is where it was when this receiver was built."""
         with self._lock:
-            self._audit.check()
+            self._live.audit.check()
 
     def storage_bytes(self) -> dict[str, bytes]:
         """A copy of every storage of this rank, as it lies in memory."""
         with self._lock:
-            return {name: data.numpy().tobytes() for name, data in self._bytes.items()}
+            return {name: data.numpy().tobytes() for name, data in self._live.bytes.items()}
 
     def storage_addresses(self) -> dict[str, int]:
         """The data pointer of every storage of this rank."""
@@ -282,116 +280,35 @@ class Receiver:
 
     # -- planning
 
-    def _expect(self, what: str, state: State) -> _Push:
+    def _expect(self, what: str, state: State) -> Install:
         if self.state is not state:
-            by = f" by transaction {self._push.transaction}" if self._push else ""
+            by = f" by transaction {self._install.transaction}" if self._install else ""
             raise BusyError(f"{what}: this rank is {self.state.value}{by}, expected {state.value}; abort, or wait")
-        return self._push  # type: ignore[return-value]
+        return self._install  # type: ignore[return-value]
 
-    def _checked(self, tensors: npt.NDArray[np.integer[Any]] | Sequence[int]) -> list[int]:
+    def _checked(self, tensors: Indices) -> list[int]:
         indices = [int(i) for i in tensors]
-        count = len(self._writes)
+        count = len(self._live.writes)
         problems = [f"tensor {i}: the manifest has {count}" for i in indices if not 0 <= i < count]
         problems += ["no tensor"] if not indices else []
         problems += ["a tensor is named twice"] if len(set(indices)) != len(indices) else []
         raise_all(ManifestError, "begin refused", problems)
         return indices
 
-    def _plan(
-        self, transaction: int, version: int, indices: list[int], in_flight_bytes: int
-    ) -> tuple[_Push, MemoryPlan]:
-        writes = [self._writes[i] for i in indices]
-        recomputes = self._stale({write.span[0] for write in writes if write.num_rows})
-        derived = [(each.name, 0, self._bytes[each.name].numel()) for each in recomputes]
-        spans = merge_spans([*(write.span for write in writes), *derived])
-        layout = plan_staging(
-            [write.placement.tensor for write in writes], self.row_start[indices], self.row_stop[indices]
-        )
-        undo_bytes = sum(stop - first for _, first, stop in spans)
-        block_bytes = _block_bytes(writes)
-        memory = MemoryPlan(
-            staging_bytes=layout.num_bytes,
-            undo_bytes=undo_bytes,
-            scratch_bytes=block_bytes + SLACK_BYTES + TENSOR_BYTES * len(writes),
-            in_flight_bytes=in_flight_bytes,
-        )
-        self._require_budget(memory)
-        arena = self._arena.reserve(layout.num_bytes + block_bytes + undo_bytes)
-        staging = StagingBuffer(layout, arena[: layout.num_bytes])
-        push = _Push(
-            transaction=transaction,
-            version=version,
-            writes=writes,
-            rows=[staging.rows(i) for i in range(len(writes))],
-            staging=staging,
-            undo=self._copies(spans, arena[layout.num_bytes + block_bytes :]),
-            recomputes=recomputes,
-            padding=[each for name in {span[0]: None for span in spans} for each in self._padding.get(name, ())],
-            scratch=arena[layout.num_bytes : layout.num_bytes + block_bytes],
-        )
-        return push, memory
+    def _base_digests(self, indices: list[int]) -> Digests:
+        """Digests of this rank's rows as they were last read back; what was never read is read now."""
+        unknown = [i for i in indices if not self._is_known[i]]
+        if unknown:
+            self._known[unknown], self._is_known[unknown] = self.digests(unknown), True
+        known: Digests = self._known[indices]
+        return known
 
-    def _copies(self, spans: Sequence[Span], memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Live bytes and where their copy goes, one after the other in `memory`."""
-        copies, at = [], 0
-        for name, first, stop in spans:
-            copies.append((self._bytes[name][first:stop], memory[at : at + stop - first]))
-            at += stop - first
-        return copies
+    def _mark_stale(self, install: Install) -> None:
+        for name, positions in install.changes().items():
+            before = self._stale.get(name, positions)
+            known = positions is not None and before is not None
+            self._stale[name] = np.union1d(before, positions) if known else None  # type: ignore[arg-type]
 
-    def _stale(self, touched: set[str]) -> list[Recompute]:
-        """Derived values, in their order, that follow from these storages or from each other."""
-        stale = []
-        for each in self._recomputes:
-            if touched & set(each.sources):
-                stale.append(each)
-                touched = touched | {each.name}
-        return stale
-
-    def _require_budget(self, memory: MemoryPlan) -> None:
-        if self._budget_bytes is not None and memory.peak_bytes > self._budget_bytes:
-            raise PlanError(
-                f"this push needs {memory.peak_bytes} bytes above idle on this rank (staging {memory.staging_bytes},"
-                f" undo {memory.undo_bytes}, scratch {memory.scratch_bytes}, in flight {memory.in_flight_bytes}),"
-                f" the budget is {self._budget_bytes}; push fewer tensors at a time or raise the budget"
-            )
-
-    # -- execution
-
-    def _install(self, push: _Push) -> Digests:
-        for write, rows in zip(push.writes, push.rows, strict=True):
-            write.apply(rows)
-        for each in push.recomputes:
-            each.apply()
-        installed = _digests(push.writes, push.scratch)
-        self._verify(push, installed)
-        return installed
-
-    def _verify(self, push: _Push, installed: Digests) -> None:
-        assert push.staged is not None
-        problems = [
-            f"{push.writes[i].placement.tensor.name}: installed {_hex(installed[i])}, staged {_hex(push.staged[i])}"
-            for i in np.flatnonzero((installed != push.staged).any(axis=1))
-        ]
-        raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
-        stained = [problem for each in push.padding if (problem := each.problem(push.scratch)) is not None]
-        raise_all(LayoutError, "install: padding was written; the old bytes are back", stained)
-        self._audit.check()
-
-    def _end(self, push: _Push) -> None:
-        push.staging.close()
-        self._push, self.state = None, State.IDLE
-
-
-def _digests(writes: Sequence[Write], scratch: Tensor) -> Digests:
-    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
-
-
-def _block_bytes(writes: Sequence[Write]) -> int:
-    """Scratch for one block of rows, in whole cache lines."""
-    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
-    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
-
-
-def _hex(digest: npt.NDArray[np.uint64]) -> str:
-    return "".join(f"{int(lane):016x}" for lane in digest)
+    def _end(self, install: Install) -> None:
+        install.staging.close()
+        self._install, self.state = None, State.IDLE

@@ -1,0 +1,296 @@
+"""What changed between two versions, and how it is said in few bytes. Values and pure functions; nobody is talked to.
+
+positions = changed_bytes(old, new)                 # of the rows of one tensor
+patch = Patch(tensor=3, first=0, stop=4096, positions=positions, values=new - old)
+blob = pack([patch, ...])                           # one a trainer rank and actor rank
+patches = unpack(blob, size_of(blob), specs, row_start, row_stop)
+
+A blob, all numbers little-endian; every column is one zstd frame that states its size:
+
+    "TFD1" | planes u32 | segments u64 | changes u64 | dense bytes u64 | bytes of each column u64 [3 + planes]
+    column 0   segments, 32 bytes each: tensor u32, dense u32, first u64, stop u64, count u64
+    column 1   changes: differences new - old mod 256, which most often are +1 or -1 of a code
+    column 2   dense bytes: rows that are sent whole
+    column 3   changes: byte 0 of every gap to the next changed byte of its segment; column 4: byte 1; ...
+
+Gaps are split into planes since only their lowest byte is noise. Old bytes are known on both sides, hence differences.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zstandard
+from torch import Tensor
+
+from quant.formats import TensorSpec
+
+from .errors import TransferError, raise_all
+
+MAGIC = b"TFD1"
+HEAD = struct.Struct("<4sIQQQ")
+SEGMENT = np.dtype([("tensor", "<u4"), ("dense", "<u4"), ("first", "<u8"), ("stop", "<u8"), ("count", "<u8")])
+MAX_PLANES = 8
+COLUMNS = 3  # before the planes
+SPARSE_SHARE = 8  # at most a byte in this many may be named by position: an actor keeps CHANGE_BYTES for each
+CHANGE_BYTES = 72  # what an actor holds for one of them: position, place, word, old and new bytes, and copies
+MAX_WINDOW_BYTES = 8 << 20  # that a frame may make its reader keep
+SPARSE_LEVEL, DENSE_LEVEL = 12, 1  # of zstd: sparse columns are small, dense ones hardly shrink
+
+Positions = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Patch:
+    """What changed in bytes [first, stop) of one tensor, which are whole rows of its checkpoint form.
+
+    positions: of the changed bytes in the whole tensor, increasing; values: their differences new - old mod 256.
+    Without positions, values are all the new bytes.
+    """
+
+    tensor: int
+    first: int
+    stop: int
+    positions: Positions | None
+    values: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobSize:
+    """All that a rank needs to know of a blob before it takes it: its bytes, and what they become."""
+
+    num_bytes: int
+    num_segments: int
+    num_changes: int
+    dense_bytes: int
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Memory that its patches and their undo take on a rank, the blob itself not counted."""
+        return self.num_segments * SEGMENT.itemsize + self.num_changes * CHANGE_BYTES + 2 * self.dense_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankDelta:
+    """What one actor rank gets in a delta push: a blob from every trainer rank, in their order."""
+
+    replica: int
+    rank: int
+    blobs: tuple[BlobSize, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaPlan:
+    """A delta push as it is announced: the version that it builds on, what it touches anywhere, what each rank gets.
+
+    base_digest: of the whole base version. changed: positions in the push of the tensors that change.
+    """
+
+    base_version: int
+    base_digest: str
+    changed: tuple[int, ...]
+    ranks: tuple[RankDelta, ...]
+
+    def of(self, replica: int, rank: int) -> tuple[BlobSize, ...]:
+        """The blobs of one rank."""
+        found = [each for each in self.ranks if (each.replica, each.rank) == (replica, rank)]
+        if len(found) != 1:
+            raise TransferError(f"delta push: names replica {replica} rank {rank} {len(found)} times; describe again")
+        return found[0].blobs
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def changed_bytes(old: Tensor, new: Tensor) -> Positions:
+    """Where two uint8 tensors of the same size differ: increasing positions, on the host."""
+    old, new = old.reshape(-1), new.reshape(-1)
+    aligned = all(each.data_ptr() % 8 == 0 and each.storage_offset() % 8 == 0 for each in (old, new))
+    whole = old.numel() // 8 * 8 if aligned else 0
+    words = (old[:whole].view(torch.int64) != new[:whole].view(torch.int64)).nonzero().flatten()
+    inside = (words[:, None] * 8 + torch.arange(8, device=old.device)).flatten()
+    inside = inside[old[inside] != new[inside]]
+    rest = (old[whole:] != new[whole:]).nonzero().flatten() + whole
+    found: Positions = torch.cat([inside, rest]).cpu().numpy()
+    return found
+
+
+def is_sparse(num_changes: int, num_bytes: int) -> bool:
+    """Whether changed bytes of a tensor are named one by one; otherwise its rows are sent whole."""
+    return num_changes * SPARSE_SHARE <= num_bytes
+
+
+def cut(patch: Patch, first: int, stop: int) -> Patch | None:
+    """The part of a patch in bytes [first, stop) of its tensor, None where nothing is."""
+    first, stop = max(first, patch.first), min(stop, patch.stop)
+    if first >= stop:
+        return None
+    if patch.positions is None:
+        values = patch.values[first - patch.first : stop - patch.first]
+        return Patch(tensor=patch.tensor, first=first, stop=stop, positions=None, values=values)
+    low, high = np.searchsorted(patch.positions, [first, stop]).tolist()
+    if low == high:
+        return None
+    positions, values = patch.positions[low:high], patch.values[low:high]
+    return Patch(tensor=patch.tensor, first=first, stop=stop, positions=positions, values=values)
+
+
+# ---------------------------------------------------------------- packing
+
+
+def pack(patches: Sequence[Patch]) -> tuple[bytes, BlobSize]:
+    """One blob of these patches, and what is announced of it."""
+    sparse = [patch for patch in patches if patch.positions is not None]
+    dense = [patch for patch in patches if patch.positions is None]
+    table = np.array(
+        [
+            (patch.tensor, patch.positions is None, patch.first, patch.stop, len(patch.values))
+            for patch in (*sparse, *dense)
+        ],
+        SEGMENT,
+    )
+    gaps = _joined([_gaps(patch) for patch in sparse], np.dtype("<u8"))
+    num_planes = (int(gaps.max()).bit_length() + 7) // 8 if len(gaps) else 0
+    planes = gaps.view(np.uint8).reshape(-1, 8).T[:num_planes]
+    differences = _joined([patch.values for patch in sparse], np.dtype(np.uint8))
+    whole = _joined([patch.values for patch in dense], np.dtype(np.uint8))
+    columns = [
+        _compressed(table.view(np.uint8), SPARSE_LEVEL),
+        _compressed(differences, SPARSE_LEVEL),
+        _compressed(whole, DENSE_LEVEL),
+        *(_compressed(plane, SPARSE_LEVEL) for plane in planes),
+    ]
+    head = HEAD.pack(MAGIC, num_planes, len(table), len(gaps), len(whole))
+    sizes = np.array([len(column) for column in columns], "<u8").tobytes()
+    blob = b"".join([head, sizes, *columns])
+    size = BlobSize(num_bytes=len(blob), num_segments=len(table), num_changes=len(gaps), dense_bytes=len(whole))
+    return blob, size
+
+
+def _gaps(patch: Patch) -> npt.NDArray[np.uint64]:
+    """Bytes that did not change before each one that did."""
+    assert patch.positions is not None
+    return (np.diff(patch.positions, prepend=patch.first - 1) - 1).astype("<u8")
+
+
+def _joined(parts: Sequence[npt.NDArray[np.generic]], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _compressed(column: npt.NDArray[np.generic], level: int) -> bytes:
+    return zstandard.ZstdCompressor(level=level).compress(np.ascontiguousarray(column).data)
+
+
+# ---------------------------------------------------------------- unpacking
+
+
+def unpack(
+    blob: memoryview, size: BlobSize, specs: Sequence[TensorSpec], row_start: Rows, row_stop: Rows
+) -> list[Patch]:
+    """The patches in a blob for a rank that holds these rows of the pushed tensors; TransferError unless it is whole,
+    of the announced size, and names nothing but increasing positions in those rows. Allocates what was announced."""
+    segments, differences, dense, gaps = _columns(blob, size)
+    _check_segments(segments, size, specs, row_start, row_stop)
+    patches, change, byte = [], 0, 0
+    for tensor, is_dense, first, stop, count in segments.tolist():
+        if is_dense:
+            values, positions = dense[byte : byte + count], None
+            byte += count
+        else:
+            values = differences[change : change + count]
+            positions = np.cumsum(gaps[change : change + count] + 1) + (first - 1)
+            change += count
+            # All of them, not the ends alone: sums of hostile gaps wrap round.
+            if not first <= positions.min() <= positions.max() < stop or (np.diff(positions) <= 0).any():
+                raise TransferError(f"{specs[tensor].name}: changed bytes leave [{first}, {stop}); push again")
+        patches.append(Patch(tensor=tensor, first=first, stop=stop, positions=positions, values=values))
+    return patches
+
+
+def _columns(blob: memoryview, size: BlobSize) -> tuple[npt.NDArray[np.void], Bytes, Bytes, Positions]:
+    if len(blob) != size.num_bytes or len(blob) < HEAD.size:
+        raise TransferError(f"delta: {len(blob)} bytes arrived, {size.num_bytes} were announced; push again")
+    magic, num_planes, *counts = HEAD.unpack_from(blob)
+    announced = [size.num_segments, size.num_changes, size.dense_bytes]
+    if magic != MAGIC or num_planes > MAX_PLANES or counts != announced:
+        raise TransferError(f"delta: {magic!r}, {num_planes} planes, {counts}; announced were {MAGIC!r}, {announced}")
+    expected = [counts[0] * SEGMENT.itemsize, counts[1], counts[2], *[counts[1]] * num_planes]
+    start = HEAD.size + 8 * len(expected)
+    if len(blob) < start:
+        raise TransferError(f"delta: {len(blob)} bytes, the sizes of {len(expected)} columns alone take {start}")
+    lengths = np.frombuffer(blob[HEAD.size : start], "<u8").tolist()
+    if start + sum(lengths) != len(blob):
+        raise TransferError(f"delta: its columns take {sum(lengths)} of {len(blob) - start} bytes; push again")
+    table, differences, dense, *planes = _frames(blob[start:], lengths, expected)
+    gaps = np.zeros(counts[1], np.int64)
+    for i, plane in enumerate(planes):
+        gaps |= plane.astype(np.int64) << (8 * i)
+    return table.view(SEGMENT), differences, dense, gaps
+
+
+def _frames(blob: memoryview, lengths: Sequence[int], expected: Sequence[int]) -> Iterator[Bytes]:
+    at = 0
+    for length, num_bytes in zip(lengths, expected, strict=True):
+        frame, at = blob[at : at + length], at + length
+        try:
+            stated = zstandard.frame_content_size(frame)
+            if stated != num_bytes:
+                raise TransferError(f"delta: a column of {stated} bytes, expected {num_bytes}; push again")
+            yield _decompressed(frame, num_bytes)
+        except zstandard.ZstdError as error:
+            raise TransferError(f"delta: a column is damaged ({error}); push again") from None
+
+
+def _decompressed(frame: memoryview, num_bytes: int) -> Bytes:
+    """Into memory of this size and no other."""
+    out, done = np.empty(num_bytes, np.uint8), 0
+    with zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(frame) as reader:
+        while done < num_bytes and (count := reader.readinto(out.data[done:])):
+            done += count
+    if done != num_bytes:
+        raise TransferError(f"delta: a column ends after {done} of {num_bytes} bytes; push again")
+    return out
+
+
+def _check_segments(
+    segments: npt.NDArray[np.void], size: BlobSize, specs: Sequence[TensorSpec], row_start: Rows, row_stop: Rows
+) -> None:
+    tensor = segments["tensor"].astype(np.int64)
+    if len(tensor) and int(tensor.max()) >= len(specs):
+        raise TransferError(f"delta: names tensor {int(tensor.max())}, the push has {len(specs)}; push again")
+    row_bytes = np.array([spec.row_bytes for spec in specs], np.uint64)[tensor]
+    low, high = (rows[tensor].astype(np.uint64) * row_bytes for rows in (row_start, row_stop))
+    first, stop, count, dense = (segments[name] for name in ("first", "stop", "count", "dense"))
+    outside = (first < low) | (stop > high) | (first >= stop) | (count == 0) | (dense > 1)
+    inside = np.where(outside, 0, stop - first)
+    ragged = ~outside & ((first % np.maximum(1, row_bytes) != 0) | (stop % np.maximum(1, row_bytes) != 0))
+    wrong = ~outside & np.where(dense == 1, count != inside, count > inside)
+    problems = [
+        f"{specs[tensor[i]].name}: {count[i]} changes in bytes [{first[i]}, {stop[i]}),"
+        f" this rank holds [{low[i]}, {high[i]})"
+        for i in np.flatnonzero(outside | ragged | wrong)
+    ]
+    raise_all(TransferError, "delta refused, nothing of it was written", problems)
+    # Each count is bounded by now, so that the sums cannot wrap.
+    sums = [int(count[dense == 0].sum()), int(count[dense == 1].sum())]
+    if sums != [size.num_changes, size.dense_bytes]:
+        raise TransferError(f"delta: its segments hold {sums} changes and bytes, it has {size}; push again")
+
+
+def check_apart(patches: Sequence[Patch], specs: Sequence[TensorSpec]) -> None:
+    """Patches of several trainer ranks do not touch the same rows."""
+    ordered = sorted(patches, key=lambda patch: (patch.tensor, patch.first))
+    problems = [
+        f"{specs[after.tensor].name}: bytes [{after.first}, {after.stop}) come twice"
+        for before, after in pairwise(ordered)
+        if before.tensor == after.tensor and before.stop > after.first
+    ]
+    raise_all(TransferError, "delta refused, nothing of it was written", problems)

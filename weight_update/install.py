@@ -1,0 +1,207 @@
+"""One transaction on the bytes of one rank: what is planned at its begin and then only executed.
+
+    install = FullInstall(live, transaction, version, indices, arena, in_flight_bytes)
+    install.staging.place(chunk)      # while the model runs
+    install.prepare()                 # digests of what arrived; undo copy
+    install.write()                   # in place, derived, read back, checked
+    install.undo()                    # the old bytes
+
+`weight_update.patching` has the same for a delta. Neither knows states, locks or versions that others hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quant.layouts import invert_rows
+
+from .delta import Patch, Positions
+from .digest import Digests, digest_rows
+from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
+from .live import BLOCK_BYTES, Live, Span, Write, merge_spans
+from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
+
+SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
+TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
+
+Changes = Mapping[str, Positions | None]  # tensor -> bytes that this rank wrote, None for whatever it holds of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes above idle that a transaction needs on this rank. in_flight: what the transport says that it holds."""
+
+    staging_bytes: int
+    undo_bytes: int
+    scratch_bytes: int
+    in_flight_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.staging_bytes + self.undo_bytes + self.scratch_bytes + self.in_flight_bytes
+
+    def require(self, budget_bytes: int | None) -> None:
+        """Raise PlanError where this is more than the budget."""
+        if budget_bytes is not None and self.peak_bytes > budget_bytes:
+            raise PlanError(
+                f"this push needs {self.peak_bytes} bytes above idle on this rank (staging {self.staging_bytes},"
+                f" undo {self.undo_bytes}, scratch {self.scratch_bytes}, in flight {self.in_flight_bytes}),"
+                f" the budget is {budget_bytes}; push fewer tensors at a time or raise the budget"
+            )
+
+
+class Install(Protocol):
+    """What a receiver asks of a transaction. indices: tensors of the manifest, in the order of its digests."""
+
+    transaction: int
+    version: int
+    indices: Sequence[int]
+    staging: StagingBuffer
+    memory: MemoryPlan
+
+    def prepare(self) -> Digests:
+        """All has arrived: digests of the rank's rows as they will be, [n, 2]. Takes the undo copy."""
+
+    def write(self) -> Digests:
+        """In place; digests of the rank's rows as they are read back. Raises where they are not what was staged."""
+
+    def undo(self) -> None:
+        """The bytes from before `write`, derived values included."""
+
+    def changes(self) -> Changes:
+        """Which bytes `write` and `undo` touch."""
+
+    def reverse(self) -> list[Patch]:
+        """What leads from the written bytes back to the old ones, in memory of its own; tensors of the manifest."""
+
+
+class FullInstall:
+    """Whole tensors: staged as they will lie in the checkpoint form, written row by row, read back in full."""
+
+    def __init__(
+        self, live: Live, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int
+    ) -> None:
+        self.transaction, self.version, self.indices = transaction, version, indices
+        self._live = live
+        self._writes = [live.writes[i] for i in indices]
+        self._recomputes = live.stale({write.span[0] for write in self._writes if write.num_rows})
+        derived = [(each.name, 0, live.bytes[each.name].numel()) for each in self._recomputes]
+        self._spans = merge_spans([*(write.span for write in self._writes), *derived])
+        self._layout = plan_staging(
+            [write.placement.tensor for write in self._writes],
+            np.array([write.row0 for write in self._writes], np.int64),
+            np.array([write.row0 + write.num_rows for write in self._writes], np.int64),
+        )
+        self._block_bytes = block_bytes(self._writes)
+        self.memory = MemoryPlan(
+            staging_bytes=self._layout.num_bytes,
+            undo_bytes=sum(stop - first for _, first, stop in self._spans),
+            scratch_bytes=self._block_bytes + SLACK_BYTES + TENSOR_BYTES * len(self._writes),
+            in_flight_bytes=in_flight_bytes,
+        )
+
+    def reserve(self, arena: Arena) -> None:
+        """Take all memory that the transaction needs."""
+        staged, block, undo = self._layout.num_bytes, self._block_bytes, self.memory.undo_bytes
+        memory = arena.reserve(staged + block + undo)
+        self.staging = StagingBuffer(self._layout, memory[:staged])
+        self._rows = [self.staging.rows(i) for i in range(len(self._writes))]
+        self._scratch = memory[staged : staged + block]
+        self._undo = self._copies(memory[staged + block :])
+        self._staged = np.zeros((len(self._writes), 2), np.uint64)
+
+    def _copies(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Live bytes and where their copy goes, one after the other in `memory`."""
+        copies, at = [], 0
+        for name, first, stop in self._spans:
+            copies.append((self._live.bytes[name][first:stop], memory[at : at + stop - first]))
+            at += stop - first
+        return copies
+
+    def prepare(self) -> Digests:
+        missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
+        raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
+        self.staging.close()
+        rows = [digest_rows(write.key, rows, write.row0) for write, rows in zip(self._writes, self._rows, strict=True)]
+        self._staged = np.array(rows, np.uint64).reshape(-1, 2)
+        for live, copy in self._undo:
+            copy.copy_(live)
+        return self._staged
+
+    def write(self) -> Digests:
+        for write, rows in zip(self._writes, self._rows, strict=True):
+            write.apply(rows)
+        for each in self._recomputes:
+            each.apply()
+        installed = read_back(self._writes, self._scratch)
+        require_equal(installed, self._staged, self._writes)
+        names = {span[0]: None for span in self._spans}
+        padding = [each for name in names for each in self._live.padding.get(name, ())]
+        stained = [problem for each in padding if (problem := each.problem(self._scratch)) is not None]
+        raise_all(LayoutError, "install: padding was written; the old bytes are back", stained)
+        self._live.audit.check()
+        return installed
+
+    def undo(self) -> None:
+        for live, copy in self._undo:
+            live.copy_(copy)
+
+    def changes(self) -> Changes:
+        return {write.placement.tensor.name: None for write in self._writes}
+
+    def reverse(self) -> list[Patch]:
+        copies = dict(zip(self._spans, (copy for _, copy in self._undo), strict=True))
+        return [
+            whole_rows(index, write, _old_rows(write, copies))
+            for index, write in zip(self.indices, self._writes, strict=True)
+            if write.num_rows
+        ]
+
+
+def _old_rows(write: Write, copies: Mapping[Span, Tensor]) -> Tensor:
+    """Rows as they were, out of the undo copy."""
+    name, first, stop = write.span
+    (span, copy) = next(
+        (span, copy) for span, copy in copies.items() if span[0] == name and span[1] <= first and stop <= span[2]
+    )
+    return invert_rows(write.placement, write.row0, write.num_rows, copy, write.base + span[1])
+
+
+def whole_rows(index: int, write: Write, rows: Tensor) -> Patch:
+    """A patch that puts these rows of a tensor of the manifest where they belong."""
+    row_bytes = write.placement.tensor.row_bytes
+    first = write.row0 * row_bytes
+    values = rows.reshape(-1).cpu().numpy()
+    return Patch(tensor=index, first=first, stop=first + len(values), positions=None, values=values)
+
+
+def require_equal(installed: Digests, staged: Digests, writes: Sequence[Write]) -> None:
+    """Raise DigestError that names the tensors whose read-back rows are not what was staged."""
+    problems = [
+        f"{writes[i].placement.tensor.name}: installed {_hex(installed[i])}, staged {_hex(staged[i])}"
+        for i in np.flatnonzero((installed != staged).any(axis=1)).tolist()
+    ]
+    raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
+
+
+def read_back(writes: Sequence[Write], scratch: Tensor | None = None) -> Digests:
+    """Digests of live rows, [n, 2]."""
+    scratch = torch.empty(block_bytes(writes), dtype=torch.uint8) if scratch is None else scratch
+    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
+
+
+def block_bytes(writes: Sequence[Write]) -> int:
+    """Scratch for one block of rows, in whole cache lines."""
+    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
+    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _hex(digest: npt.NDArray[np.uint64]) -> str:
+    return "".join(f"{int(lane):016x}" for lane in digest)
