@@ -65,7 +65,7 @@ class Digests(_message.Message):
     def __init__(self, lane0: _Optional[_Iterable[int]] = ..., lane1: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class VersionInfo(_message.Message):
-    __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s")
+    __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s", "step")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class VersionInfo(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     version: int
     base_version: int
     push_id: str
@@ -90,7 +91,8 @@ class VersionInfo(_message.Message):
     state: str
     seconds: float
     pause_s: float
-    def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ...) -> None: ...
+    step: int
+    def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ..., step: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("fingerprint",)
@@ -117,7 +119,7 @@ class DescribeReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams")
+    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step")
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +128,8 @@ class BeginRequest(_message.Message):
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     push_id: str
     base_version: int
     fingerprint: int
@@ -134,7 +138,43 @@ class BeginRequest(_message.Message):
     logical_bytes: int
     lease_s: float
     num_streams: int
-    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ...) -> None: ...
+    delta: Delta
+    step: int
+    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ("base_version", "base_digest", "changed", "ranks")
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    base_version: int
+    base_digest: str
+    changed: _containers.RepeatedScalarFieldContainer[int]
+    ranks: _containers.RepeatedCompositeFieldContainer[RankDelta]
+    def __init__(self, base_version: _Optional[int] = ..., base_digest: _Optional[str] = ..., changed: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankDelta, _Mapping]]] = ...) -> None: ...
+
+class RankDelta(_message.Message):
+    __slots__ = ("replica", "rank", "blobs")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    rank: int
+    blobs: _containers.RepeatedCompositeFieldContainer[BlobSize]
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., blobs: _Optional[_Iterable[_Union[BlobSize, _Mapping]]] = ...) -> None: ...
+
+class BlobSize(_message.Message):
+    __slots__ = ("num_bytes", "num_segments", "num_changes", "dense_bytes")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    num_segments: int
+    num_changes: int
+    dense_bytes: int
+    def __init__(self, num_bytes: _Optional[int] = ..., num_segments: _Optional[int] = ..., num_changes: _Optional[int] = ..., dense_bytes: _Optional[int] = ...) -> None: ...
 
 class BeginReply(_message.Message):
     __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed")
@@ -431,20 +471,22 @@ class HelloReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams")
+    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transaction: int
     version: int
     base_version: int
     tensors: _containers.RepeatedScalarFieldContainer[int]
     num_streams: int
-    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ...) -> None: ...
+    delta: Delta
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("planned_bytes",)
