@@ -2,11 +2,13 @@
 
     from weight_update.client import Pusher
 
-    report = Pusher("host:port").push(model, scope="all")
+    pusher = Pusher("host:port")
+    report = pusher.push(model)                  # the first time all of it, then what changed
+    handle = pusher.push_async(model, step=7)    # the optimizer may step as soon as this returns
 
-On several trainer ranks (torch.distributed) every rank calls `push` with its own shards; each streams its rows
-straight to the ranks that own them, and all return the same report. Nothing is gathered and no second copy of the
-model is made.
+On several trainer ranks (torch.distributed) every rank calls the same with its own shards; each streams its rows
+straight to the ranks that own them, and all return the same report. Nothing is gathered. What is kept for the next
+push are the checkpoint-form bytes of the last confirmed one (`mode="full"` keeps nothing).
 """
 
 from __future__ import annotations
@@ -15,67 +17,49 @@ import getpass
 import logging
 import os
 import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from protos import transfuse_pb2 as pb
 from quant.formats import NON_FINITE, amax
-from sharding.routes import destinations
 
-from .digest import Digests, digest_rows, name_key
-from .door import Door, route
-from .encoder import blocks, encoded, global_scales, nonfinite_index
-from .errors import ManifestError, WeightUpdateError, raise_all
+from .attempt import Attempt, Lease, Progress
+from .base import Base, Changes, Whole, compare
+from .encoder import blocks, global_scales, nonfinite_index
+from .errors import BusyError, DigestError, ManifestError, VersionError, raise_all
+from .handle import PushHandle
 from .manifest import Manifest
 from .ranks import Ranks
+from .report import Clock, PushReport, report_of
 from .source import Items, PushPlan, Scope, check_finite, plan_push
-from .transport import ControlClient, StageStream, connect, from_manifest_proto
+from .transport import ControlClient, connect, from_manifest_proto
+
+__all__ = ["PushHandle", "PushReport", "Pusher"]
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
+Mode = Literal["auto", "full", "delta"]
+OnBusy = Literal["wait", "replace", "error"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushReport:
-    """What a push did. Bytes and seconds are over all trainer ranks; `wire_bytes` counts each replica's copy.
-
-    phases: seconds of describe, plan, begin, transfer, prepare, commit. carried_over: parameters outside the scope.
-    widened: parameters that were added to the scope because their fused group was cut.
-    digest_verified: every rank's installed digest equalled the trainer's.
-    """
-
-    version: int
-    base_version: int
-    digest: str
-    logical_bytes: int
-    wire_bytes: int
-    seconds: float
-    phases: dict[str, float]
-    pause_s: float
-    planned_bytes: int
-    replicas: list[str]
-    digest_verified: bool
-    carried_over: int
-    widened: list[str] = field(default_factory=list)
-    timings: list[dict[str, float]] = field(default_factory=list)
+# A delta of more than this share of all bytes is pushed in full: that needs no memory beyond the rows themselves.
+MAX_DELTA_SHARE = 0.5
 
 
 class Pusher:
     """Pushes weights to a Transfuse service.
 
     target: host:port of the coordinator. group: the trainer's process group (default: the default group, when there is
-    one). lease_s: how long the service keeps an open push whose trainer went silent. on_progress: called with (phase,
-    bytes done, bytes in all). Errors: see weight_update.errors; whatever is raised, the service serves the old version
-    unchanged.
+    one). mode: "auto" sends what changed wherever the service holds the last confirmed push of this trainer, and
+    everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep: device whose memory holds the
+    bytes of the last confirmed push. lease_s: how long the service keeps an open push whose trainer went silent.
+    retry_s: how long lost connections are retried. on_progress: called with (phase, bytes done, bytes in all). Errors:
+    see weight_update.errors; whatever is raised, the service serves the old version unchanged, unless the message says
+    that the outcome is not known; the next push then finds out.
     """
 
     def __init__(
@@ -83,22 +67,40 @@ class Pusher:
         target: str,
         *,
         group: dist.ProcessGroup | None = None,
+        mode: Mode = "auto",
+        keep: torch.device | str = "cpu",
         lease_s: float = 60.0,
         retry_s: float = 30.0,
         pushed_by: str | None = None,
         on_progress: Progress | None = None,
     ) -> None:
+        self.mode = mode
+        self.run_id = uuid.uuid4().hex
         self._control = ControlClient(target)
         self._ranks = Ranks(group)
+        self._apart: Ranks | None = None
+        self._keep = None if mode == "full" else torch.device(keep)
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or f"{_user()}@{socket.gethostname()} pid {os.getpid()}"
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels: dict[str, Any] = {}
         self._manifest: Manifest | None = None
+        self._base: Base | None = None
+        self._confirmed: tuple[int, str] = (0, "")  # version, digest
+        self._unsettled: Attempt | None = None  # its outcome is not known
+        self._running: PushHandle | None = None
+        self._why = "this trainer has pushed nothing yet"  # there is no base
 
     def push(
-        self, model: Items, scope: Scope = "all", *, base_version: int | None = None, push_id: str | None = None
+        self,
+        model: Items,
+        scope: Scope = "all",
+        *,
+        base_version: int | None = None,
+        push_id: str | None = None,
+        step: int = 0,
+        on_busy: OnBusy = "error",
     ) -> PushReport:
         """Push a model's weights as the next version; returns once every replica serves it, or raises with nothing
         changed.
@@ -107,34 +109,112 @@ class Pusher:
         FP16 weights are cast to BF16, ties to even. scope: "all" (every parameter of the service must be there),
         "trainable", or name patterns; widened to whole fused groups, the rest is carried over. base_version: refuse
         unless it is current. push_id: pushing the same id again returns the first outcome instead of a second version.
+        step: the trainer's own count, stored beside the version. on_busy: where another push is open, raise BusyError,
+        wait until it is over, or abort it.
         """
-        clock = _Clock()
+        self._give_way(on_busy)
+        attempt = self._planned(self._ranks, model, scope, base_version, push_id, step, on_busy)
+        return self._run(attempt)
+
+    def push_async(
+        self,
+        model: Items,
+        scope: Scope = "all",
+        *,
+        base_version: int | None = None,
+        push_id: str | None = None,
+        step: int = 0,
+        on_busy: OnBusy = "error",
+    ) -> PushHandle:
+        """The same, but returns as soon as everything to be sent is encoded: the optimizer may step during the
+        transfer. on_busy also says what becomes of a push of this trainer that still runs."""
+        self._give_way(on_busy)
+        self._apart = self._apart or self._ranks.apart()
+        attempt = self._planned(self._apart, model, scope, base_version, push_id, step, on_busy)
+        if isinstance(attempt.content, Whole):
+            attempt.content.take()
+        self._running = PushHandle(lambda: self._run(attempt), attempt.cancel)
+        return self._running
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed trainer needs to say who it is and what it pushed last; no weights."""
+        version, digest = self._confirmed
+        return {"run_id": self.run_id, "version": version, "digest": digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the run that this state was saved in. The next push is a full one: the bytes of the last confirmed
+        push are not part of the state."""
+        self.run_id = str(state["run_id"])
+        self._confirmed = (int(state["version"]), str(state["digest"]))
+        self._base = None
+        self._why = f"this run was resumed after version {self._confirmed[0]} and does not hold its bytes"
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the last confirmed push takes here."""
+        return 0 if self._base is None else self._base.num_bytes
+
+    def close(self) -> None:
+        """Wait for a running push, then close all connections."""
+        self._give_way("wait")
+        self._control.close()
+        for channel in self._channels.values():
+            channel.close()
+
+    # -- before anything is sent
+
+    def _give_way(self, on_busy: OnBusy) -> None:
+        """One push of this trainer at a time."""
+        running = self._running
+        if running is None or running.done():
+            return
+        if on_busy == "error":
+            raise BusyError("a push of this trainer is under way; wait for its handle, or say on_busy")
+        if on_busy == "replace":
+            running.cancel()
+        running.wait()
+
+    def _planned(
+        self,
+        ranks: Ranks,
+        model: Items,
+        scope: Scope,
+        base_version: int | None,
+        push_id: str | None,
+        step: int,
+        on_busy: OnBusy,
+    ) -> Attempt:
+        clock = Clock()
+        self._settle()
         described = self._describe()
         manifest = self._manifest_of(described)
         clock.stop("describe")
         plan = self._plan(manifest, model, scope)
         scales = self._scales(plan)
+        content, reason = self._content(plan, scales, described)
+        chosen_id = self._ranks.from_first(lambda: push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
         clock.stop("plan")
-        chosen_id = self._ranks.from_first(lambda: push_id or uuid.uuid4().hex)
-        begun = self._begin(manifest, plan, base_version or 0, chosen_id)
-        clock.stop("begin")
-        if begun.already_committed:
-            return self._known(plan, clock, begun.version)
-        with _Lease(self, chosen_id):
-            try:
-                wire_bytes, decided = self._carry_out(described, manifest, plan, scales, begun, clock)
-            except BaseException as error:
-                self._abort(begun.transaction, error)
-                raise
-        return _report(plan, begun, decided, wire_bytes, clock)
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._control.close()
-        for channel in self._channels.values():
-            channel.close()
-
-    # -- steps
+        kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._keep} memory"
+        log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
+        return Attempt(
+            control=self._control,
+            ranks=ranks,
+            described=described,
+            manifest=manifest,
+            plan=plan,
+            content=content,
+            reason=reason,
+            clock=clock,
+            push_id=chosen_id,
+            base_version=base_version or 0,
+            step=step,
+            on_busy=on_busy,
+            lease_s=self._lease_s,
+            retry_s=self._retry_s,
+            pushed_by=self._pushed_by,
+            channel=self._channel,
+            on_progress=self._on_progress,
+        )
 
     def _describe(self) -> pb.DescribeReply:
         known = self._manifest.fingerprint if self._manifest else 0
@@ -167,183 +247,104 @@ class Pusher:
         pairs = zip(plan.sources, bits.tolist(), strict=True)
         return global_scales((source.parameter, value) for source, value in pairs if source.kind == "encode")
 
-    def _begin(self, manifest: Manifest, plan: PushPlan, base_version: int, push_id: str) -> pb.BeginReply:
-        def begin() -> bytes:
-            return self._control.begin(
-                push_id=push_id,
-                base_version=base_version,
-                fingerprint=manifest.fingerprint,
-                tensors=plan.specs,
-                pushed_by=self._pushed_by,
-                logical_bytes=plan.logical_bytes,
-                lease_s=self._lease_s,
-                num_streams=self._ranks.world,
-            ).SerializeToString()
+    def _content(self, plan: PushPlan, scales: dict[str, Tensor], described: pb.DescribeReply) -> tuple[Any, str]:
+        """What to send, and why; the same kind on every trainer rank."""
+        reasons = [reason for reason in self._ranks.gather(self._why_full(described)) if reason]
+        if reasons and self.mode == "delta":
+            raise VersionError(f"delta push: {reasons[0]}; push once with mode='auto'")
+        if reasons:
+            return Whole(plan, scales, keep=self._keep), str(reasons[0])
+        assert self._base is not None
+        changes = compare(plan, scales, self._base)
+        total = sum(spec.num_bytes for spec in plan.specs)
+        changed = int(self._ranks.reduce(np.array([changes.num_bytes], np.int64), dist.ReduceOp.SUM)[0])
+        if self.mode == "auto" and changed > MAX_DELTA_SHARE * total:
+            return self._whole_of(changes), f"{changed} of {total} bytes changed"
+        return changes, f"changes of version {described.version}"
 
-        return pb.BeginReply.FromString(self._ranks.from_first(begin))
+    def _why_full(self, described: pb.DescribeReply) -> str:
+        """Why a delta cannot be pushed; nothing where it can."""
+        if self.mode == "full":
+            return "asked for"
+        if self._base is None:
+            return self._why
+        if self._base.digest != described.digest:
+            held = f"the service holds version {described.version} of digest {described.digest}"
+            return f"{held}, the last confirmed push of this trainer was version {self._base.version}"
+        return ""
 
-    def _carry_out(
-        self,
-        described: pb.DescribeReply,
-        manifest: Manifest,
-        plan: PushPlan,
-        scales: dict[str, Tensor],
-        begun: pb.BeginReply,
-        clock: _Clock,
-    ) -> tuple[int, pb.DecideReply]:
-        failure: WeightUpdateError | None = None
-        sent, digests = 0, np.zeros((len(plan.specs), 2), np.uint64)
+    def _whole_of(self, changes: Changes) -> Whole:
+        """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
+        self._base, self._why = None, "the last push did not end well"
+        return Whole.of(changes.plan, changes.applied())
+
+    # -- on the way
+
+    def _run(self, attempt: Attempt) -> PushReport:
         try:
-            sent, digests = self._transfer(described, manifest, plan, scales, begun)
-        except WeightUpdateError as error:
-            failure = error
-        for each in self._ranks.gather(failure):
-            if each is not None:
-                raise each
-        clock.stop("transfer")
-        digests = self._ranks.reduce(digests, dist.ReduceOp.SUM)
-        wire_bytes = int(self._ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])
-        self._ranks.from_first(lambda: self._control.prepare(begun.transaction, digests, wire_bytes))
-        clock.stop("prepare")
-        decided = self._ranks.from_first(lambda: self._control.decide(begun.transaction).SerializeToString())
-        clock.stop("commit")
-        return wire_bytes, pb.DecideReply.FromString(decided)
+            return self._carried_out(attempt)
+        except (VersionError, DigestError) as error:
+            refused_base = isinstance(error, VersionError) and attempt.base_version
+            if self.mode != "auto" or not isinstance(attempt.content, Changes) or refused_base:
+                raise
+            log.warning("push %s: the delta was refused (%s), pushing in full", attempt.push_id, error)
+            attempt.content = self._whole_of(attempt.content)
+            attempt.reason = f"the delta was refused: {error}".splitlines()[0]
+            attempt.described = self._describe()
+            return self._carried_out(attempt)
 
-    def _transfer(
-        self,
-        described: pb.DescribeReply,
-        manifest: Manifest,
-        plan: PushPlan,
-        scales: dict[str, Tensor],
-        begun: pb.BeginReply,
-    ) -> tuple[int, Digests]:
-        """Encode and stream this rank's rows; returns the wire bytes and the digests of what was sent."""
-        streams = [
-            StageStream(
-                self._channel(rank.address),
-                target=rank.address,
-                transaction=begun.transaction,
-                epoch=described.epoch,
-                trainer_rank=self._ranks.rank,
-                retry_s=self._retry_s,
-            )
-            for rank in described.ranks
-        ]
-        starts = [np.array(rank.row_start, np.int64) for rank in described.ranks]
-        stops = [np.array(rank.row_stop, np.int64) for rank in described.ranks]
-        doors = [Door(each, [streams[i] for i in each.ranks]) for each in destinations(starts, stops)]
-        try:
-            digests = self._send(manifest, plan, scales, doors)
-            for stream in streams:
-                stream.finish()
-        except BaseException:
-            for stream in streams:
-                stream.cancel()
-            raise
-        return sum(stream.wire_bytes for stream in streams), digests
+    def _carried_out(self, attempt: Attempt) -> PushReport:
+        begun = attempt.begin()
+        if begun.already_committed:
+            info = attempt.info()
+            assert info is not None
+            return self._report(attempt, begun, pb.DecideReply(version=info, digest_verified=True), info.wire_bytes)
+        with Lease(attempt):
+            try:
+                wire_bytes = attempt.transfer(begun)
+                decided = attempt.decide(begun)
+            except BaseException as error:
+                self._unsettled = attempt if attempt.unknown else None
+                attempt.abort(begun.transaction, error)
+                raise
+        self._confirm(attempt, decided.version)
+        return self._report(attempt, begun, decided, wire_bytes)
 
-    def _send(self, manifest: Manifest, plan: PushPlan, scales: dict[str, Tensor], doors: Sequence[Door]) -> Digests:
-        digests = np.zeros((len(plan.specs), 2), np.uint64)
-        positions = {spec.name: i for i, spec in enumerate(plan.specs)}
-        done = 0
-        for source in plan.sources:
-            for spec, first, data in encoded(source, scales.get(source.name)):
-                position = positions[spec.name]
-                digests[position] += np.array(digest_rows(name_key(spec.name), data, first), np.uint64)
-                index = manifest.index[spec.name]
-                for door in doors:
-                    route(door, position, index, spec, first, data)
-            done += 2 * source.rows.numel()
-            self._on_progress("transfer", done, plan.logical_bytes)
-        for door in doors:
-            door.flush()
-        return digests
+    def _confirm(self, attempt: Attempt, info: pb.VersionInfo) -> None:
+        """The commit is certain: what was sent is what the service holds."""
+        carried = self._base
+        if carried is not None and carried.digest != attempt.described.digest:
+            carried = None  # of a version that this push does not build on
+        self._base = attempt.content.confirmed(carried, info.version, info.digest)
+        self._confirmed = (info.version, info.digest)
+
+    def _settle(self) -> None:
+        """Find out how a push ended whose outcome got lost."""
+        attempt, self._unsettled = self._unsettled, None
+        if attempt is None:
+            return
+        info = attempt.info()
+        if info is not None:
+            log.info("push %s: had been committed as version %d", attempt.push_id, info.version)
+            self._confirm(attempt, info)
+
+    def _report(self, attempt: Attempt, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int) -> PushReport:
+        return report_of(
+            attempt.plan,
+            begun,
+            decided,
+            attempt.clock,
+            wire_bytes=wire_bytes,
+            mode=attempt.content.mode,
+            reason=attempt.reason,
+            changed_tensors=attempt.num_changed,
+            kept_bytes=self.kept_bytes,
+        )
 
     def _channel(self, address: str) -> Any:
         if address not in self._channels:
             self._channels[address] = connect(address)
         return self._channels[address]
-
-    def _abort(self, transaction: int, error: BaseException) -> None:
-        """Tell the service to give up; where it cannot be told, the lease does it."""
-        if self._ranks.rank != 0:
-            return
-        try:
-            self._control.abort(transaction, f"{type(error).__name__}: {error}"[:1000])
-        except WeightUpdateError as unheard:
-            log.info("abort of transaction %d: %s", transaction, unheard)
-
-    def _known(self, plan: PushPlan, clock: _Clock, version: int) -> PushReport:
-        """The report of a push id that was committed before."""
-        info = next(info for info in self._control.versions() if info.version == version)
-        decided = pb.DecideReply(version=info, digest_verified=True)
-        return _report(plan, pb.BeginReply(version=version), decided, info.wire_bytes, clock)
-
-
-class _Lease:
-    """Renews the lease of an open push from the first trainer rank while the block runs."""
-
-    def __init__(self, pusher: Pusher, push_id: str) -> None:
-        self._pusher, self._push_id = pusher, push_id
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
-
-    def __enter__(self) -> None:
-        if self._pusher._ranks.rank == 0:
-            self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        fields = {"push_id": self._push_id, "tensors": (), "pushed_by": self._pusher._pushed_by}
-        while not self._stopped.wait(self._pusher._lease_s / 3):
-            try:
-                self._pusher._control.begin(**fields)
-            except WeightUpdateError as error:
-                log.info("lease not renewed: %s", error)
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
-
-    def stop(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.phases[phase] = now - self._last
-        self._last = now
-
-    @property
-    def seconds(self) -> float:
-        return self._last - self._start
-
-
-def _report(
-    plan: PushPlan, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int, clock: _Clock
-) -> PushReport:
-    timings = [
-        {field.name: getattr(timing, field.name) for field in pb.RankTiming.DESCRIPTOR.fields}
-        for timing in decided.timings
-    ]
-    return PushReport(
-        version=decided.version.version,
-        base_version=decided.version.base_version,
-        digest=decided.version.digest,
-        logical_bytes=plan.logical_bytes,
-        wire_bytes=wire_bytes,
-        seconds=clock.seconds,
-        phases=clock.phases,
-        pause_s=decided.version.pause_s,
-        planned_bytes=begun.planned_bytes,
-        replicas=list(decided.replicas),
-        digest_verified=decided.digest_verified,
-        carried_over=plan.carried_over,
-        widened=list(plan.widened),
-        timings=timings,
-    )
 
 
 def _user() -> str:

@@ -23,6 +23,13 @@ class Ranks:
         backend = str(dist.get_backend(group)) if self._distributed else "gloo"
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
+    def apart(self) -> Ranks:
+        """The same ranks over a group of their own, for collectives that must not meet the trainer's; all call it."""
+        if self.world == 1:
+            return self
+        ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        return Ranks(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         if self.world == 1:

@@ -21,6 +21,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from quant.formats import TensorSpec
 from quant.parameters import ParameterRow
 
+from .delta import BlobSize, DeltaPlan, RankDelta
 from .digest import Digests
 from .errors import ERRORS, MemberError, TransferError, WeightUpdateError
 from .manifest import Manifest
@@ -137,6 +138,43 @@ def from_digests_proto(message: pb.Digests) -> Digests:
     if len(message.lane0) != len(message.lane1):
         raise TransferError(f"digests: {len(message.lane0)} first lanes, {len(message.lane1)} second lanes")
     return np.stack([np.array(message.lane0, np.uint64), np.array(message.lane1, np.uint64)], axis=1)
+
+
+def to_delta_proto(plan: DeltaPlan) -> pb.Delta:
+    """What a delta push brings, for the wire."""
+    ranks = [
+        pb.RankDelta(
+            replica=each.replica,
+            rank=each.rank,
+            blobs=[
+                pb.BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
+                for blob in each.blobs
+            ],
+        )
+        for each in plan.ranks
+    ]
+    return pb.Delta(base_version=plan.base_version, base_digest=plan.base_digest, changed=plan.changed, ranks=ranks)
+
+
+def from_delta_proto(message: pb.Delta) -> DeltaPlan:
+    """What a delta push brings, from the wire."""
+    ranks = tuple(
+        RankDelta(
+            replica=each.replica,
+            rank=each.rank,
+            blobs=tuple(
+                BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
+                for blob in each.blobs
+            ),
+        )
+        for each in message.ranks
+    )
+    return DeltaPlan(
+        base_version=message.base_version,
+        base_digest=message.base_digest,
+        changed=tuple(message.changed),
+        ranks=ranks,
+    )
 
 
 # ---------------------------------------------------------------- one rank's stream
@@ -307,6 +345,11 @@ class ControlClient:
         """Give up: every rank goes back to the old version."""
         request = pb.AbortRequest(transaction=transaction, reason=reason)
         call(self._stub.Abort, request, timeout_s=120, where=self.target)
+
+    def status(self) -> pb.StatusReply:
+        """What the service does now."""
+        reply: pb.StatusReply = call(self._stub.Status, pb.StatusRequest(), timeout_s=60, where=self.target)
+        return reply
 
     def versions(self) -> list[pb.VersionInfo]:
         """Committed versions, oldest first."""

@@ -1,0 +1,268 @@
+"""One push on its way: begin, streams, prepare, decide, and what became of it.
+
+Every trainer rank has one; what only the coordinator is told, the first rank tells it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from protos import transfuse_pb2 as pb
+
+from .base import Changes, Whole
+from .delta import DeltaPlan
+from .errors import BusyError, TransferError, WeightUpdateError
+from .manifest import Manifest
+from .ranks import Ranks
+from .report import Clock
+from .sending import Packed, Streams, announced, destinations_of, pack_for, send_packed, send_whole
+from .source import PushPlan
+from .transport import ControlClient, StageStream, to_delta_proto
+
+log = logging.getLogger(__name__)
+
+BUSY_POLL_S = 0.2
+OUTCOME_POLL_S = 0.5
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Attempt:
+    """All that one push needs once its bytes are settled. ranks: over which the trainer ranks agree meanwhile."""
+
+    control: ControlClient
+    ranks: Ranks
+    described: pb.DescribeReply
+    manifest: Manifest
+    plan: PushPlan
+    content: Whole | Changes
+    reason: str
+    clock: Clock
+    push_id: str
+    base_version: int
+    step: int
+    on_busy: str
+    lease_s: float
+    retry_s: float
+    pushed_by: str
+    channel: Callable[[str], Any]
+    on_progress: Progress
+    unknown: bool = False  # the commit was asked for, and whether it happened is not known
+    num_changed: int = 0
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _deciding: bool = False
+    _streams: Streams | None = None
+    _packed: list[Packed] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Give up, unless the commit was asked for; from any thread."""
+        self._cancelled.set()
+        streams = self._streams
+        if streams is not None and not self._deciding:
+            streams.cancel()
+
+    # -- the steps
+
+    def begin(self) -> pb.BeginReply:
+        """Open the transaction; where another is open, do as on_busy says."""
+        delta = self._delta()
+        self.num_changed = len(self.plan.specs) if delta is None else len(delta.changed)
+        reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
+        self.clock.stop("begin")
+        return reply
+
+    def transfer(self, begun: pb.BeginReply) -> int:
+        """Stream this rank's bytes; returns the wire bytes of all trainer ranks. Every rank has prepared then."""
+        failure: WeightUpdateError | None = None
+        sent = 0
+        try:
+            sent = self._transfer(begun.transaction)
+        except WeightUpdateError as error:
+            failure = error
+        for each in self.ranks.gather(failure):
+            if each is not None:
+                raise each
+        self._packed = []
+        self.clock.stop("transfer")
+        digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
+        wire_bytes = int(self.ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])
+        self.ranks.from_first(lambda: self.control.prepare(begun.transaction, digests, wire_bytes))
+        self.clock.stop("prepare")
+        return wire_bytes
+
+    def decide(self, begun: pb.BeginReply) -> pb.DecideReply:
+        """Ask for the commit. An answer that got lost is asked for by the id of the push."""
+        reply, self.unknown, error = self.ranks.gather(self._decide(begun.transaction))[0]
+        self.clock.stop("commit")
+        if error is not None:
+            raise error
+        return pb.DecideReply.FromString(reply)
+
+    def abort(self, transaction: int, error: BaseException) -> None:
+        """Tell the service to give up; where it cannot be told, the lease does it."""
+        if self.ranks.rank != 0 or self.unknown:
+            return
+        try:
+            self.control.abort(transaction, f"{type(error).__name__}: {error}"[:1000])
+        except WeightUpdateError as unheard:
+            log.info("abort of transaction %d: %s", transaction, unheard)
+
+    def info(self) -> pb.VersionInfo | None:
+        """The version that this push became, None where it became none."""
+
+        def found() -> bytes | None:
+            info = next((each for each in self.control.versions() if each.push_id == self.push_id), None)
+            return None if info is None else info.SerializeToString()
+
+        data = self.ranks.from_first(found)
+        return None if data is None else pb.VersionInfo.FromString(data)
+
+    # -- begin
+
+    def _delta(self) -> DeltaPlan | None:
+        """Pack the changes; what every rank gets, from all trainer ranks."""
+        if isinstance(self.content, Whole):
+            return None
+        to = destinations_of(self.described.ranks)
+        self._packed = pack_for(self.content, self.manifest, to)
+        everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
+        ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
+        return DeltaPlan(
+            base_version=self.described.version,
+            base_digest=self.described.digest,
+            changed=tuple(sorted(set().union(*(changed for _, changed in everywhere)))),
+            ranks=tuple(ranks),
+        )
+
+    def _begin(self, delta: DeltaPlan | None) -> pb.BeginReply:
+        while True:
+            try:
+                return self._begin_once(delta)
+            except BusyError as error:
+                if self.on_busy == "error":
+                    raise
+                self._raise_cancelled()
+                log.info("push %s: %s, %s", self.push_id, {"wait": "waiting"}.get(self.on_busy, self.on_busy), error)
+                if self.on_busy == "replace":
+                    self.control.abort(0, f"replaced by push {self.push_id} of {self.pushed_by}")
+                time.sleep(BUSY_POLL_S)
+
+    def _begin_once(self, delta: DeltaPlan | None) -> pb.BeginReply:
+        self._raise_cancelled()
+        return self.control.begin(
+            push_id=self.push_id,
+            base_version=self.base_version or (0 if delta is None else delta.base_version),
+            fingerprint=self.manifest.fingerprint,
+            tensors=self.plan.specs,
+            pushed_by=self.pushed_by,
+            logical_bytes=self.plan.logical_bytes,
+            lease_s=self.lease_s,
+            num_streams=self.ranks.world,
+            step=self.step,
+            **({} if delta is None else {"delta": to_delta_proto(delta)}),
+        )
+
+    # -- transfer
+
+    def _transfer(self, transaction: int) -> int:
+        streams = [
+            StageStream(
+                self.channel(rank.address),
+                target=rank.address,
+                transaction=transaction,
+                epoch=self.described.epoch,
+                trainer_rank=self.ranks.rank,
+                retry_s=self.retry_s,
+            )
+            for rank in self.described.ranks
+        ]
+        with Streams(streams, destinations_of(self.described.ranks)) as self._streams:
+            self._raise_cancelled()
+            if isinstance(self.content, Whole):
+                total = sum(spec.num_bytes for spec in self.plan.specs)
+                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
+            else:
+                total = sum(size.num_bytes for _, size in self._packed)
+                send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
+        return self._streams.wire_bytes
+
+    def _counted(self, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def sent(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self.on_progress("transfer", done, total)
+
+        return sent
+
+    def _raise_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise TransferError(f"push {self.push_id}: was cancelled; nothing was changed")
+
+    # -- decide
+
+    def _decide(self, transaction: int) -> tuple[bytes, bool, WeightUpdateError | None]:
+        """(reply, whether the outcome is not known, error) on the first rank."""
+        if self.ranks.rank != 0:
+            return b"", False, None
+        try:
+            self._raise_cancelled()
+            self._deciding = True
+            return self.control.decide(transaction).SerializeToString(), False, None
+        except WeightUpdateError as error:
+            if not self._deciding:
+                return b"", False, error
+            return self._outcome(transaction, error)
+
+    def _outcome(self, transaction: int, error: WeightUpdateError) -> tuple[bytes, bool, WeightUpdateError | None]:
+        """Whether a commit that was asked for happened: the service knows the id of the push, or works on it, or does
+        neither. error: why the answer to it is not there."""
+        deadline_s = time.monotonic() + self.retry_s
+        while True:
+            try:
+                working = self.control.status().transaction == transaction
+                info = next((each for each in self.control.versions() if each.push_id == self.push_id), None)
+                if info is not None:
+                    return pb.DecideReply(version=info, digest_verified=True).SerializeToString(), False, None
+                if not working:
+                    return b"", False, error
+            except WeightUpdateError as unheard:
+                log.info("push %s: %s", self.push_id, unheard)
+            if time.monotonic() > deadline_s:
+                told = f"push {self.push_id}: its outcome is not known ({error}); the next push finds out"
+                return b"", True, TransferError(told)
+            time.sleep(OUTCOME_POLL_S)
+
+
+class Lease:
+    """Renews the lease of an open push from the first trainer rank while the block runs."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._attempt.ranks.rank == 0:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        attempt = self._attempt
+        while not self._stopped.wait(attempt.lease_s / 3):
+            try:
+                attempt.control.begin(push_id=attempt.push_id, tensors=(), pushed_by=attempt.pushed_by)
+            except WeightUpdateError as error:
+                log.info("lease not renewed: %s", error)
