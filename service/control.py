@@ -21,6 +21,7 @@ from weight_update.transport import (
     CONTROL_MESSAGE_BYTES,
     connect,
     error_of,
+    from_delta_proto,
     from_digests_proto,
     from_spec_proto,
     to_manifest_proto,
@@ -67,6 +68,7 @@ def version_info(decision: Decision, pause_s: float) -> pb.VersionInfo:
         state="committed",
         seconds=decision.seconds,
         pause_s=pause_s,
+        step=decision.step,
     )
 
 
@@ -109,6 +111,8 @@ class ControlServicer(pb_grpc.ControlServicer):
             logical_bytes=request.logical_bytes,
             lease_s=request.lease_s or 60.0,
             num_streams=request.num_streams or 1,
+            delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
+            step=request.step,
         )
         return pb.BeginReply(epoch=self._shell.index.epoch, **result)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from protos import transfuse_pb2 as pb
+from weight_update.delta import DeltaPlan
 from weight_update.digest import Digests
 from weight_update.messages import MemberId, Send
-from weight_update.transport import call, from_digests_proto
+from weight_update.transport import call, from_digests_proto, to_delta_proto
 
 STEP_TIMEOUT_S = 120.0
 
@@ -34,6 +35,7 @@ def _send_open(stub: Any, send: Send, epoch: int) -> int:
         base_version=send.base_version,
         tensors=tensors,
         num_streams=send.num_streams,
+        delta=to_delta_proto(send.source) if isinstance(send.source, DeltaPlan) else None,
     )
     return int(call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member)).planned_bytes)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.chunks import MAX_MESSAGE_BYTES, Chunk, StageOpen, decode_request
+from weight_update.delta import BlobSize
 from weight_update.errors import BusyError, MemberError, TransferError, WeightUpdateError
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
-from weight_update.transport import to_digests_proto, to_manifest_proto
+from weight_update.transport import from_delta_proto, to_digests_proto, to_manifest_proto
 
 from .engine import Engine
 from .faults import Faults
@@ -98,12 +99,16 @@ class RankServer:
     def open(self, request: Any) -> int:
         tensors = np.array(request.tensors, np.int64)
         self.given_up.clear()
+        blobs = None
+        if request.HasField("delta"):
+            blobs = from_delta_proto(request.delta).of(self.identity.replica, self.identity.rank)
         plan = self.receiver.begin(
             request.transaction,
             request.version,
             request.base_version,
             tensors,
-            in_flight_bytes=request.num_streams * STREAM_BYTES,
+            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs),
+            blobs=blobs,
         )
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
@@ -177,6 +182,12 @@ class RankServer:
         self._stale = self._stale and not refresh
         if not self.engine.wait_resumed(version, PAUSE_TIMEOUT_S):
             raise MemberError(f"serving did not go on within {PAUSE_TIMEOUT_S:.0f} s: {self.engine.state}")
+
+
+def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
+    """What the streams may hold; a delta is seldom as large as their windows."""
+    sizes = [STREAM_BYTES] * num_streams
+    return sum(sizes if blobs is None else (min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs))
 
 
 # step -> what does it
