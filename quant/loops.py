@@ -212,15 +212,26 @@ def gather_words(
 ) -> None:
     """Little-endian words of 8 bytes of rows; word i of row r has number r * words a row + i, a row ends in zeros."""
     per_row = (row_bytes + 7) // 8
+    whole = run_bytes % 8 == 0  # then no word leaves its run
+    row, start, stop = np.int64(0), np.int64(0), np.int64(0)
     for i in range(words.size):
-        row = words[i] // per_row
-        first = (words[i] - row * per_row) * 8
-        base = rows[row] + shift
+        if words[i] >= stop or words[i] < start:
+            row = words[i] // per_row
+            start, stop = row * per_row, (row + 1) * per_row
+        first = (words[i] - start) * 8
         value = np.uint64(0)
-        for j in range(min(8, row_bytes - first)):
-            run = (first + j) // run_bytes
-            byte = np.uint64(local[base + runs[run] + (first + j - run * run_bytes)])
-            if swap:
-                byte = ((byte << np.uint64(4)) | (byte >> np.uint64(4))) & np.uint64(255)
-            value |= byte << np.uint64(8 * j)
+        if whole:
+            run = first // run_bytes
+            at = np.uint64(rows[row] + runs[run] + (first - run * run_bytes) + shift)
+            for j in range(8):
+                value |= np.uint64(local[at + np.uint64(j)]) << np.uint64(8 * j)
+        else:
+            base = rows[row] + shift
+            for j in range(min(8, row_bytes - first)):
+                run = (first + j) // run_bytes
+                at = np.uint64(base + runs[run] + (first + j - run * run_bytes))
+                value |= np.uint64(local[at]) << np.uint64(8 * j)
+        if swap:
+            high = value & np.uint64(0xF0F0F0F0F0F0F0F0)
+            value = (high >> np.uint64(4)) | ((value ^ high) << np.uint64(4))
         out[i] = value

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cells import Changed, decode_cells, touched_cells
 from .formats import Format, decode_unscaled
 from .layouts import (
     Layout,
@@ -79,7 +81,7 @@ class QuantModule(nn.Module):
         """(checkpoint prefix of a matrix, decoded buffer that holds it, where in the buffer)."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
         """The weights in this module, as a trainer names them."""
         placements: dict[str, list[Placement]] = {}
@@ -103,21 +105,35 @@ class QuantModule(nn.Module):
         return sum(2 * torch.Size(shape).numel() for shape in self.decoded_shapes.values())
 
     @torch.no_grad()
-    def decode_(self) -> None:
-        """Refresh the decoded buffers from the bytes that are in the (unsharded) parameters now."""
+    def decode_(self, changed: Changed | None = None) -> None:
+        """Refresh the decoded buffers from the bytes that are in the (unsharded) parameters now.
+
+        changed: by tensor, the bytes that are not as they were when the buffers were last refreshed; all by default.
+        """
         self._require(self.layout_tag is not None, "its layout was not applied; load weights, then mark_applied()")
         sharded = [name for name, parameter in self.storage_parameters() if hasattr(parameter, "to_local")]
         self._require(not sharded, f"{', '.join(sharded)} hold a shard only; unshard the model before decode_()")
         bytes_of = {name: value.view(-1).view(torch.uint8) for name, value in self.storage_parameters()}
-        self._allocate()
+        fresh = self._allocate()
         for matrix in self.matrices:
-            _decode_rows(self.fmt, matrix.placements, bytes_of, self.get_buffer(matrix.buffer)[matrix.index])
+            buffer = self.get_buffer(matrix.buffer)[matrix.index]
+            cells = None
+            if changed is not None and not fresh:
+                if not any(placement.tensor.name in changed for placement in matrix.placements):
+                    continue
+                cells = touched_cells(self.fmt, matrix.placements, changed, (buffer.shape[0], buffer.shape[1]))
+            if cells is None:
+                _decode_rows(self.fmt, matrix.placements, bytes_of, buffer)
+            else:
+                decode_cells(self.fmt, matrix.placements, cells, bytes_of, buffer)
 
-    def _allocate(self) -> None:
-        for name, shape in self.decoded_shapes.items():
-            if getattr(self, name) is None:
-                device = next(self.parameters()).device
-                setattr(self, name, torch.empty(shape, dtype=torch.bfloat16, device=device))
+    def _allocate(self) -> bool:
+        """Whether buffers had to be made, which hold nothing yet."""
+        absent = {name: shape for name, shape in self.decoded_shapes.items() if getattr(self, name) is None}
+        for name, shape in absent.items():
+            device = next(self.parameters()).device
+            setattr(self, name, torch.empty(shape, dtype=torch.bfloat16, device=device))
+        return bool(absent)
 
     def _decoded(self, name: str, like: Tensor) -> Tensor:
         buffer = getattr(self, name)
@@ -283,8 +299,11 @@ def layouts_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(names)) or ("plain",)
 
 
-def decode_all(model: nn.Module) -> None:
-    """Refresh every decoded buffer; the model must be unsharded. Once a version."""
+def decode_all(model: nn.Module, changed: Changed | None = None) -> None:
+    """Refresh every decoded buffer; the model must be unsharded. Once a version.
+
+    changed: by tensor, the bytes that were written since the last time, None for any of them; all by default.
+    """
     for module in model.modules():
         if isinstance(module, QuantModule):
-            module.decode_()
+            module.decode_(changed)

@@ -78,8 +78,12 @@ class RankActor:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = self._join(rendezvous, device_type)
         with open_checkpoint(config.model) as checkpoint:
-            model = build_model(checkpoint.config_dir, config.format, config.layout, device="meta")
-            shard_model(model, mesh, quantized=quantized_modules(model))
+            # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
+            sharded = config.world > 1
+            device = "meta" if sharded else device_type
+            model = build_model(checkpoint.config_dir, config.format, config.layout, device=device)
+            if sharded:
+                shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
             config_dir = checkpoint.config_dir
@@ -90,7 +94,7 @@ class RankActor:
                 replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
             ),
             receiver=receiver,
-            engine=self._engine(model, eos_ids(config_dir), device_type),
+            engine=self._engine(model, receiver, eos_ids(config_dir), device_type),
             reshard=lambda: reshard_all(model),
             faults=self._faults,
             listen=f"{config.host}:0",
@@ -106,15 +110,20 @@ class RankActor:
         )
         return init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
 
-    def _engine(self, model: nn.Module, eos: frozenset[int], device_type: str) -> Engine:
+    def _engine(self, model: nn.Module, receiver: Receiver, eos: frozenset[int], device_type: str) -> Engine:
         """The engine of this rank, running; its steps are agreed on over a group of their own."""
+        config = self._config
 
         def refresh() -> None:
+            changed = receiver.take_stale()
+            if config.world == 1:
+                decode_all(model, changed)
+                return
+            # Peers wrote bytes that this rank does not know of: gather all of them, decode all.
             reshard_all(model)
             unshard_all(model)
             decode_all(model)
 
-        config = self._config
         engine = Engine(
             model,
             eos,

@@ -60,7 +60,7 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
         group=None,
         rank=0,
         world=1,
-        on_refresh=lambda: decode_all(model),
+        on_refresh=lambda: decode_all(model, receiver.take_stale()),
         version=0,
         max_tokens=512,
     )

@@ -188,7 +188,8 @@ def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tens
 
 def _moved(key: int, row_bytes: int, old: Held, rows: Tensor, found: np.ndarray, begin: int) -> Lanes:
     """The digest with the words of the changed bytes taken out as they were and put in as they are."""
-    words = np.unique(words_of(row_bytes, found))
+    words = words_of(row_bytes, found)
+    words = words[np.diff(words, prepend=-1) != 0]
     at = words + begin // row_bytes * -(-row_bytes // 8)
     out, into = (digest_words(key, row_bytes, at, _words(each, words)) for each in (old.rows, rows))
     lanes = [(lane - a + b) & MASK for lane, a, b in zip(old.digest, out, into, strict=True)]

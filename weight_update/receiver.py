@@ -104,7 +104,7 @@ class Receiver:
         self._last: tuple[Install, int] | None = None  # the published one whose undo is still there, and its base
         self._known = np.zeros((len(placements), 2), np.uint64)  # digests of the live rows of this rank
         self._is_known = np.zeros(len(placements), np.bool_)
-        self._stale: dict[str, Positions | None] = {each.tensor.name: None for each in placements}
+        self._stale: dict[str, list[Positions] | None] = {each.tensor.name: None for each in placements}
         # Guards the state, and the live bytes between an install and a re-read. Staging has its own lock, so that bytes
         # arrive meanwhile.
         self._lock = threading.RLock()
@@ -249,7 +249,7 @@ class Receiver:
         """Tensors whose live bytes were written since the last call, and which bytes of them; None for any of them."""
         with self._lock:
             stale, self._stale = self._stale, {}
-            return stale
+            return {name: None if parts is None else np.concatenate(parts) for name, parts in stale.items()}
 
     # -- what is there
 
@@ -305,9 +305,8 @@ class Receiver:
 
     def _mark_stale(self, install: Install) -> None:
         for name, positions in install.changes().items():
-            before = self._stale.get(name, positions)
-            known = positions is not None and before is not None
-            self._stale[name] = np.union1d(before, positions) if known else None  # type: ignore[arg-type]
+            before = self._stale.get(name, [])
+            self._stale[name] = None if positions is None or before is None else [*before, positions]
 
     def _end(self, install: Install) -> None:
         install.staging.close()
