@@ -1,14 +1,15 @@
-"""Decode a few elements of a matrix again, where bytes of its tensors changed.
+"""Decode a few elements of a model's matrices again, where bytes of their tensors changed.
 
 A cell is what can be decoded by itself: the rows and elements of a weight that share their bytes and block scales, 16
-elements of a row in NVFP4. The touched cells of a matrix, one below the other, are a small matrix of the same format.
+elements of a row in NVFP4. Touched cells, one below the other, are a small matrix of the same format, so that those of
+all matrices of a model are decoded in one call. Where they lie is found while the model still runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .formats import DTYPES, Component, Format, decode_unscaled
-from .layouts import Placement, invert_bytes
+from .placements import Placement, locate_bytes
 
 Positions = NDArray[np.int64]
 Changed = Mapping[str, Positions | None]  # tensor -> bytes of its checkpoint form that changed, None for any of them
 
 PIECE_ELEMENTS = 1 << 18  # of cells decoded at a time
 MAX_SHARE = 0.25  # of a matrix: above it, all of it is decoded in one pass
+ITEMS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def cell_of(fmt: Format, shape: tuple[int, int]) -> tuple[int, int]:
@@ -55,40 +57,150 @@ def touched_cells(
     return None if len(cells) * rows * elements > MAX_SHARE * math.prod(shape) else cells
 
 
-def decode_cells(
-    fmt: Format, placements: Sequence[Placement], cells: Positions, bytes_of: Mapping[str, Tensor], out: Tensor
-) -> None:
-    """Decode these cells from the whole storages into `out`, BF16 of the shape of the weight."""
-    rows, elements = cell_of(fmt, (out.shape[0], out.shape[1]))
-    parts = list(zip(fmt.components, placements, strict=True))
-    needed = {
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Cells:
+    """Some cells of one matrix: where their bytes are, and where their elements go.
+
+    sources: suffix -> memory, index into it, bytes of a row. row, column: of each cell in `out`, BF16.
+    """
+
+    fmt: Format
+    shape: tuple[int, int]
+    sources: Mapping[str, tuple[Tensor, Tensor, int]]
+    needed: Mapping[str, Tensor]
+    row: Tensor
+    column: Tensor
+    out: Tensor
+
+    def gather(self) -> dict[str, Tensor]:
+        """The bytes as rows of a matrix of cells, by suffix."""
+        return {
+            suffix: torch.index_select(memory, 0, index).view(torch.uint8).view(-1, num_bytes)
+            for suffix, (memory, index, num_bytes) in self.sources.items()
+        }
+
+    def put(self, decoded: Tensor) -> None:
+        """Elements of the cells, [cells * rows, elements], to where they belong."""
+        rows, elements = self.shape
+        if rows == 1 and self.out.is_contiguous():
+            self.out.view(-1, elements).index_copy_(
+                0, self.row * (self.out.shape[1] // elements) + self.column, decoded
+            )
+            return
+        grid = self.out.view(self.out.shape[0] // rows, rows, -1, elements)
+        grid[self.row, :, self.column, :] = decoded.view(-1, rows, elements)
+
+
+class Refresh:
+    """What is to be decoded once these bytes have changed: planned before, done by `run`."""
+
+    def __init__(self, changed: Changed | None) -> None:
+        self._changed = changed
+        self._whole: list[Callable[[], None]] = []
+        self._cells: dict[object, list[_Cells]] = {}
+
+    def covers(self, changed: Changed) -> bool:
+        """Whether this was planned for these very changes."""
+        planned = self._changed
+        return planned is not None and all(
+            name in planned and planned[name] is positions for name, positions in changed.items()
+        )
+
+    def add_whole(self, decode: Callable[[], None]) -> None:
+        """A whole matrix."""
+        self._whole.append(decode)
+
+    def add_cells(
+        self,
+        fmt: Format,
+        placements: Sequence[Placement],
+        cells: Positions,
+        bytes_of: Mapping[str, Tensor],
+        out: Tensor,
+    ) -> None:
+        """These cells of a matrix, from whole storages into `out`, BF16 of the shape of the weight."""
+        shape = cell_of(fmt, (out.shape[0], out.shape[1]))
+        step = max(1, PIECE_ELEMENTS // math.prod(shape))
+        for start in range(0, len(cells), step):
+            row, column = np.divmod(cells[start : start + step], out.shape[1] // shape[1])
+            parts = list(zip(fmt.components, placements, strict=True))
+            planned = _Cells(
+                fmt=fmt,
+                shape=shape,
+                sources={
+                    part.suffix: _source(part, at, row, column, shape, bytes_of[at.storage])
+                    for part, at in parts
+                    if part.rows
+                },
+                needed=needed_of(fmt, placements, bytes_of),
+                row=torch.from_numpy(row).to(out.device),
+                column=torch.from_numpy(column).to(out.device),
+                out=out,
+            )
+            # What a format needs besides rows differs from matrix to matrix, so those are not decoded together.
+            key = (fmt.name, shape, out.device, len(self._cells) if planned.needed else 0)
+            self._cells.setdefault(key, []).append(planned)
+
+    def run(self) -> None:
+        """Decode from the bytes as they are now."""
+        for decode in self._whole:
+            decode()
+        for group in self._cells.values():
+            start = 0
+            while start < len(group):
+                stop, num_elements = start, 0
+                while stop < len(group) and num_elements < PIECE_ELEMENTS:
+                    num_elements += len(group[stop].row) * math.prod(group[stop].shape)
+                    stop += 1
+                _decode(group[start:stop])
+                start = stop
+
+
+def _decode(group: Sequence[_Cells]) -> None:
+    first = group[0]
+    gathered = [cells.gather() for cells in group]
+    tensors = {suffix: torch.cat([each[suffix] for each in gathered]) for suffix in first.sources}
+    rows, elements = first.shape
+    counts = [len(cells.row) * rows for cells in group]
+    decoded = torch.empty((sum(counts), elements), dtype=torch.bfloat16, device=first.out.device)
+    decode_unscaled(first.fmt, {**tensors, **first.needed}, decoded)
+    for cells, part in zip(group, torch.split(decoded, counts), strict=True):
+        cells.put(part)
+
+
+def needed_of(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a format needs besides rows, from whole storages."""
+    return {
         part.suffix: bytes_of[at.storage][at.origin : at.origin + at.tensor.num_bytes].view(torch.float32)
-        for part, at in parts
+        for part, at in zip(fmt.components, placements, strict=True)
         if part.suffix in fmt.needs
     }
-    grid = out.unflatten(1, (-1, elements)).unflatten(0, (-1, rows))
-    step = max(1, PIECE_ELEMENTS // (rows * elements))
-    for start in range(0, len(cells), step):
-        row, column = np.divmod(cells[start : start + step], grid.shape[2])
-        tensors = {
-            part.suffix: _bytes_of_cells(part, at, row, column, (rows, elements), bytes_of[at.storage])
-            for part, at in parts
-            if part.rows
-        }
-        decoded = torch.empty((len(row) * rows, elements), dtype=torch.bfloat16, device=out.device)
-        decode_unscaled(fmt, {**tensors, **needed}, decoded)
-        where = [torch.from_numpy(index).to(out.device) for index in (row, column)]
-        grid[where[0], :, where[1], :] = decoded.view(len(row), rows, elements)
 
 
-def _bytes_of_cells(
+def _source(
     part: Component, at: Placement, row: Positions, column: Positions, cell: tuple[int, int], storage: Tensor
-) -> Tensor:
-    """uint8 [cells * rows of this tensor in a cell, their bytes]."""
+) -> tuple[Tensor, Tensor, int]:
+    """Memory in items as wide as may be, where in it the bytes of the cells are, and the bytes of a row of a cell."""
     num_rows, row_bytes = cell[0] // part.rows, at.tensor.row_bytes
     num_bytes = cell[1] // part.elements * DTYPES[part.dtype].itemsize if part.elements else row_bytes
-    first = (row[:, None] * num_rows + np.arange(num_rows)) * row_bytes + column[:, None] * num_bytes
-    positions = first[:, :, None] + np.arange(num_bytes)
+    begins = ((row[:, None] * num_rows + np.arange(num_rows)) * row_bytes + column[:, None] * num_bytes).ravel()
+    if at.run_bytes % num_bytes:
+        found = _located(at, (begins[:, None] + np.arange(num_bytes)).ravel(), storage)
+        return storage, torch.from_numpy(found).to(storage.device), num_bytes
+    found = _located(at, begins, storage)
+    fits = [
+        width
+        for width in ITEMS
+        if not (num_bytes % width or storage.storage_offset() % width or storage.data_ptr() % width)
+        and not (found % width).any()
+    ]
+    width = fits[0]
+    index = (found[:, None] // width + np.arange(num_bytes // width)).ravel()
+    memory = storage[: len(storage) // width * width].view(ITEMS[width])
+    return memory, torch.from_numpy(index).to(storage.device), num_bytes
+
+
+def _located(at: Placement, positions: Positions, storage: Tensor) -> Positions:
     # Kernels are fed the low nibble first, whatever order their checkpoint had.
-    values = invert_bytes(replace(at, swap_nibbles=False), positions.ravel(), storage, 0)
-    return values.view(-1, num_bytes)
+    found: Positions = locate_bytes(replace(at, swap_nibbles=False), positions, storage, 0).cpu().numpy()
+    return found

@@ -23,7 +23,12 @@ _PIECE_ELEMENTS = 1 << 18  # the twins work in pieces, so that their FP32 scratc
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the integer in the low mantissa bits, rounded once, ties to even
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-_TYPES: dict[type[np.generic], tuple[str, int]] = {np.uint8: ("|u1", 1), np.uint16: ("<u2", 2), np.uint32: ("<u4", 4)}
+_TYPES: dict[type[np.generic], tuple[str, int]] = {
+    np.uint8: ("|u1", 1),
+    np.uint16: ("<u2", 2),
+    np.uint32: ("<u4", 4),
+    np.uint64: ("<u8", 8),
+}
 
 
 @cache
@@ -108,6 +113,31 @@ def gather_words(local: Tensor, located: Located, row_bytes: int, shift: int, wo
         flat = _flat(local, np.uint8)
         loops.gather_words(flat, located.rows, located.runs, located.run_bytes, row_bytes, shift, words, swap, out)
     return out
+
+
+def word_view(local: Tensor, at: Offsets) -> U64 | None:
+    """Memory as words of 8 bytes, a view; None unless words that start at these bytes are words of it."""
+    if local.device.type != "cpu" or local.data_ptr() % 8 or (at % 8).any():
+        return None
+    return _flat(local[: len(local) // 8 * 8], np.uint64)
+
+
+def take_words(view: U64, at: Offsets) -> U64:
+    """view[at], for indices that lie inside."""
+    loops = numba_loops()
+    if loops is None:
+        return view.take(at)
+    out = np.empty(len(at), np.uint64)
+    loops.take(view, at, out)
+    return out
+
+
+def put_bytes(local: Tensor, at: Tensor, values: Tensor) -> None:
+    """local[at] = values of uint8, at int64; numpy's is six times as fast as torch's."""
+    if local.device.type != "cpu":
+        local[at] = values
+    else:
+        _flat(local, np.uint8)[at.numpy()] = values.numpy()
 
 
 def _check_nvfp4(rows: Tensor, weight: Tensor, block_scale: Tensor) -> None:

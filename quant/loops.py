@@ -207,6 +207,12 @@ def locate(rows: I64, runs: I64, run_bytes: int, row_bytes: int, shift: int, pos
 
 
 @loop
+def take(words: U64, at: I64, out: U64) -> None:
+    for i in range(at.size):
+        out[i] = words[np.uint64(at[i])]
+
+
+@loop
 def gather_words(
     local: U8, rows: I64, runs: I64, run_bytes: int, row_bytes: int, shift: int, words: I64, swap: bool, out: U64
 ) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cells import Changed, decode_cells, touched_cells
+from .cells import Changed, Refresh, needed_of, touched_cells
 from .formats import Format, decode_unscaled
 from .layouts import (
     Layout,
@@ -110,22 +110,27 @@ class QuantModule(nn.Module):
 
         changed: by tensor, the bytes that are not as they were when the buffers were last refreshed; all by default.
         """
+        refresh = Refresh(changed)
+        self.plan_decode(refresh, changed)
+        refresh.run()
+
+    def plan_decode(self, refresh: Refresh, changed: Changed | None) -> None:
+        """Add what `decode_` has to do to a refresh, for changes that may be yet to come."""
         self._require(self.layout_tag is not None, "its layout was not applied; load weights, then mark_applied()")
         sharded = [name for name, parameter in self.storage_parameters() if hasattr(parameter, "to_local")]
         self._require(not sharded, f"{', '.join(sharded)} hold a shard only; unshard the model before decode_()")
         bytes_of = {name: value.view(-1).view(torch.uint8) for name, value in self.storage_parameters()}
-        fresh = self._allocate()
+        changed = None if self._allocate() else changed
         for matrix in self.matrices:
-            buffer = self.get_buffer(matrix.buffer)[matrix.index]
-            cells = None
-            if changed is not None and not fresh:
-                if not any(placement.tensor.name in changed for placement in matrix.placements):
-                    continue
-                cells = touched_cells(self.fmt, matrix.placements, changed, (buffer.shape[0], buffer.shape[1]))
+            out, at = self.get_buffer(matrix.buffer)[matrix.index], matrix.placements
+            if changed is not None and not any(placement.tensor.name in changed for placement in at):
+                continue
+            shape = (out.shape[0], out.shape[1])
+            cells = None if changed is None else touched_cells(self.fmt, at, changed, shape)
             if cells is None:
-                _decode_rows(self.fmt, matrix.placements, bytes_of, buffer)
-            else:
-                decode_cells(self.fmt, matrix.placements, cells, bytes_of, buffer)
+                refresh.add_whole(partial(_decode_rows, self.fmt, at, bytes_of, out))
+            elif len(cells):
+                refresh.add_cells(self.fmt, at, cells, bytes_of, out)
 
     def _allocate(self) -> bool:
         """Whether buffers had to be made, which hold nothing yet."""
@@ -149,11 +154,7 @@ class QuantModule(nn.Module):
 
 def _decode_rows(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor], out: Tensor) -> None:
     parts = list(zip(fmt.components, placements, strict=True))
-    needed = {
-        part.suffix: bytes_of[at.storage][at.origin : at.origin + at.tensor.num_bytes].view(torch.float32)
-        for part, at in parts
-        if part.suffix in fmt.needs
-    }
+    needed = needed_of(fmt, placements, bytes_of)
     step = max(1, PIECE_BYTES // out[:1].nbytes // fmt.row_step) * fmt.row_step
     for row0 in range(0, len(out), step):
         piece = out[row0 : row0 + step]
@@ -299,11 +300,20 @@ def layouts_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(names)) or ("plain",)
 
 
+@torch.no_grad()
 def decode_all(model: nn.Module, changed: Changed | None = None) -> None:
     """Refresh every decoded buffer; the model must be unsharded. Once a version.
 
     changed: by tensor, the bytes that were written since the last time, None for any of them; all by default.
     """
+    plan_refresh(model, changed).run()
+
+
+@torch.no_grad()
+def plan_refresh(model: nn.Module, changed: Changed | None = None) -> Refresh:
+    """What decode_all does, planned before the bytes change; `run` it when they have, under no_grad."""
+    refresh = Refresh(changed)
     for module in model.modules():
         if isinstance(module, QuantModule):
-            module.decode_(changed)
+            module.plan_decode(refresh, changed)
+    return refresh

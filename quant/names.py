@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Modules that wrap others leave their attribute in the name, anywhere in it:
 # torch.compile, FSDP1, activation checkpointing, DDP.
@@ -26,6 +27,7 @@ class Part:
     row1: int
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes of wrapper modules."""
     return WRAPPERS.sub("", name)

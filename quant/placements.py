@@ -153,21 +153,42 @@ def invert_bytes(placement: Placement, positions: Offsets, local: Tensor, base: 
     return swapped(values) if placement.swap_nibbles else values
 
 
-def invert_words(placement: Placement, words: Offsets, local: Tensor, base: int) -> NDArray[np.uint64]:
-    """Read words of 8 bytes of a tensor, little-endian: word i of row r has the number r * words a row + i.
+class Words:
+    """Words of 8 bytes of a tensor, little-endian, found once and read any number of times.
 
-    The last word of a row is filled up with zeros. Rows are in the shard; nothing but the words is read.
+    numbers: word i of row r has the number r * words a row + i. The last word of a row is filled up with zeros. Rows
+    are in the shard; nothing but the words is read.
     """
-    spec, shift = placement.tensor, placement.origin - base
-    _check_words(placement, words, local, shift)
-    found = kernels.gather_words(local, placement.located, spec.row_bytes, shift, words, placement.swap_nibbles)
-    if found is not None:
-        return found
-    pieces = [
-        _words_twin(placement, words[start : start + PIECE_WORDS], local, base)
-        for start in range(0, len(words), PIECE_WORDS)
-    ]
-    return np.concatenate([np.empty(0, np.uint64), *pieces])
+
+    def __init__(self, placement: Placement, numbers: Offsets, local: Tensor, base: int) -> None:
+        _check_words(placement, numbers, local, placement.origin - base)
+        self._placement, self._numbers, self._local, self._base = placement, numbers, local, base
+        self._view: NDArray[np.uint64] | None = None
+        if placement.tensor.row_bytes % 8 == 0 and placement.run_bytes % 8 == 0:
+            at = kernels.locate_bytes(
+                placement.located, placement.tensor.row_bytes, placement.origin - base, numbers * 8
+            )
+            self._view, self._at = kernels.word_view(local, at), at // 8
+
+    def read(self) -> NDArray[np.uint64]:
+        placement, local, numbers = self._placement, self._local, self._numbers
+        if self._view is not None:
+            words = kernels.take_words(self._view, self._at)
+            return _swapped_words(words) if placement.swap_nibbles else words
+        row_bytes, shift = placement.tensor.row_bytes, placement.origin - self._base
+        found = kernels.gather_words(local, placement.located, row_bytes, shift, numbers, placement.swap_nibbles)
+        if found is not None:
+            return found
+        pieces = [
+            _words_twin(placement, numbers[start : start + PIECE_WORDS], local, self._base)
+            for start in range(0, len(numbers), PIECE_WORDS)
+        ]
+        return np.concatenate([np.empty(0, np.uint64), *pieces])
+
+
+def _swapped_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    high = words & np.uint64(0xF0F0F0F0F0F0F0F0)
+    return (high >> np.uint64(4)) | ((words ^ high) << np.uint64(4))
 
 
 def _words_twin(placement: Placement, words: Offsets, local: Tensor, base: int) -> NDArray[np.uint64]:

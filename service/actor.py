@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, layouts_of, mark_all_applied, quantized_modules
-from sharding.fsdp import reshard_all, shard_model, unshard_all
+from quant.modules import layouts_of, mark_all_applied, quantized_modules
+from sharding.fsdp import reshard_all, shard_model
 from weight_update.inplace import seal
 from weight_update.receiver import Receiver
 
@@ -31,6 +31,7 @@ from .engine import Engine
 from .faults import Faults
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
+from .refresh import Refresher
 from .text import eos_ids
 
 log = logging.getLogger(__name__)
@@ -89,13 +90,15 @@ class RankActor:
             config_dir = checkpoint.config_dir
         mark_all_applied(model)
         seal(model)
+        refresher = Refresher(model, receiver, sharded=config.world > 1)
         self._server = RankServer(
             identity=RankIdentity(
                 replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
             ),
             receiver=receiver,
-            engine=self._engine(model, receiver, eos_ids(config_dir), device_type),
+            engine=self._engine(model, refresher, eos_ids(config_dir), device_type),
             reshard=lambda: reshard_all(model),
+            foresee=refresher.foresee,
             faults=self._faults,
             listen=f"{config.host}:0",
         )
@@ -110,27 +113,16 @@ class RankActor:
         )
         return init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
 
-    def _engine(self, model: nn.Module, receiver: Receiver, eos: frozenset[int], device_type: str) -> Engine:
+    def _engine(self, model: nn.Module, refresher: Refresher, eos: frozenset[int], device_type: str) -> Engine:
         """The engine of this rank, running; its steps are agreed on over a group of their own."""
         config = self._config
-
-        def refresh() -> None:
-            changed = receiver.take_stale()
-            if config.world == 1:
-                decode_all(model, changed)
-                return
-            # Peers wrote bytes that this rank does not know of: gather all of them, decode all.
-            reshard_all(model)
-            unshard_all(model)
-            decode_all(model)
-
         engine = Engine(
             model,
             eos,
             group=dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT),
             rank=config.rank,
             world=config.world,
-            on_refresh=refresh,
+            on_refresh=refresher,
             version=0,
             device=device_type,
             max_batch=config.max_batch,

@@ -53,7 +53,8 @@ class RankServer:
     """Serves Data, Member and Generation for one rank.
 
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
-    audited (the engine's refresh gathers them again). listen: host:port, port 0 for any.
+    audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
+    written. listen: host:port, port 0 for any.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RankServer:
         receiver: Receiver,
         engine: Engine,
         reshard: Callable[[], None],
+        foresee: Callable[[], None] = lambda: None,
         faults: Faults,
         listen: str,
     ) -> None:
@@ -74,6 +76,7 @@ class RankServer:
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
         self._reshard = reshard
+        self._foresee = foresee
         self._stale = False  # resharded since the last refresh
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
@@ -120,6 +123,7 @@ class RankServer:
 
     def prepare(self, request: Any) -> np.ndarray:
         digests = self.receiver.prepare()
+        self._foresee()
         self.timing.stage_stop_s = time.time()
         return digests
 

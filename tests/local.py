@@ -12,13 +12,14 @@ from torch import nn
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, layouts_of, mark_all_applied
+from quant.modules import layouts_of, mark_all_applied
 from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
+from service.refresh import Refresher
 from service.text import eos_ids
 from weight_update.receiver import Receiver
 
@@ -54,13 +55,14 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
 def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving."""
     model, receiver = cold(model_dir, layout, format)
+    refresher = Refresher(model, receiver, sharded=False)
     engine = Engine(
         model,
         eos_ids(model_dir),
         group=None,
         rank=0,
         world=1,
-        on_refresh=lambda: decode_all(model, receiver.take_stale()),
+        on_refresh=refresher,
         version=0,
         max_tokens=512,
     )
@@ -71,6 +73,7 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
         receiver=receiver,
         engine=engine,
         reshard=lambda: None,
+        foresee=refresher.foresee,
         faults=Faults(),
         listen="127.0.0.1:0",
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quant.formats import TensorSpec
 
-from .delta import Patch, changed_bytes, is_sparse
+from .delta import DENSE, RELATIVE, SPARSE, Patch, changed_bytes, kind_of
 from .digest import MASK, Digests, Lanes, digest_rows, digest_words, name_key, words_of
 from .encoder import encoded
 from .source import PushPlan
@@ -128,7 +128,8 @@ class Changes:
     @property
     def num_bytes(self) -> int:
         """About what the patches take before they are packed."""
-        return sum(len(patch.values) * (1 if patch.positions is None else 2) for patch in self.patches)
+        dense = sum(len(patch.values) for patch in self.patches if patch.kind == DENSE)
+        return dense + sum(2 * np.count_nonzero(patch.values) for patch in self.patches if patch.kind != DENSE)
 
     def applied(self) -> dict[str, Held]:
         """The rows of the push, all of them; the base's own memory is rewritten and means nothing afterwards."""
@@ -172,18 +173,23 @@ def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tens
     """The patch of one tensor, none where nothing changed, and its rows as they are now."""
     key, begin = name_key(spec.name), first * spec.row_bytes
     stop = begin + new.numel()
+    relative = False
     if old is not None and old.first == first and old.rows.shape == new.shape:
         rows = new.to(old.rows.device)
         found = changed_bytes(old.rows, rows)
         if not len(found):
             return None, old
-        if is_sparse(len(found), new.numel()):
+        kind = kind_of(len(found), new.numel())
+        if kind == SPARSE:
             index = torch.from_numpy(found).to(rows.device)
             difference = (rows.view(-1)[index] - old.rows.view(-1)[index]).cpu().numpy()
             patch = Patch(tensor=at, first=begin, stop=stop, positions=found + begin, values=difference)
             return patch, replace(old, digest=_moved(key, spec.row_bytes, old, rows, found, begin))
+        relative = kind == RELATIVE
     held = Held(first=first, rows=new if old is None else new.to(old.rows.device), digest=digest_rows(key, new, first))
-    return Patch(tensor=at, first=begin, stop=stop, positions=None, values=new.view(-1).numpy()), held
+    values = (rows - old.rows).cpu() if old is not None and relative else new
+    flat = values.view(-1).numpy()
+    return Patch(tensor=at, first=begin, stop=stop, positions=None, values=flat, relative=relative), held
 
 
 def _moved(key: int, row_bytes: int, old: Held, rows: Tensor, found: np.ndarray, begin: int) -> Lanes:

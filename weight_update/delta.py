@@ -8,9 +8,9 @@ patches = unpack(blob, size_of(blob), specs, row_start, row_stop)
 A blob, all numbers little-endian; every column is one zstd frame that states its size:
 
     "TFD1" | planes u32 | segments u64 | changes u64 | dense bytes u64 | bytes of each column u64 [3 + planes]
-    column 0   segments, 32 bytes each: tensor u32, dense u32, first u64, stop u64, count u64
+    column 0   segments, 32 bytes each: tensor u32, kind u32, first u64, stop u64, count u64
     column 1   changes: differences new - old mod 256, which most often are +1 or -1 of a code
-    column 2   dense bytes: rows that are sent whole
+    column 2   dense bytes: rows that are sent whole, or the differences of all their bytes
     column 3   changes: byte 0 of every gap to the next changed byte of its segment; column 4: byte 1; ...
 
 Gaps are split into planes since only their lowest byte is noise. Old bytes are known on both sides, hence differences.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -35,11 +35,13 @@ from .errors import TransferError, raise_all
 
 MAGIC = b"TFD1"
 HEAD = struct.Struct("<4sIQQQ")
-SEGMENT = np.dtype([("tensor", "<u4"), ("dense", "<u4"), ("first", "<u8"), ("stop", "<u8"), ("count", "<u8")])
+SEGMENT = np.dtype([("tensor", "<u4"), ("kind", "<u4"), ("first", "<u8"), ("stop", "<u8"), ("count", "<u8")])
 MAX_PLANES = 8
 COLUMNS = 3  # before the planes
-SPARSE_SHARE = 8  # at most a byte in this many may be named by position: an actor keeps CHANGE_BYTES for each
-CHANGE_BYTES = 72  # what an actor holds for one of them: position, place, word, old and new bytes, and copies
+SPARSE, DENSE, RELATIVE = 0, 1, 2  # kinds of segments
+SPARSE_SHARE = 32  # at most a byte in this many may be named by position: an actor keeps CHANGE_BYTES for each
+RELATIVE_SHARE = 2
+CHANGE_BYTES = 144  # what an actor holds for one of them: position, place, word, old and new bytes, what to decode
 MAX_WINDOW_BYTES = 8 << 20  # that a frame may make its reader keep
 SPARSE_LEVEL, DENSE_LEVEL = 12, 1  # of zstd: sparse columns are small, dense ones hardly shrink
 
@@ -53,7 +55,7 @@ class Patch:
     """What changed in bytes [first, stop) of one tensor, which are whole rows of its checkpoint form.
 
     positions: of the changed bytes in the whole tensor, increasing; values: their differences new - old mod 256.
-    Without positions, values are all the new bytes.
+    Without positions, values are all the new bytes, or the differences of all bytes where they are relative.
     """
 
     tensor: int
@@ -61,6 +63,11 @@ class Patch:
     stop: int
     positions: Positions | None
     values: Bytes
+    relative: bool = False
+
+    @property
+    def kind(self) -> int:
+        return SPARSE if self.positions is not None else RELATIVE if self.relative else DENSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +130,12 @@ def changed_bytes(old: Tensor, new: Tensor) -> Positions:
     return found
 
 
-def is_sparse(num_changes: int, num_bytes: int) -> bool:
-    """Whether changed bytes of a tensor are named one by one; otherwise its rows are sent whole."""
-    return num_changes * SPARSE_SHARE <= num_bytes
+def kind_of(num_changes: int, num_bytes: int) -> int:
+    """How rows with so many changed bytes are said in the fewest bytes that an actor has the memory for: zstd makes
+    little of differences that are mostly 0, and nothing of random ones."""
+    if num_changes * SPARSE_SHARE <= num_bytes:
+        return SPARSE
+    return RELATIVE if num_changes * RELATIVE_SHARE <= num_bytes else DENSE
 
 
 def cut(patch: Patch, first: int, stop: int) -> Patch | None:
@@ -135,12 +145,12 @@ def cut(patch: Patch, first: int, stop: int) -> Patch | None:
         return None
     if patch.positions is None:
         values = patch.values[first - patch.first : stop - patch.first]
-        return Patch(tensor=patch.tensor, first=first, stop=stop, positions=None, values=values)
+        return replace(patch, first=first, stop=stop, values=values)
     low, high = np.searchsorted(patch.positions, [first, stop]).tolist()
     if low == high:
         return None
     positions, values = patch.positions[low:high], patch.values[low:high]
-    return Patch(tensor=patch.tensor, first=first, stop=stop, positions=positions, values=values)
+    return replace(patch, first=first, stop=stop, positions=positions, values=values)
 
 
 # ---------------------------------------------------------------- packing
@@ -151,10 +161,7 @@ def pack(patches: Sequence[Patch]) -> tuple[bytes, BlobSize]:
     sparse = [patch for patch in patches if patch.positions is not None]
     dense = [patch for patch in patches if patch.positions is None]
     table = np.array(
-        [
-            (patch.tensor, patch.positions is None, patch.first, patch.stop, len(patch.values))
-            for patch in (*sparse, *dense)
-        ],
+        [(patch.tensor, patch.kind, patch.first, patch.stop, len(patch.values)) for patch in (*sparse, *dense)],
         SEGMENT,
     )
     gaps = _joined([_gaps(patch) for patch in sparse], np.dtype("<u8"))
@@ -200,8 +207,8 @@ def unpack(
     segments, differences, dense, gaps = _columns(blob, size)
     _check_segments(segments, size, specs, row_start, row_stop)
     patches, change, byte = [], 0, 0
-    for tensor, is_dense, first, stop, count in segments.tolist():
-        if is_dense:
+    for tensor, kind, first, stop, count in segments.tolist():
+        if kind != SPARSE:
             values, positions = dense[byte : byte + count], None
             byte += count
         else:
@@ -211,7 +218,9 @@ def unpack(
             # All of them, not the ends alone: sums of hostile gaps wrap round.
             if not first <= positions.min() <= positions.max() < stop or (np.diff(positions) <= 0).any():
                 raise TransferError(f"{specs[tensor].name}: changed bytes leave [{first}, {stop}); push again")
-        patches.append(Patch(tensor=tensor, first=first, stop=stop, positions=positions, values=values))
+        patches.append(
+            Patch(tensor=tensor, first=first, stop=stop, positions=positions, values=values, relative=kind == RELATIVE)
+        )
     return patches
 
 
@@ -268,11 +277,11 @@ def _check_segments(
         raise TransferError(f"delta: names tensor {int(tensor.max())}, the push has {len(specs)}; push again")
     row_bytes = np.array([spec.row_bytes for spec in specs], np.uint64)[tensor]
     low, high = (rows[tensor].astype(np.uint64) * row_bytes for rows in (row_start, row_stop))
-    first, stop, count, dense = (segments[name] for name in ("first", "stop", "count", "dense"))
-    outside = (first < low) | (stop > high) | (first >= stop) | (count == 0) | (dense > 1)
+    first, stop, count, kind = (segments[name] for name in ("first", "stop", "count", "kind"))
+    outside = (first < low) | (stop > high) | (first >= stop) | (count == 0) | (kind > RELATIVE)
     inside = np.where(outside, 0, stop - first)
     ragged = ~outside & ((first % np.maximum(1, row_bytes) != 0) | (stop % np.maximum(1, row_bytes) != 0))
-    wrong = ~outside & np.where(dense == 1, count != inside, count > inside)
+    wrong = ~outside & np.where(kind != SPARSE, count != inside, count > inside)
     problems = [
         f"{specs[tensor[i]].name}: {count[i]} changes in bytes [{first[i]}, {stop[i]}),"
         f" this rank holds [{low[i]}, {high[i]})"
@@ -280,7 +289,7 @@ def _check_segments(
     ]
     raise_all(TransferError, "delta refused, nothing of it was written", problems)
     # Each count is bounded by now, so that the sums cannot wrap.
-    sums = [int(count[dense == 0].sum()), int(count[dense == 1].sum())]
+    sums = [int(count[kind == SPARSE].sum()), int(count[kind != SPARSE].sum())]
     if sums != [size.num_changes, size.dense_bytes]:
         raise TransferError(f"delta: its segments hold {sums} changes and bytes, it has {size}; push again")
 

@@ -156,6 +156,15 @@ class Address:
     def of(cls, tensor: Tensor) -> Address:
         return cls(data_ptr=tensor.data_ptr(), shape=tuple(tensor.shape), stride=tensor.stride(), dtype=tensor.dtype)
 
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether the tensor is still there, in this form."""
+        return (
+            tensor.data_ptr() == self.data_ptr
+            and tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.dtype == self.dtype
+        )
+
 
 class AddressAudit:
     """Addresses of named tensors at one time, to be compared with later.
@@ -175,9 +184,10 @@ class AddressAudit:
 
     def check(self) -> None:
         """Raise LayoutError that names every tensor that moved, changed its form, came or went."""
-        now = {name: Address.of(local_of(tensor)) for name, tensor in _looked_up(self._storages).items()}
-        if now == self._held:
+        found = {name: local_of(tensor) for name, tensor in _looked_up(self._storages).items()}
+        if found.keys() == self._held.keys() and all(old.is_of(found[name]) for name, old in self._held.items()):
             return
+        now = {name: Address.of(tensor) for name, tensor in found.items()}
         problems = [f"{name}: is gone" for name in self._held.keys() - now.keys()]
         problems += [f"{name}: was not there" for name in now.keys() - self._held.keys()]
         problems += [

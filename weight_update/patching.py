@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from quant.formats import TensorSpec
-from quant.placements import invert_rows, invert_words, locate_bytes, swapped
+from quant.kernels import put_bytes
+from quant.placements import Words, invert_rows, locate_bytes, swapped
 
-from .delta import BlobSize, Patch, check_apart, unpack
+from .delta import BlobSize, Patch, Positions, check_apart, unpack
 from .digest import MASK, Digests, Lanes, digest_rows, digest_words, words_of
 from .errors import TransferError, raise_all
 from .install import (
@@ -67,7 +68,8 @@ class Sparse:
         words = words_of(row_bytes, patch.positions)
         begins = np.diff(words, prepend=-1) != 0
         self._words = words[begins]
-        before = invert_words(placement, self._words, write.local, write.base)
+        self._live = Words(placement, self._words, write.local, write.base)
+        before = self._live.read()
         after = before.astype("<u8")
         slot = np.cumsum(begins) - 1
         after.view(np.uint8)[slot * 8 + patch.positions % row_bytes % 8] = changed
@@ -77,12 +79,11 @@ class Sparse:
         return digest_words(self.write.key, self.write.placement.tensor.row_bytes, self._words, words)
 
     def apply(self) -> Lanes:
-        write = self.write
-        write.local[self._at] = self._new
-        return self._digest(invert_words(write.placement, self._words, write.local, write.base))
+        put_bytes(self.write.local, self._at, self._new)
+        return self._digest(self._live.read())
 
     def undo(self) -> None:
-        self.write.local[self._at] = self._old
+        put_bytes(self.write.local, self._at, self._old)
 
     def reverse(self) -> Patch:
         patch = self.patch
@@ -100,6 +101,8 @@ class Dense:
         self._scratch = scratch
         self._new = torch.from_numpy(patch.values).view(row1 - row0, row_bytes)
         self._old = invert_rows(write.placement, row0, row1 - row0, write.local, write.base)
+        if patch.relative:
+            self._new += self._old.cpu()
         self.out, self.into = (digest_rows(write.key, rows, row0) for rows in (self._old, self._new))
 
     def apply(self) -> Lanes:
@@ -121,6 +124,7 @@ class _Planned:
     recomputes: list[Recompute]
     derived: list[tuple[Tensor, Tensor]]  # live values, their copy
     staged: Digests
+    changes: Changes
 
 
 class DeltaInstall:
@@ -176,7 +180,9 @@ class DeltaInstall:
         staged = self._moved(parts, [part.into for part in parts])
         recomputes = self._live.stale({part.write.span[0] for part in parts})
         derived = [(each.target, each.target.clone()) for each in recomputes]
-        self._planned = _Planned(parts=parts, recomputes=recomputes, derived=derived, staged=staged)
+        self._planned = _Planned(
+            parts=parts, recomputes=recomputes, derived=derived, staged=staged, changes=_changes(parts)
+        )
         return staged
 
     def _unpacked(self) -> list[Patch]:
@@ -221,11 +227,7 @@ class DeltaInstall:
             target.copy_(copy)
 
     def changes(self) -> Changes:
-        found: dict[str, list[Patch | None]] = {}
-        for part in self._prepared().parts:
-            patch = part.patch if isinstance(part, Sparse) else None
-            found.setdefault(part.write.placement.tensor.name, []).append(patch)
-        return {name: _positions(patches) for name, patches in found.items()}
+        return self._prepared().changes
 
     def reverse(self) -> list[Patch]:
         return [part.reverse() for part in self._prepared().parts]
@@ -235,9 +237,19 @@ class DeltaInstall:
         return self._planned
 
 
-def _positions(patches: Sequence[Patch | None]) -> npt.NDArray[np.int64] | None:
-    known = [patch.positions for patch in patches if patch is not None and patch.positions is not None]
-    return np.concatenate(known) if len(known) == len(patches) else None
+def _changes(parts: Sequence[Part]) -> Changes:
+    found: dict[str, list[Positions | None]] = {}
+    for part in parts:
+        positions = part.patch.positions if isinstance(part, Sparse) else None
+        found.setdefault(part.write.placement.tensor.name, []).append(positions)
+    return {name: _joined(positions) for name, positions in found.items()}
+
+
+def _joined(parts: Sequence[Positions | None]) -> Positions | None:
+    known = [positions for positions in parts if positions is not None]
+    if len(known) < len(parts):
+        return None
+    return known[0] if len(known) == 1 else np.concatenate(known)
 
 
 def held_bytes(patch: Patch) -> int:

@@ -31,7 +31,7 @@ from .delta import BlobSize, Patch, Positions
 from .digest import Digests
 from .errors import BusyError, ManifestError, VersionError, raise_all
 from .inplace import Storages, local_of
-from .install import FullInstall, Install, MemoryPlan, read_back
+from .install import Changes, FullInstall, Install, MemoryPlan, read_back
 from .live import Shards, plan_live
 from .manifest import Manifest
 from .patching import DeltaInstall
@@ -245,11 +245,16 @@ class Receiver:
             install, base_version = self._last
             return Reverse(version=install.version, base_version=base_version, patches=tuple(install.reverse()))
 
+    def changes(self) -> Changes:
+        """Which bytes the open transaction will write, once it is prepared."""
+        with self._lock:
+            return self._expect("changes", State.PREPARED).changes()
+
     def take_stale(self) -> dict[str, Positions | None]:
         """Tensors whose live bytes were written since the last call, and which bytes of them; None for any of them."""
         with self._lock:
             stale, self._stale = self._stale, {}
-            return {name: None if parts is None else np.concatenate(parts) for name, parts in stale.items()}
+            return {name: _joined(parts) for name, parts in stale.items()}
 
     # -- what is there
 
@@ -311,3 +316,8 @@ class Receiver:
     def _end(self, install: Install) -> None:
         install.staging.close()
         self._install, self.state = None, State.IDLE
+
+
+def _joined(parts: list[Positions] | None) -> Positions | None:
+    """All of them; the very array where there is one, since plans are made for it."""
+    return np.concatenate(parts) if parts is not None and len(parts) > 1 else parts[0] if parts else None

@@ -1,0 +1,41 @@
+"""What makes newly written bytes visible to forward: gather where sharded, decode what changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from quant.cells import Refresh
+from quant.modules import decode_all, plan_refresh
+from sharding.fsdp import reshard_all, unshard_all
+from weight_update.receiver import Receiver
+
+
+class Refresher:
+    """Called by the engine at a step boundary, on every rank of a replica.
+
+    A replica of one rank decodes only what changed, and `foresee` finds out before the pause where that is. Over
+    several ranks each one knows its own changes only, so all is gathered and decoded.
+    """
+
+    def __init__(self, model: nn.Module, receiver: Receiver, *, sharded: bool) -> None:
+        self._model, self._receiver, self._sharded = model, receiver, sharded
+        self._planned: Refresh | None = None
+
+    def foresee(self) -> None:
+        """Plan for the prepared transaction, while the model runs."""
+        if not self._sharded:
+            self._planned = plan_refresh(self._model, self._receiver.changes())
+
+    def __call__(self) -> None:
+        changed = self._receiver.take_stale()
+        planned, self._planned = self._planned, None
+        if self._sharded:
+            reshard_all(self._model)
+            unshard_all(self._model)
+            decode_all(self._model)
+        elif planned is not None and planned.covers(changed):
+            with torch.no_grad():
+                planned.run()
+        else:
+            decode_all(self._model, changed)
