@@ -129,7 +129,7 @@ class Changes:
     def num_bytes(self) -> int:
         """About what the patches take before they are packed."""
         dense = sum(len(patch.values) for patch in self.patches if patch.kind == DENSE)
-        return dense + sum(2 * np.count_nonzero(patch.values) for patch in self.patches if patch.kind != DENSE)
+        return dense + sum(2 * int(np.count_nonzero(patch.values)) for patch in self.patches if patch.kind != DENSE)
 
     def applied(self) -> dict[str, Held]:
         """The rows of the push, all of them; the base's own memory is rewritten and means nothing afterwards."""
