@@ -15,10 +15,11 @@ from tests.plans import PLANS
 from tests.rig import LAYOUT_PAIRS, NUM_TENSORS, Rig, chunk_of, random_content, shard_of
 from tests.test_rows_hot import PAIRS, cold
 from tests.test_rows_hot import random_content as numbers
+from weight_update.chain import compose
 from weight_update.delta import BlobSize, Patch, pack
 from weight_update.digest import Digests
 from weight_update.errors import DigestError, PlanError, TransferError, VersionError
-from weight_update.receiver import Receiver
+from weight_update.receiver import Receiver, Reverse
 
 ALL = list(range(NUM_TENSORS))
 
@@ -83,7 +84,26 @@ def go_back(rig: Rig, tensors: list[int], seed: int) -> None:
     rig.publish(ALL, before)
 
 
-STEPS = (commit_full, commit_delta, commit_delta, abort_delta, undo_and_install_again, go_back)
+def go_back_over_several(rig: Rig, tensors: list[int], seed: int) -> None:
+    """Three commits, and one that takes all of them back."""
+    before = dict(rig.committed)
+    reverses: list[list[Reverse]] = [[] for _ in rig.receivers]
+    for i, step in enumerate((commit_delta, commit_full if seed % 3 == 0 else commit_delta, commit_delta)):
+        step(rig, tensors, seed + i)
+        for receiver, found in zip(rig.receivers, reverses, strict=True):
+            reverse = receiver.last_undo()
+            assert reverse is not None
+            found.insert(0, reverse)
+    rig.num += 1
+    for receiver, found in zip(rig.receivers, reverses, strict=True):
+        patches = compose([reverse.patches for reverse in found])
+        receiver.begin(rig.num, receiver.version + rig.num, receiver.version, ALL, blobs=(), patches=patches)
+    rig.prepare()
+    assert np.array_equal(rig.install(), rig.expected_digests(ALL, before))
+    rig.publish(ALL, before)
+
+
+STEPS = (commit_full, commit_delta, commit_delta, abort_delta, undo_and_install_again, go_back, go_back_over_several)
 subsets = st.one_of(st.just(ALL), st.lists(st.sampled_from(ALL), min_size=1, max_size=12, unique=True))
 
 
