@@ -165,6 +165,17 @@ def test_deltas_leave_what_a_cold_load_would_in_every_format_and_layout(case: st
         assert torch.equal(got, expected[name]), name
 
 
+def test_without_numba_the_bytes_and_digests_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.kernels.numba_loops", lambda: None)
+    monkeypatch.setattr("weight_update.digest._loops", lambda: None)
+    for layouts in LAYOUT_PAIRS:
+        rig = Rig(layouts, 2)
+        commit_full(rig, ALL, 0)
+        for seed in (1, 2, 3):
+            commit_delta(rig, ALL, seed)
+            assert rig.wrong() == []
+
+
 # ---------------------------------------------------------------- what must not happen
 
 

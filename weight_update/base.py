@@ -55,7 +55,8 @@ class Whole:
     mode = "full"
 
     def __init__(self, plan: PushPlan, scales: Scales, *, keep: torch.device | None) -> None:
-        self._plan, self._scales, self._keep = plan, scales, keep
+        self._plan, self._scales, self._kept = plan, scales, keep is not None
+        self._keep = keep
         self.digests = np.zeros((len(plan.specs), 2), np.uint64)
         self.held: dict[str, Held] = {}
         self._taken = False
@@ -69,7 +70,8 @@ class Whole:
         return whole
 
     def take(self) -> None:
-        """Encode everything now: the model may change from here on."""
+        """Encode everything now: the model may change from here on. Held on the host where nothing is kept after."""
+        self._keep = self._keep or torch.device("cpu")
         for _ in self.blocks():
             pass
 
@@ -101,7 +103,7 @@ class Whole:
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base | None:
         """What is known once this push is that version; base: what was known of the version before."""
-        if self._keep is None:
+        if not self._kept:
             return None
         carried = {} if base is None else base.held
         return Base(version=version, digest=digest, held={**carried, **self.held})
