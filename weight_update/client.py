@@ -27,12 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protos import transfuse_pb2 as pb
-from quant.formats import NON_FINITE, amax
+from quant.formats import NON_FINITE
+from quant.names import IDENTITY, NameMap
 from sharding.routes import destinations
 
 from .digest import Digests, digest_rows, name_key
 from .door import Door, route
-from .encoder import blocks, encoded, global_scales, nonfinite_index
+from .encoder import encoded, global_scales, largest_bits, nonfinite_index
 from .errors import ManifestError, WeightUpdateError, raise_all
 from .manifest import Manifest
 from .ranks import Ranks
@@ -73,9 +74,10 @@ class Pusher:
     """Pushes weights to a Transfuse service.
 
     target: host:port of the coordinator. group: the trainer's process group (default: the default group, when there is
-    one). lease_s: how long the service keeps an open push whose trainer went silent. on_progress: called with (phase,
-    bytes done, bytes in all). Errors: see weight_update.errors; whatever is raised, the service serves the old version
-    unchanged.
+    one). names: from the trainer's names to the service's (quant.name_maps), for tensors that are named or packed
+    otherwise, such as q, k and v in one. lease_s: how long the service keeps an open push whose trainer went silent.
+    on_progress: called with (phase, bytes done, bytes in all). Errors: see weight_update.errors; whatever is raised,
+    the service serves the old version unchanged.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Pusher:
         target: str,
         *,
         group: dist.ProcessGroup | None = None,
+        names: NameMap = IDENTITY,
         lease_s: float = 60.0,
         retry_s: float = 30.0,
         pushed_by: str | None = None,
@@ -90,6 +93,7 @@ class Pusher:
     ) -> None:
         self._control = ControlClient(target)
         self._ranks = Ranks(group)
+        self._names = names
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or f"{_user()}@{socket.gethostname()} pid {os.getpid()}"
@@ -103,10 +107,11 @@ class Pusher:
         """Push a model's weights as the next version; returns once every replica serves it, or raises with nothing
         changed.
 
-        model: nn.Module (FSDP2-sharded or not, on any device) or an iterable of (name, tensor or DTensor). FP32 and
-        FP16 weights are cast to BF16, ties to even. scope: "all" (every parameter of the service must be there),
-        "trainable", or name patterns; widened to whole fused groups, the rest is carried over. base_version: refuse
-        unless it is current. push_id: pushing the same id again returns the first outcome instead of a second version.
+        model: nn.Module (FSDP2-sharded or not, on any device), for a pipeline a mapping from component to module, or an
+        iterable of (name, tensor or DTensor). FP32 and FP16 weights are cast to BF16, ties to even. scope: "all" (every
+        parameter of the service must be there), "trainable", or name patterns; widened to whole fused groups, the rest
+        is carried over. base_version: refuse unless it is current. push_id: pushing the same id again returns the first
+        outcome instead of a second version.
         """
         clock = _Clock()
         described = self._describe()
@@ -147,7 +152,7 @@ class Pusher:
         return self._manifest
 
     def _plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        plan, problems = plan_push(manifest, model, scope, is_first_rank=self._ranks.rank == 0)
+        plan, problems = plan_push(manifest, model, scope, is_first_rank=self._ranks.rank == 0, names=self._names)
         everywhere = list(dict.fromkeys(problem for each in self._ranks.gather(problems) for problem in each))
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
@@ -159,7 +164,7 @@ class Pusher:
         bits = np.zeros(len(plan.sources), np.int64)
         where: dict[str, tuple[int, ...]] = {}
         for i, source in enumerate(plan.sources):
-            bits[i] = max((amax(block) for _, block in blocks(source)), default=0)
+            bits[i] = largest_bits(source)
             if bits[i] >= NON_FINITE:
                 where[source.name] = nonfinite_index(source)
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
