@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, layouts_of, mark_all_applied, quantized_modules
-from sharding.fsdp import reshard_all, shard_model, unshard_all
+from quant.modules import layouts_of, mark_all_applied, quantized_modules
+from sharding.fsdp import reshard_all, shard_model
 from weight_update.inplace import seal
 from weight_update.receiver import Receiver
 
@@ -31,7 +31,8 @@ from .engine import Engine
 from .faults import Faults
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
-from .text import eos_ids
+from .work import Worker
+from .workers import Serving, make_worker
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """All that one rank needs to build itself. host: address that its peers and trainers dial."""
+    """All that one rank needs to build itself.
+
+    host: address that its peers and trainers dial. components: of a pipeline, component -> where its weights are.
+    """
 
     replica: int
     rank: int
@@ -50,8 +54,8 @@ class RankConfig:
     layout: str
     host: str
     num_threads: int
-    max_batch: int
-    max_tokens: int
+    serving: Serving = field(default_factory=Serving)
+    components: Mapping[str, str] = field(default_factory=dict)
     memory_budget_bytes: int | None = None
 
 
@@ -77,8 +81,10 @@ class RankActor:
         torch.manual_seed(0)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = self._join(rendezvous, device_type)
-        with open_checkpoint(config.model) as checkpoint:
-            model = build_model(checkpoint.config_dir, config.format, config.layout, device="meta")
+        with open_checkpoint(config.model, components=config.components) as checkpoint:
+            model = build_model(
+                checkpoint.config_dir, config.format, config.layout, device="meta", components=config.components
+            )
             shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
@@ -90,7 +96,7 @@ class RankActor:
                 replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
             ),
             receiver=receiver,
-            engine=self._engine(model, eos_ids(config_dir), device_type),
+            engine=self._engine(make_worker(model, config_dir, config.serving, device=device_type)),
             reshard=lambda: reshard_all(model),
             faults=self._faults,
             listen=f"{config.host}:0",
@@ -106,29 +112,28 @@ class RankActor:
         )
         return init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
 
-    def _engine(self, model: nn.Module, eos: frozenset[int], device_type: str) -> Engine:
+    def _engine(self, worker: Worker[..., Any]) -> Engine[..., Any]:
         """The engine of this rank, running; its steps are agreed on over a group of their own."""
-
-        def refresh() -> None:
-            reshard_all(model)
-            unshard_all(model)
-            decode_all(model)
-
         config = self._config
         engine = Engine(
-            model,
-            eos,
+            worker,
             group=dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT),
             rank=config.rank,
             world=config.world,
-            on_refresh=refresh,
             version=0,
-            device=device_type,
-            max_batch=config.max_batch,
-            max_tokens=config.max_tokens,
+            commit_between=config.serving.commit_between,
         )
         engine.start()
         return engine
+
+    def warm_up(self) -> None:
+        """Compile kernels and graphs, before any version is published. Called on all ranks of a replica at once."""
+        assert self._server is not None
+        start_s = time.perf_counter()
+        self._server.engine.warm_up()
+        log.info(
+            "warm-up rank=%s.%s seconds=%.1f", self._config.replica, self._config.rank, time.perf_counter() - start_s
+        )
 
     def arm(self, point: str, action: str) -> None:
         """Plan a failure at a point of the protocol; see service.faults."""

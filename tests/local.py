@@ -12,15 +12,17 @@ from torch import nn
 
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
-from quant.modules import decode_all, layouts_of, mark_all_applied
+from quant.modules import layouts_of, mark_all_applied
 from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
-from service.text import eos_ids
+from service.workers import Serving, make_worker
 from weight_update.receiver import Receiver
+
+SERVING = Serving(max_tokens=512)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LocalService:
 
 def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module, Receiver]:
     """A model and its receiver, freshly loaded from a checkpoint."""
-    with open_checkpoint(str(model_dir)) as checkpoint:
+    with open_checkpoint(model_dir) as checkpoint:
         model = build_model(checkpoint.config_dir, format, layout)
         receiver = Receiver.from_module(model)
         cold_load(receiver, checkpoint, None, owners_of(model))
@@ -51,19 +53,14 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
     return model, receiver
 
 
-def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple[RankServer, nn.Module]:
+def start_rank(
+    model_dir: Path, replica: int, layout: str, format: str, serving: Serving
+) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving."""
     model, receiver = cold(model_dir, layout, format)
-    engine = Engine(
-        model,
-        eos_ids(model_dir),
-        group=None,
-        rank=0,
-        world=1,
-        on_refresh=lambda: decode_all(model),
-        version=0,
-        max_tokens=512,
-    )
+    worker = make_worker(model, model_dir, serving)
+    engine = Engine(worker, group=None, rank=0, world=1, version=0, commit_between=serving.commit_between)
+    engine.warm_up()
     engine.start()
     identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(layouts_of(model)))
     rank = RankServer(
@@ -79,11 +76,15 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
 
 @contextmanager
 def local_service(
-    model_dir: Path, state_dir: Path, layouts: Sequence[str] = ("trtllm",), format: str = "nvfp4"
+    model_dir: Path,
+    state_dir: Path,
+    layouts: Sequence[str] = ("trtllm",),
+    format: str = "nvfp4",
+    serving: Serving = SERVING,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator."""
     torch.set_num_threads(1)
-    started = [start_rank(model_dir, replica, layout, format) for replica, layout in enumerate(layouts)]
+    started = [start_rank(model_dir, replica, layout, format, serving) for replica, layout in enumerate(layouts)]
     ranks = [rank for rank, _ in started]
     shell = CoordinatorShell(
         addresses=[rank.address for rank in ranks], state_file=state_dir / "state.sqlite", source=str(model_dir)
