@@ -11,10 +11,11 @@ READY := .venv/ready
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 ARGS ?=
 
-.PHONY: help demo test slow bench soak lint protos clean
+.PHONY: help demo demo-diffusion test slow bench soak lint protos clean
 
 help:
 	@echo 'make demo    the main job on this machine: 2 replicas x 2 ranks, a trainer, a report (about 4 minutes)'
+	@echo 'make demo-diffusion    the same with a tiny diffusion transformer that paints (about 4 minutes)'
 	@echo 'make test    the tests'
 	@echo 'make slow    the tests marked slow'
 	@echo 'make bench   what README.md says about speed and memory, measured here'
@@ -25,6 +26,9 @@ help:
 
 demo: $(READY)
 	@$(BIN)/transfuse demo $(ARGS)
+
+demo-diffusion: $(READY)
+	@$(BIN)/transfuse demo-diffusion $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -48,7 +52,7 @@ protos: $(READY)
 	@$(BIN)/python -m protos.generate
 
 clean:
-	@rm -rf .venv transfuse-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv transfuse-demo transfuse-demo-diffusion build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant import numerics_float as floats
+from quant.configs import QUANT_ALGOS
 from quant.dialects import to_dialect
 from quant.formats import FORMATS, Format, amax, global_scale
 from quant.models import fused_group
@@ -19,19 +20,6 @@ from quant.names import expert_parts
 from .cases_formats import Apart, Case, Tensors, encoded
 from .fixtures import Fixture
 
-# modelopt's quant_algo, upper case -> row of FORMATS
-ALGOS = {
-    "NVFP4": "nvfp4",
-    "W4A16_NVFP4": "nvfp4",
-    "W4A8_NVFP4_FP8": "w4a8_nvfp4",
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel",
-    "FP8_PB_WO": "fp8_block",
-    "MXFP8": "mxfp8",
-    "MXFP4": "mxfp4",
-    "W8A8_SQ_PER_CHANNEL": "int8",
-    "W4A16_AWQ": "int4_awq",
-}
 FUSING = ("nvfp4", "w4a8_nvfp4")
 DIALECT_OF = {"fp8_block": "modelopt export"}
 CALIBRATED = ("input_scale", "pre_quant_scale")
@@ -76,7 +64,7 @@ def _largest(fixture: Fixture, fmt: Format, weights: Tensors) -> dict[str, int]:
 
 
 def _exported(fixture: Fixture, match: re.Match[str]) -> Tensor:
-    fmt = FORMATS[ALGOS[_algo(fixture)]]
+    fmt = FORMATS[QUANT_ALGOS[_algo(fixture)]]
     stem, suffix = match["stem"], match["suffix"]
     if suffix in CALIBRATED:
         raise Apart("special", "calibration of activations: taken as given")

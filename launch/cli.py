@@ -14,9 +14,11 @@ import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits
+from . import exits, tools
+from .compare import compare
+from .denoise import denoise
+from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, Target, address
 
-DEFAULT_TARGET = "127.0.0.1:7464"
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
 app = typer.Typer(
@@ -29,22 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise typer.BadParameter(f"{value!r} is no HOST:PORT, for instance {DEFAULT_TARGET}")
-    return value
-
-
-Target = Annotated[
-    str,
-    typer.Option(
-        "--to", envvar="TRANSFUSE_SERVICE", metavar="HOST:PORT", callback=_address, help="The service's coordinator."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")]
 
 
 def _print(value: Any, text: str, as_json: bool) -> None:
@@ -69,43 +55,67 @@ def demo(
     """
     with _loading():
         from .demo import run, to_people, to_scripts
+        from .demo_text import TEXT
 
-    run(steps, out, to_scripts() if as_json else to_people())
+    run(TEXT, steps, out, to_scripts() if as_json else to_people())
+
+
+@app.command("demo-diffusion")
+def demo_diffusion(
+    steps: Annotated[int, typer.Option(min=1, help="Reward-weighted steps, each with a push.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("transfuse-demo-diffusion"),
+    as_json: Json = False,
+) -> None:
+    """Run the main job with a diffusion transformer.
+
+    A tiny FLUX.1 transformer is taught to paint discs; 2 replicas of 2 ranks serve it in NVFP4, a trainer learns from
+    their pictures which colour is liked, and pushes after each step.
+    """
+    with _loading():
+        from .demo import run, to_people, to_scripts
+        from .demo_pictures import PICTURES
+
+    run(PICTURES, steps, out, to_scripts() if as_json else to_people())
 
 
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help=CHECKPOINT)],
-    format: Annotated[str, typer.Option(help="Row of 'transfuse formats'.")] = "nvfp4",
+    format: Annotated[
+        str, typer.Option(help="Row of 'transfuse formats'; of a pipeline also 'auto', or NAME=ROW,... by component.")
+    ] = "nvfp4",
     layout: Annotated[
         str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")
     ] = "auto",
     replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", callback=_address, help="Of the coordinator; port 0 takes a free one.")
+        str, typer.Option(metavar="HOST:PORT", callback=address, help="Of the coordinator; port 0 takes a free one.")
     ] = DEFAULT_TARGET,
     state: Annotated[
         Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
     ] = None,
+    component: Components = [],  # noqa: B006 - typer copies it
+    commit_between: CommitBetween = "steps",
+    offload: Offload = "none",
+    compile: Compile = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a model until Ctrl-C or SIGTERM.
+    """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
 
     Prints the address once it serves, with --json as an object.
     """
     from tempfile import TemporaryDirectory
 
     with _loading():
-        from service.fleet import FleetConfig
-
-        from .serve import run
+        from .serve import configured, run
 
     def ready(address: str) -> None:
         _print({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
 
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
-        config = FleetConfig(
+        config = configured(
+            component,
             model=model,
             format=format,
             layout=layout,
@@ -113,6 +123,9 @@ def serve(
             ranks=ranks,
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
+            commit_between=commit_between,
+            offload=offload,
+            compile=compile,
         )
         run(config, ready)
 
@@ -309,6 +322,13 @@ def conformance(
         raise typer.Exit(1)
 
 
+# ---------------------------------------------------------------- what has a module of its own
+
+
+for command in (denoise, compare, tools.calibrate, tools.build_mixed, tools.convert_fp8):
+    app.command()(command)
+
+
 # ---------------------------------------------------------------- around a command
 
 
@@ -323,10 +343,12 @@ def _loading() -> AbstractContextManager[None]:
 def _reading_checkpoints() -> Iterator[None]:
     """A checkpoint that cannot be read is bad input, like any other plan that does not fit."""
     from quant.checkpoint import CheckpointError
+    from quant.families import FamilyError
+    from quant.pipelines import PipelineError
 
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, FamilyError, PipelineError) as error:
         raise PlanError(str(error)) from error
 
 

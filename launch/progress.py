@@ -45,3 +45,7 @@ class Bars:
         finished = 0 < total <= done
         known = total > 1 or finished
         progress.update(self._tasks[what], completed=done, total=total if known else None)
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bars."""
+        self._console.print(text, highlight=False)

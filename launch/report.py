@@ -47,16 +47,19 @@ td, th { padding: .35rem .6rem; border-bottom: 1px solid #edf1f4; white-space: n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What the demo saw. steps: one dict a step, as `transfuse demo --json` prints it. texts: (prompt, before, after).
+    """What a demo saw. steps: one dict a step, as `transfuse demo --json` prints it.
 
     reward_after: of samples from the last version; a step's own reward is that of the version it started from.
+    pairs: HTML of what the actors made (`shown`, `note`), before and after.
     """
 
     title: str
     steps: Sequence[dict[str, Any]]
     reward_after: float
     reward_means: str
-    texts: Sequence[tuple[str, str, str]]
+    shown: str
+    note: str
+    pairs: Sequence[tuple[str, str]]
 
 
 def write_report(path: Path, results: Results) -> None:
@@ -69,12 +72,12 @@ def render(results: Results) -> str:
     """The whole page."""
     steps = results.steps
     sections = (
-        ("Reward", _image(_plot_reward(results)), f"Mean over the samples of each version. {results.reward_means}"),
-        ("Bytes", _image(_plot_bytes(steps)), "Logical: the weights in BF16. Wire: what was sent, to all replicas."),
-        ("Timeline", _image(_plot_timeline(steps)), "Ranks serve while they stage. On the right the pause alone."),
+        ("Reward", image_of(_plot_reward(results)), f"Mean over the samples of each version. {results.reward_means}"),
+        ("Bytes", image_of(_plot_bytes(steps)), "Logical: the weights in BF16. Wire: what was sent, to all replicas."),
+        ("Timeline", image_of(_plot_timeline(steps)), "Ranks serve while they stage. On the right the pause alone."),
         ("Steps", _table(steps, COLUMNS), "Verified: the digest of every rank's installed bytes is the trainer's."),
         ("Seconds of a push", _table(steps, _phase_columns(steps)), "As the trainer sees them."),
-        ("Text before and after", _texts(results), "By the quantized actors, with the same seed and temperature."),
+        (f"{results.shown} before and after", _pairs(results), results.note),
     )
     body = "\n".join(
         f'<section><h2>{title}</h2>{content}<p class="note">{note}</p></section>' for title, content, note in sections
@@ -126,18 +129,14 @@ def _table(steps: Sequence[dict[str, Any]], columns: Columns) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
-def _texts(results: Results) -> str:
+def _pairs(results: Results) -> str:
     first, last = results.steps[0], results.steps[-1]
     tags = (f"before, version {_base(first)}", f"after, version {last['version']}")
     return "".join(
         '<div class="pair">'
-        + "".join(
-            f'<div><span class="tag">{tag}</span><p><span class="prompt">{html.escape(prompt)}</span>'
-            f"{html.escape(text)}</p></div>"
-            for tag, text in zip(tags, (before, after), strict=True)
-        )
+        + "".join(f'<div><span class="tag">{tag}</span>{made}</div>' for tag, made in zip(tags, pair, strict=True))
         + "</div>"
-        for prompt, before, after in results.texts
+        for pair in results.pairs
     )
 
 
@@ -148,7 +147,8 @@ def _base(step: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- plots
 
 
-def _image(figure: Figure) -> str:
+def image_of(figure: Figure) -> str:
+    """An image element with the figure inside."""
     buffer = io.BytesIO()
     # As an image, not inline: the ids of several inline SVGs would clash.
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -34,6 +34,15 @@ def generate(target: str, request: pb.GenerateRequest) -> Iterator[pb.Token]:
             raise _error(error, target) from None
 
 
+def denoise(target: str, request: pb.DenoiseRequest) -> Iterator[pb.Denoised]:
+    """The steps of all samples, as they are done."""
+    with connect(target) as channel:
+        try:
+            yield from pb_grpc.GenerationStub(channel).Denoise(request)
+        except grpc.RpcError as error:
+            raise _error(error, target) from None
+
+
 def _error(error: grpc.RpcError, target: str) -> WeightUpdateError:
     call: Any = error
     if call.code() not in UNREACHED:

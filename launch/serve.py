@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS
@@ -13,12 +14,20 @@ from .interrupts import ForegroundFleet, raise_interrupts
 from .progress import Bars
 
 
+def configured(components: Sequence[str], **options: Any) -> FleetConfig:
+    """A config from the command line; components: NAME=PATH each."""
+    pairs = [each.partition("=") for each in components]
+    problems = [f"--component {name}: expected NAME=PATH" for name, equals, path in pairs if not (name and path)]
+    raise_all(PlanError, "serve refused", problems)
+    return FleetConfig(components={name: path for name, _, path in pairs}, **options)
+
+
 def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
     """Serve until interrupted; `ready` gets the address once the service answers."""
     raise_interrupts()
     check_names(config.format, config.layout)
     bars = Bars()
-    fleet = ForegroundFleet(config, lambda what, done, total: bars.update(f"start {what}", done, total))
+    fleet = ForegroundFleet(config, lambda what, done, total: bars.update(f"start {what}", done, total), bars.note)
     try:
         with bars.show():
             fleet.__enter__()
@@ -35,7 +44,11 @@ def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
 def check_names(fmt: str, layouts: str) -> None:
     """Refuse unknown names before any process starts."""
     known = {"auto", *LAYOUTS, *(layout.family for layout in LAYOUTS.values())}
-    problems = [f"format {fmt!r}: expected one of {', '.join(FORMATS)}"] if fmt not in FORMATS else []
+    # Of a pipeline: one for each component, and "auto" for what its checkpoint says.
+    rows = [part.rpartition("=")[2] for part in fmt.split(",")]
+    problems = [
+        f"format {row!r}: expected one of {', '.join(FORMATS)}" for row in rows if row not in {"auto", *FORMATS}
+    ]
     problems += [
         f"layout {name!r}: expected one of {', '.join(sorted(known))}"
         for name in layouts.split(",")

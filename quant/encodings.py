@@ -27,12 +27,16 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(len(tensor), -1).view(torch.uint8)
 
 
-def _encode_bf16(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+def _encode_plain(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     out["weight"].copy_(rows.reshape(len(rows), -1).view(torch.uint8))
 
 
 def _decode_bf16(parts: Parts, scale: float, out: Tensor) -> None:
     out.copy_(parts["weight"].view(torch.bfloat16).reshape(out.shape))
+
+
+def _decode_fp32(parts: Parts, scale: float, out: Tensor) -> None:
+    out.copy_(parts["weight"].contiguous().view(torch.float32).reshape(out.shape))
 
 
 def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
@@ -117,6 +121,7 @@ def _input(suffix: str = "input_scale", last: tuple[int, ...] = ()) -> Component
 
 
 BF16 = (_weight("BF16"),)
+FP32 = (_weight("F32"),)
 NVFP4 = (_weight("U8", 2), _scale("F8_E4M3", 16), _global("weight_scale_2"), _input())
 W4A8_NVFP4 = (_weight("U8", 2), _scale("F8_E4M3", 32), _global("weight_scale_2"), _input())
 FP8 = (_weight("F8_E4M3"), _global("weight_scale"), _input())
@@ -151,8 +156,17 @@ FORMATS: dict[str, Format] = {
             components=BF16,
             encode_block=(1, 1),
             oracle="the bytes themselves",
-            encode_rows=_encode_bf16,
+            encode_rows=_encode_plain,
             decode_rows=_decode_bf16,
+            zero="itself",
+        ),
+        Format(
+            name="fp32",
+            components=FP32,
+            encode_block=(1, 1),
+            oracle="the bytes themselves",
+            encode_rows=_encode_plain,
+            decode_rows=_decode_fp32,
             zero="itself",
         ),
         Format(

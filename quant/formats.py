@@ -78,12 +78,13 @@ def constants(fmt: Format, shape: tuple[int, ...]) -> dict[str, Tensor]:
 def encode(
     fmt: Format, rows: Tensor, scale: Tensor | None = None, out: Parts | None = None, given: Parts | None = None
 ) -> dict[str, Tensor]:
-    """Encode BF16 rows [n, ...]: uint8 [n, row bytes] for every component that goes by rows, into `out` if given.
+    """Encode rows [n, ...] of fmt.rows_dtype: uint8 [n, row bytes] for every component that goes by rows, into `out`
+    if given.
 
     `scale` is the global scale, required exactly where the format has one; `given` holds what else it needs. Rows
     start at a multiple of fmt.row_step. Finite values are the caller's to check, by `amax`.
     """
-    _require_bf16(rows)
+    _require(rows, fmt.rows_dtype)
     if not rows.is_contiguous() or not fmt.holds(tuple(rows.shape)):
         by_rows = f" and rows a multiple of {fmt.multiples[0]}" if fmt.multiples[0] > 1 else ""
         raise ValueError(
@@ -112,7 +113,7 @@ def typed(fmt: Format, parts: Parts, shape: tuple[int, ...]) -> dict[str, Tensor
 
 
 def decode(fmt: Format, tensors: Parts, out: Tensor | None = None) -> Tensor:
-    """BF16 [n, K] from the tensors of a parameter, by component suffix."""
+    """BF16 [n, K] (FP32 of a format that keeps it) from the tensors of a parameter, by component suffix."""
     component = fmt.component("global_scale")
     scale = tensors[component.suffix] if component else None
     return _decode(fmt, tensors, _scale_value(fmt, scale), out)
@@ -130,7 +131,7 @@ def _decode(fmt: Format, tensors: Parts, scale: float, out: Tensor | None) -> Te
         per_byte = weight.elements / DTYPES[weight.dtype].itemsize
         num_elements = int(math.prod(packed.shape[1:]) * packed.element_size() * per_byte)
         shape = (len(packed) * weight.rows, num_elements)
-        out = torch.empty(shape, dtype=torch.bfloat16, device=packed.device)
+        out = torch.empty(shape, dtype=fmt.rows_dtype, device=packed.device)
     parts = {part.suffix: as_rows(tensors[part.suffix]) for part in fmt.row_components}
     needed = {name: tensors[name] for name in fmt.needs if name in tensors}
     fmt.decode_rows({**parts, **needed}, scale, out)
@@ -154,5 +155,9 @@ def _scale_value(fmt: Format, scale: Tensor | None) -> float:
 
 
 def _require_bf16(rows: Tensor) -> None:
-    if rows.dtype != torch.bfloat16:
-        raise ValueError(f"rows of dtype {rows.dtype}: expected torch.bfloat16; cast first, ties to even")
+    _require(rows, torch.bfloat16)
+
+
+def _require(rows: Tensor, dtype: torch.dtype) -> None:
+    if rows.dtype != dtype:
+        raise ValueError(f"rows of dtype {rows.dtype}: expected {dtype}; cast first, ties to even")

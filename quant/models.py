@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .excludes import Excludes
 from .formats import FORMATS, Format, TensorSpec
 from .layouts import (
     LAYOUTS,
@@ -35,6 +35,15 @@ from .layouts import (
 from .modules import QuantExperts, QuantLinear, QuantModule
 from .names import canonical_name, expert_parts
 from .parameters import ParameterRow
+from .pipelines import (
+    Component,
+    components_of,
+    is_pipeline,
+    linears_by_format,
+    meta_pipeline,
+    proved_quantization,
+    resolved_formats,
+)
 from .steps import RowMajor, locate
 
 log = logging.getLogger(__name__)
@@ -42,12 +51,19 @@ log = logging.getLogger(__name__)
 # Never quantized, wherever they are: ModelOpt's exports leave routers and heads in high precision.
 EXCLUDED = ("*lm_head", "*embed_tokens", "*.mlp.gate", "*.router", "*.shared_expert_gate")
 
+# What a whole model can be asked for. FP32 is for the parameters that a class keeps in it.
+BUILDABLE = tuple(name for name, row in FORMATS.items() if row.is_quantized or name == "bf16")
+PLAIN = {row.rows_dtype: row for row in FORMATS.values() if not row.is_quantized}
+
 # Members share one global scale, from the largest amax of the group, as ModelOpt's export has it.
-FUSED: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"^(.*\.)[qkv]_proj\.weight$"), "qkv"),
-    (re.compile(r"^(.*\.)(?:gate|up)_proj\.weight$"), "gate_up"),
-    (re.compile(r"^(.*\.)to_[qkv]\.weight$"), "to_qkv"),
-    (re.compile(r"^(.*\.)add_[qkv]_proj\.weight$"), "add_qkv"),
+# In diffusers' classes those that take the same input (of Wan's cross attention, attn2, q takes another one), and in
+# FP8 its export fuses none. Pattern, key, formats where it does not hold.
+FUSED: tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...] = (
+    (re.compile(r"^(.*\.)[qkv]_proj\.weight$"), "qkv", ()),
+    (re.compile(r"^(.*\.)(?:gate|up)_proj\.weight$"), "gate_up", ()),
+    (re.compile(r"^(.*\.attn2\.)to_[kv]\.weight$"), "to_kv", ("fp8",)),
+    (re.compile(r"^(.*(?<!\.attn2)\.)to_[qkv]\.weight$"), "to_qkv", ("fp8",)),
+    (re.compile(r"^(.*\.)add_[qkv]_proj\.weight$"), "add_qkv", ("fp8",)),
 )
 
 
@@ -63,28 +79,56 @@ def build_model(
     exclude: Collection[str] = (),
     device: torch.device | str = "cpu",
     arch: Arch | None = None,
+    components: Mapping[str, str | Path] | None = None,
 ) -> nn.Module:
-    """The causal LM of a config.json in BF16, its decoder layers quantized, every parameter zero.
+    """The causal LM of a config.json in BF16, or the Pipeline of a pipeline folder, quantized, every parameter zero.
 
-    With device "meta" the parameters have no memory yet (sharding gives each rank its part); buffers are always real.
-    arch: what "auto" chooses layouts for, by default the device of this process.
+    format_name: a row of FORMATS; for a pipeline also "auto" (what each component's checkpoint says, else bf16) or
+    "transformer=nvfp4,transformer_2=bf16", where components not named are "auto". components: overrides of a pipeline,
+    component -> folder or file with its weights. arch: what layout "auto" is chosen for, by default the device of this
+    process. With device "meta" the parameters have no memory yet (sharding gives each rank its part); buffers are
+    always real.
     """
+    arch = device_arch() if arch is None else arch
+    if is_pipeline(config_dir):
+        model = _pipeline(components_of(config_dir, components), format_name, layout, exclude, arch)
+    else:
+        model = _causal_lm(config_dir)
+        quantize_model(model, format_name, layout, exclude=exclude, arch=arch)
+        _rebuild_buffers(model)
+    if torch.device(device).type != "meta":
+        _allocate(model, device)
+    return model.eval()
+
+
+def _causal_lm(config_dir: Path) -> nn.Module:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ModelError(f"{config_dir}: building a model needs transformers: {error}") from error
     config = AutoConfig.from_pretrained(config_dir)
-    # An export's own quantization would make transformers swap modules; ours are put in below.
+    # An export's own quantization would make transformers swap modules; ours are put in later.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     causal_lm: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model: nn.Module = causal_lm.from_config(config, dtype=torch.bfloat16)
-    quantize_model(model, format_name, layout, exclude=exclude, arch=device_arch() if arch is None else arch)
-    _rebuild_buffers(model)
-    if torch.device(device).type != "meta":
-        _allocate(model, device)
-    return model.eval()
+    return model
+
+
+def _pipeline(
+    components: Mapping[str, Component], formats: str, layout: str, exclude: Collection[str], arch: Arch | None
+) -> nn.Module:
+    """Every component in the format that is asked for it, its checkpoint's own excludes honoured."""
+    model = meta_pipeline(components)
+    modules = model.components
+    declared = {name: proved_quantization(components[name], module) for name, module in modules.items()}
+    chosen = resolved_formats(formats, components, declared)
+    for name, module in modules.items():
+        linears = linears_by_format(components[name], declared[name], chosen[name], module)
+        for fmt, only in linears.items():
+            quantize_model(module, fmt, layout, exclude=exclude, arch=arch, prefix=f"{name}.", only=only)
+    return model
 
 
 def _rebuild_buffers(model: nn.Module) -> None:
@@ -115,32 +159,43 @@ def _allocate(model: nn.Module, device: torch.device | str) -> None:
 
 
 def quantize_model(
-    model: nn.Module, format_name: str, layout: str, *, exclude: Collection[str] = (), arch: Arch | None = None
+    model: nn.Module,
+    format_name: str,
+    layout: str,
+    *,
+    exclude: Collection[str] = (),
+    arch: Arch | None = None,
+    prefix: str = "",
+    only: Collection[str] | None = None,
 ) -> None:
     """Replace the linears and stacked experts of the decoder layers by quantized modules, holding zeros.
 
     `layout` is "auto", a family or a row's name, see choose_layout; `exclude` adds module name patterns to EXCLUDED.
     A linear whose shape the format cannot hold stays as it is, and so does BF16 where no row of that name holds it.
-    Nothing requires grad afterwards. What was chosen and why is logged, once for all modules alike.
+    prefix: of the model's name in a larger one, part of the new modules' names and of no pattern. only: the modules to
+    replace, by default those of the decoder layers. Nothing requires grad afterwards. What was chosen and why is
+    logged, once for all modules alike.
     """
-    if format_name not in FORMATS:
-        raise ModelError(f"format {format_name!r}: unknown; known: {', '.join(FORMATS)}")
+    if format_name not in BUILDABLE:
+        raise ModelError(f"format {format_name!r}: unknown; known: {', '.join(BUILDABLE)}")
     fmt = FORMATS[format_name]
     model.requires_grad_(False)
     kinds = [each for each in REPLACEMENTS if fmt.is_quantized or _asks_for(layout, each[1], fmt)]
     problems: dict[str, list[str]] = {}
     chosen: Counter[tuple[str, str]] = Counter()
-    for path, module in list(_in_layers(model)):
+    excludes = Excludes(patterns=(*EXCLUDED, *exclude))
+    modules = _in_layers(model) if only is None else ((path, model.get_submodule(path)) for path in only)
+    for path, module in list(modules):
         name = canonical_name(path)
         make = next((make for fits, kind, make in kinds if fits(module, fmt)), None)
-        if make is None or any(fnmatchcase(name, pattern) for pattern in (*EXCLUDED, *exclude)):
+        if make is None or excludes.matches(name):
             continue
         try:
-            made, why = make(module, fmt, layout, name, arch)
+            made, why = make(module, fmt, layout, prefix + name, arch)
             model.set_submodule(path, made)
             chosen[made.layout.name, why] += 1
         except ValueError as error:
-            problems.setdefault(str(error), []).append(name)
+            problems.setdefault(str(error), []).append(prefix + name)
     if problems:
         lines = [f"{error} (at {names[0]}, {len(names)} modules in all)" for error, names in problems.items()]
         raise ModelError("\n  - ".join([f"{type(model).__name__} cannot be quantized to {format_name}", *lines]))
@@ -232,10 +287,13 @@ def _entries(model: nn.Module) -> list[_Entry]:
             first, *aliases = names[id(parameter)]
             if name in stored or name != first:
                 continue
-            if parameter.dtype != torch.bfloat16 or parameter.ndim == 0:
+            fmt = PLAIN.get(parameter.dtype)
+            if fmt is None or parameter.ndim == 0:
                 got = f"{parameter.dtype} {list(parameter.shape)}"
-                problems.append(f"{name} ({type(module).__name__}): {got}; expected torch.bfloat16 of 1 dim or more")
-            found += _plain(name, tuple(parameter.shape), tuple(aliases), module)
+                known = " or ".join(map(str, PLAIN))
+                problems.append(f"{name} ({type(module).__name__}): {got}; expected {known} of 1 dim or more")
+                continue
+            found += _plain(name, fmt, tuple(parameter.shape), tuple(aliases), module)
     if problems:
         what = f"{type(model).__name__}: {len(problems)} parameter(s) not supported"
         raise ModelError("\n  - ".join([what, *problems]))
@@ -245,19 +303,23 @@ def _entries(model: nn.Module) -> list[_Entry]:
 def _quantized(module: QuantModule) -> Iterator[_Entry]:
     for matrix in module.matrices:
         name = f"{matrix.prefix}.weight"
-        row = ParameterRow(name=name, shape=matrix.shape, format=module.fmt.name, group=fused_group(name))
+        group = fused_group(name, module.fmt.name)
+        row = ParameterRow(name=name, shape=matrix.shape, format=module.fmt.name, group=group)
         yield _Entry(row=row, placements=matrix.placements, module=module)
 
 
-def _plain(name: str, shape: tuple[int, ...], aliases: tuple[str, ...], module: nn.Module) -> Iterator[_Entry]:
-    """A BF16 parameter lies row-major under its own name; of a stacked one each expert's part does."""
+def _plain(
+    name: str, fmt: Format, shape: tuple[int, ...], aliases: tuple[str, ...], module: nn.Module
+) -> Iterator[_Entry]:
+    """A plain parameter lies row-major under its own name; of a stacked one each expert's part does."""
+    dtype = fmt.components[0].dtype
     parts = expert_parts(name, shape)
     if not parts:
-        spec = TensorSpec(name=name, dtype="BF16", shape=shape)
-        row = ParameterRow(name=name, shape=shape, format="bf16", aliases=aliases)
+        spec = TensorSpec(name=name, dtype=dtype, shape=shape)
+        row = ParameterRow(name=name, shape=shape, format=fmt.name, aliases=aliases)
         yield _Entry(row=row, placements=(place_row_major(spec, name),), module=module)
     for part in parts:
-        spec = TensorSpec(name=part.name, dtype="BF16", shape=(part.row1 - part.row0, shape[2]))
+        spec = TensorSpec(name=part.name, dtype=dtype, shape=(part.row1 - part.row0, shape[2]))
         unit_bytes = shape[1] * spec.row_bytes
         placement = Placement(
             tensor=spec,
@@ -266,15 +328,15 @@ def _plain(name: str, shape: tuple[int, ...], aliases: tuple[str, ...], module: 
             located=locate((), RowMajor(), spec.num_rows, spec.row_bytes),
             unit_bytes=unit_bytes,
         )
-        row = ParameterRow(name=part.name, shape=spec.shape, format="bf16")
+        row = ParameterRow(name=part.name, shape=spec.shape, format=fmt.name)
         yield _Entry(row=row, placements=(placement,), module=module)
 
 
-def fused_group(name: str) -> str:
+def fused_group(name: str, format_name: str = "") -> str:
     """The key that the members of a fused group have in common, "" for a parameter that stands alone."""
-    for pattern, group in FUSED:
+    for pattern, group, unfused in FUSED:
         match = pattern.match(name)
-        if match:
+        if match and format_name not in unfused:
             return match[1] + group
     return ""
 

@@ -118,6 +118,11 @@ class Format:
         return len(self.components) > 1
 
     @property
+    def rows_dtype(self) -> torch.dtype:
+        """What `encode` takes: BF16, or the dtype itself of a format that keeps values as they are."""
+        return torch.bfloat16 if self.is_quantized else DTYPES[self.components[0].dtype]
+
+    @property
     def row_components(self) -> tuple[Component, ...]:
         """The components that hold something for every row: what `encode` returns."""
         return tuple(component for component in self.components if component.rows)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quant.checkpoint import open_checkpoint
@@ -32,7 +32,8 @@ from .faults import Faults
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
 from .refresh import Refresher
-from .text import eos_ids
+from .work import Worker
+from .workers import Serving, make_worker, offload_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """All that one rank needs to build itself. host: address that its peers and trainers dial."""
+    """All that one rank needs to build itself.
+
+    host: address that its peers and trainers dial. components: of a pipeline, component -> where its weights are.
+    """
 
     replica: int
     rank: int
@@ -51,8 +55,8 @@ class RankConfig:
     layout: str
     host: str
     num_threads: int
-    max_batch: int
-    max_tokens: int
+    serving: Serving = field(default_factory=Serving)
+    components: Mapping[str, str] = field(default_factory=dict)
     memory_budget_bytes: int | None = None
 
 
@@ -78,11 +82,13 @@ class RankActor:
         torch.manual_seed(0)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = self._join(rendezvous, device_type)
-        with open_checkpoint(config.model) as checkpoint:
+        with open_checkpoint(config.model, components=config.components) as checkpoint:
             # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
             sharded = config.world > 1
             device = "meta" if sharded else device_type
-            model = build_model(checkpoint.config_dir, config.format, config.layout, device=device)
+            model = build_model(
+                checkpoint.config_dir, config.format, config.layout, device=device, components=config.components
+            )
             if sharded:
                 shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
@@ -90,13 +96,13 @@ class RankActor:
             config_dir = checkpoint.config_dir
         mark_all_applied(model)
         seal(model)
-        refresher = Refresher(model, receiver, sharded=config.world > 1)
+        refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
         self._server = RankServer(
             identity=RankIdentity(
                 replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
             ),
             receiver=receiver,
-            engine=self._engine(model, refresher, eos_ids(config_dir), device_type),
+            engine=self._engine(make_worker(model, config_dir, config.serving, refresher, device=device_type)),
             reshard=lambda: reshard_all(model),
             foresee=refresher.foresee,
             faults=self._faults,
@@ -113,23 +119,28 @@ class RankActor:
         )
         return init_device_mesh(device_type, (config.world,), mesh_dim_names=("shard",))
 
-    def _engine(self, model: nn.Module, refresher: Refresher, eos: frozenset[int], device_type: str) -> Engine:
+    def _engine(self, worker: Worker[..., Any]) -> Engine[..., Any]:
         """The engine of this rank, running; its steps are agreed on over a group of their own."""
         config = self._config
         engine = Engine(
-            model,
-            eos,
+            worker,
             group=dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT),
             rank=config.rank,
             world=config.world,
-            on_refresh=refresher,
             version=0,
-            device=device_type,
-            max_batch=config.max_batch,
-            max_tokens=config.max_tokens,
+            commit_between=config.serving.commit_between,
         )
         engine.start()
         return engine
+
+    def warm_up(self) -> None:
+        """Compile kernels and graphs, before any version is published. Called on all ranks of a replica at once."""
+        assert self._server is not None
+        start_s = time.perf_counter()
+        self._server.engine.warm_up()
+        log.info(
+            "warm-up rank=%s.%s seconds=%.1f", self._config.replica, self._config.rank, time.perf_counter() - start_s
+        )
 
     def arm(self, point: str, action: str) -> None:
         """Plan a failure at a point of the protocol; see service.faults."""

@@ -1,26 +1,20 @@
-"""The coordinator's gRPC face: Control for trainers and operators, Generation routed to the replicas."""
+"""The coordinator's gRPC face: Control for trainers and operators, Generation through service.router."""
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.errors import BusyError, MemberError, VersionError, WeightUpdateError
+from weight_update.errors import BusyError, MemberError, VersionError
 from weight_update.messages import Decision
 from weight_update.transaction import Phase
 from weight_update.transport import (
     CONTROL_MESSAGE_BYTES,
-    connect,
-    error_of,
     from_delta_proto,
     from_digests_proto,
     from_spec_proto,
@@ -28,7 +22,8 @@ from weight_update.transport import (
 )
 
 from .coordinator import CoordinatorShell
-from .text import Detokenizer, TextCodec
+from .router import GenerationRouter
+from .text import TextCodec
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
 
 SERVICES = ("Control", "Generation")
@@ -238,73 +233,3 @@ class ControlServicer(pb_grpc.ControlServicer):
     @refusing_stream
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:
         yield from self._shell.watch(context.is_active)
-
-
-class GenerationRouter(pb_grpc.GenerationServicer):
-    """Deals the prompts of one request out to the serving replicas and merges their tokens."""
-
-    def __init__(self, shell: CoordinatorShell, codec: TextCodec) -> None:
-        self._shell = shell
-        self._codec = codec
-        self._channels: dict[str, grpc.Channel] = {}
-        self._turn = itertools.count()
-
-    @refusing_stream
-    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.Token]:
-        leaders = sorted(self._shell.leader_addresses().items())
-        if not leaders:
-            raise MemberError(f"generate: no replica serves ({self._shell.protocol.fenced}); see 'transfuse status'")
-        prompts = [self._codec.encode(prompt) for prompt in request.prompts]
-        turn = next(self._turn)
-        merged: queue.SimpleQueue[pb.Token | Exception | None] = queue.SimpleQueue()
-        calls = []
-        for i, (_, address) in enumerate(leaders):
-            indices = [index for index in range(len(prompts)) if (index + turn) % len(leaders) == i]
-            if indices or not prompts:
-                calls.append(self._call(request, prompts, indices, address, merged))
-        context.add_callback(lambda: [each.cancel() for each in calls])
-        yield from self._merge(merged, len(calls), len(prompts))
-
-    def _call(
-        self,
-        request: pb.GenerateRequest,
-        prompts: Sequence[Sequence[int]],
-        indices: Sequence[int],
-        address: str,
-        merged: queue.SimpleQueue[pb.Token | Exception | None],
-    ) -> Any:
-        share = pb.GenerateRequest(
-            prompts=[pb.Prompt(token_ids=prompts[i]) for i in indices],
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            seed=request.seed + (indices[0] if indices else 0),
-            ignore_eos=request.ignore_eos,
-        )
-        channel = self._channels.setdefault(address, connect(address))
-        stream = pb_grpc.GenerationStub(channel).Generate(share)
-
-        def read() -> None:
-            try:
-                for token in stream:
-                    token.sequence = indices[token.sequence]
-                    merged.put(token)
-                merged.put(None)
-            except grpc.RpcError as error:
-                merged.put(error_of(error, address))
-
-        threading.Thread(target=read, name=f"generate-{address}", daemon=True).start()
-        return stream
-
-    def _merge(
-        self, merged: queue.SimpleQueue[pb.Token | Exception | None], num_calls: int, num_prompts: int
-    ) -> Iterator[pb.Token]:
-        texts: list[Detokenizer] = [self._codec.detokenizer() for _ in range(num_prompts)]
-        while num_calls:
-            token = merged.get()
-            if token is None:
-                num_calls -= 1
-            elif isinstance(token, pb.Token):
-                token.text = texts[token.sequence].add(token.token_id, last=token.last)
-                yield token
-            elif isinstance(token, WeightUpdateError):
-                raise token

@@ -11,9 +11,10 @@ rank pauses after the same step, and ranks whose forward is collective run as ma
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Generic, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,49 +22,37 @@ import torch.distributed as dist
 from weight_update.errors import BusyError, MemberError
 
 from .lockstep import Command, Kind, Link, Report, describe
-from .requests import Limits, Request, Running, TokenStream, check_request
-from .sampling import Decoder, Model, Sampled, Start
+from .work import Entry, Out, P, Request, Running, Start, Stream, Worker
+
+CommitBetween = Literal["steps", "samples"]
 
 
-class Engine:
+class Engine(Generic[P, Out]):
     """Generates on one rank; rank 0 of the replica leads and is the only one that takes requests.
 
-    model               a transformers causal LM on `device`
-    group               carries CPU tensors, belongs to this engine alone (see Link); its timeout is how long a hung
-                        peer goes unnoticed, and must exceed the slowest step and refresh; a dead one is seen at once
-    on_refresh          makes new weights visible to forward (reshard, unshard, decode); called in the engine thread of
-                        every rank while the replica stands at a step boundary; may be collective
-    max_batch           sequences that run at once on the whole replica; further requests wait in order
-    max_tokens          of a sequence, prompt included
-    vocab_size          default: that of the model's config
-    collective_forward  forward needs every rank (FSDP-sharded): a rank without sequences runs dummy forwards
-    keepalive_s         an idle or paused leader gives a sign this often; well below the group's timeout
+    worker          what is generated; its refresh is called in the engine thread of every rank while the replica
+                    stands at a step boundary
+    group           carries CPU tensors, belongs to this engine alone (see Link); its timeout is how long a hung
+                    peer goes unnoticed, and must exceed the slowest step and refresh; a dead one is seen at once
+    commit_between  "steps": a pause stops running sequences after a step; "samples": it first lets them end, and
+                    requests that came later wait
+    keepalive_s     an idle or paused leader gives a sign this often; well below the group's timeout
     """
 
     def __init__(
         self,
-        model: Model,
-        tokenizer_eos_ids: Collection[int],
+        worker: Worker[P, Out],
         *,
         group: dist.ProcessGroup | None,
         rank: int,
         world: int,
-        on_refresh: Callable[[], None],
         version: int,
-        max_batch: int = 32,
-        max_tokens: int = 2048,
-        vocab_size: int | None = None,
-        device: torch.device | str = "cpu",
-        collective_forward: bool = False,
+        commit_between: CommitBetween = "steps",
         keepalive_s: float = 5.0,
     ) -> None:
-        vocab_size = vocab_size or model.config.vocab_size  # type: ignore[attr-defined]
-        self.rank, self.world = rank, world
-        self._limits = Limits(max_batch=max_batch, max_tokens=max_tokens, vocab_size=vocab_size)
-        self._link = Link(group, rank=rank, world=world, max_batch=max_batch)
-        self._decoder = Decoder(model, eos_ids=frozenset(tokenizer_eos_ids), device=torch.device(device))
-        self._on_refresh = on_refresh
-        self._collective_forward = collective_forward
+        self.rank, self.world, self.commit_between = rank, world, commit_between
+        self._worker = worker
+        self._link = Link(group, rank=rank, world=world, max_batch=worker.max_batch)
         self._keepalive_s = keepalive_s
         self._version, self._step, self._state = version, 0, "stopped"
         self._thread: threading.Thread | None = None
@@ -73,8 +62,8 @@ class Engine:
         self._held = False  # the last resume was told to stay paused
         self._resume: Command | None = None
         self._failure = ""
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, Running] = {}  # by key
+        self._waiting: deque[Request[Out]] = deque()
+        self._running: dict[int, Running[Out]] = {}  # by key
         self._next_key = 0
 
     # ------------------------------------------------------------ what callers see, on every rank
@@ -98,9 +87,23 @@ class Engine:
     def num_sequences(self) -> int:
         """Unfinished sequences: of the replica, waiting ones included, on the leader; of this rank elsewhere."""
         if self.rank:
-            return self._decoder.num_sequences
+            return self._worker.num_sequences
         with self._changed:
-            return len(self._running) + sum(len(request.prompts) for request in self._waiting)
+            return len(self._running) + sum(len(request.work) for request in self._waiting)
+
+    @property
+    def pausing(self) -> bool:
+        """Whether a pause was asked for, on the leader; running sequences may still be on their way to it."""
+        return self._pausing
+
+    @property
+    def rpc(self) -> str:
+        """The call of the Generation service that this engine answers."""
+        return self._worker.rpc
+
+    def warm_up(self) -> None:
+        """Compile what the first request would wait for. On every rank at once, before any weights are published."""
+        self._worker.warm_up()
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -134,35 +137,21 @@ class Engine:
 
     # ------------------------------------------------------------ what callers see, on the leader
 
-    def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        seed: int = 0,
-        ignore_eos: bool = False,
-    ) -> TokenStream:
-        """Generate from every prompt; tokens of all its sequences arrive in one stream, step by step.
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Stream[Out]:
+        """Generate what the worker's `request` makes of the arguments; all of it arrives in one stream, step by step.
 
-        Tokens are a function of weights, prompts and seed. Dropping or cancelling the stream frees the sequences.
+        Dropping or cancelling the stream frees its sequences.
         """
         self._require_leader("submit")
-        check_request(self._limits, prompts, max_new_tokens, temperature)
-        request = Request(
-            prompts=tuple(tuple(map(int, prompt)) for prompt in prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            ignore_eos=ignore_eos,
-        )
+        request = Request(work=self._worker.request(*args, **kwargs))
         with self._changed:
             self._require_alive()
             self._waiting.append(request)
             self._changed.notify_all()
-        return TokenStream(request)
+        return Stream(request)
 
     def request_pause(self) -> int:
-        """Ask for a pause; returns the step after which every rank stops. Idempotent."""
+        """Ask for a pause; returns the step that runs now, or ran last. Idempotent."""
         self._require_leader("request_pause")
         with self._changed:
             self._require_alive()
@@ -238,7 +227,7 @@ class Engine:
             return replace(self._resume, step=self._step)
         if self._standing:
             return None
-        if self._pausing:
+        if self._pausing and not (self._running and self.commit_between == "samples"):
             return Command(kind=Kind.PAUSE, step=self._step)
         return self._step_command() if self._waiting or self._running else None
 
@@ -248,35 +237,34 @@ class Engine:
         for key in cancels:
             del self._running[key]
         starts = tuple(start for request in self._admit() for start in self._assign(request))
-        loads = Counter(rank for rank, _ in {(r.rank, id(r.request)) for r in self._running.values()})
-        num_forwards = max(loads.values(), default=0) if self._collective_forward else 0
-        return Command(kind=Kind.STEP, step=self._step, starts=starts, cancels=cancels, num_forwards=num_forwards)
+        plan = self._worker.plan(self._running.values())
+        return Command(kind=Kind.STEP, step=self._step, starts=starts, cancels=cancels, plan=plan)
 
-    def _admit(self) -> list[Request]:
-        """Requests that fit now, in order of arrival; none overtakes."""
+    def _admit(self) -> list[Request[Out]]:
+        """Requests that fit now, in order of arrival; none overtakes, and none joins those that a pause waits for."""
         self._waiting = deque(request for request in self._waiting if not request.cancelled)
-        room = self._limits.max_batch - len(self._running)
-        admitted: list[Request] = []
-        while self._waiting and len(self._waiting[0].prompts) <= room:
+        room = 0 if self._pausing else self._worker.max_batch - len(self._running)
+        admitted: list[Request[Out]] = []
+        while self._waiting and len(self._waiting[0].work) <= room:
             admitted.append(self._waiting.popleft())
-            room -= len(admitted[-1].prompts)
+            room -= len(admitted[-1].work)
         return admitted
 
-    def _assign(self, request: Request) -> list[Start]:
+    def _assign(self, request: Request[Out]) -> list[Start]:
         """Sequences round-robin over the ranks, going on where the last request ended: keys count up, too."""
-        first = self._next_key
-        self._next_key += len(request.prompts)
-        for index in range(len(request.prompts)):
+        first, size = self._next_key, len(request.work)
+        self._next_key += size
+        for index in range(size):
             rank = (first + index) % self.world
             self._running[first + index] = Running(request=request, index=index, rank=rank)
-        shares = [range((rank - first) % self.world, len(request.prompts), self.world) for rank in range(self.world)]
-        return [request.share(rank, first, indices) for rank, indices in enumerate(shares) if indices]
+        shares = [range((rank - first) % self.world, size, self.world) for rank in range(self.world)]
+        return [request.work.share(rank, first, indices) for rank, indices in enumerate(shares) if indices]
 
     # ------------------------------------------------------------ every rank's thread
 
     def _run(self) -> None:
         try:
-            # Not inference_mode: what on_refresh allocates must stay writable for others.
+            # Not inference_mode: what a refresh allocates must stay writable for others.
             with torch.no_grad():
                 while self._turn():
                     pass
@@ -304,9 +292,9 @@ class Engine:
     def _idle(self, command: Command) -> bool:
         return True
 
-    def _decode(self, command: Command) -> bool:
+    def _advance(self, command: Command) -> bool:
         starts = [start for start in command.starts if start.rank == self.rank]
-        report = self._attempt(lambda: self._decoder.step(starts, command.cancels, command.num_forwards))
+        report = self._attempt(lambda: self._worker.step(starts, command.cancels, command.plan))
         reports = self._link.collect(report)
         with self._changed:
             if self.rank == 0 and self._agree(reports):
@@ -322,7 +310,7 @@ class Engine:
     def _refresh(self, command: Command) -> bool:
         with self._changed:
             self._standing = False
-        report = self._attempt(lambda: self._on_refresh() if command.refresh else None)
+        report = self._attempt(lambda: self._worker.refresh() if command.refresh else None)
         with self._changed:
             if not report.error:
                 self._version, self._held, self._standing = command.version, command.stay_paused, command.stay_paused
@@ -340,10 +328,10 @@ class Engine:
         self._end(f"failed: {command.reason}" if command.kind is Kind.FAIL else "stopped")
         return False
 
-    def _attempt(self, work: Callable[[], Sequence[Sampled] | None]) -> Report:
+    def _attempt(self, work: Callable[[], Sequence[Entry] | None]) -> Report:
         """Report of `work`. An exception travels as text, so that no rank leaves the lock-step by itself."""
         try:
-            return Report(step=self._step, tokens=tuple(work() or ()))
+            return Report(step=self._step, entries=tuple(work() or ()))
         except Exception as error:
             return Report(step=self._step, error=describe(error))
 
@@ -358,22 +346,22 @@ class Engine:
         return not problems
 
     def _deliver(self, reports: Sequence[Report]) -> None:
-        tokens = [token for report in reports for token in report.tokens]
-        if {token.key for token in tokens} != self._running.keys():
-            self._failure = f"step {self._step}: expected a token of {len(self._running)} sequences, got {len(tokens)}"
+        entries = [entry for report in reports for entry in report.entries]
+        if {entry.key for entry in entries} != self._running.keys():
+            self._failure = f"step {self._step}: expected {len(self._running)} sequences to go on, got {len(entries)}"
             return
-        for token in tokens:
-            running = self._running[token.key]
-            running.emit(token, self._version)
-            if token.last:
-                del self._running[token.key]
+        for entry in entries:
+            running = self._running[entry.key]
+            running.emit(entry, self._version)
+            if entry.last:
+                del self._running[entry.key]
 
 
 _ALIVE = frozenset({"serving", "paused"})
 
-_ACTIONS: dict[Kind, Callable[[Engine, Command], bool]] = {
+_ACTIONS: dict[Kind, Callable[[Engine[..., Any], Command], bool]] = {
     Kind.IDLE: Engine._idle,
-    Kind.STEP: Engine._decode,
+    Kind.STEP: Engine._advance,
     Kind.PAUSE: Engine._stand,
     Kind.RESUME: Engine._refresh,
     Kind.STOP: Engine._finish,

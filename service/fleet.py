@@ -12,8 +12,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +23,12 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quant.checkpoint import open_checkpoint
+from quant.pipelines import PipelineCheckpoint
 from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, REMOTE_RANK, RankConfig
+from .engine import CommitBetween
+from .workers import Serving, check_serving
 
 log = logging.getLogger(__name__)
 
@@ -36,38 +39,58 @@ Progress = Callable[[str, int, int], None]
 class FleetConfig:
     """What to serve and where.
 
-    model: a directory, a GGUF file, or "smollm2". layout: a row of quant.layouts.LAYOUTS, or "auto"; several,
-    separated by commas, are dealt out to the replicas. replicas: full
-    copies of the model. ranks: processes that share one copy. listen: host:port of the coordinator, port 0 for any.
-    ray_address: an existing cluster; None starts a local one. state_dir: where decisions are kept (default: a
-    temporary folder, for trials).
+    model: a directory, a GGUF file, or "smollm2"; a directory may be a pipeline of diffusers. format: a row of FORMATS;
+    of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16". layout: a row of quant.layouts.LAYOUTS, or
+    "auto"; several, separated by commas, are dealt out to the replicas. components: of a pipeline, component -> where
+    its weights are instead. replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
+    of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
+    decisions are kept (default: a temporary folder, for trials). For the rest see Serving.
     """
 
     model: str
     format: str = "nvfp4"
     layout: str = "auto"
+    components: Mapping[str, str] = field(default_factory=dict)
     replicas: int = 1
     ranks: int = 1
     listen: str = "127.0.0.1:0"
     ray_address: str | None = None
     state_dir: Path | None = None
     max_batch: int = 32
-    max_tokens: int = 2048
+    max_tokens: int | None = None
+    commit_between: CommitBetween = "steps"
+    offload: str = "none"
+    compile: bool = False
     memory_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
             raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
 
+    @property
+    def serving(self) -> Serving:
+        """How each replica generates."""
+        return Serving(
+            max_batch=self.max_batch,
+            max_tokens=self.max_tokens,
+            commit_between=self.commit_between,
+            offload=self.offload,
+            compile=self.compile,
+        )
+
 
 class Fleet:
-    """Starts everything, and stops everything. on_progress: called with (what, done, total)."""
+    """Starts everything, and stops everything. on_progress: called with (what, done, total); on_note: with what whoever
+    starts it should know."""
 
-    def __init__(self, config: FleetConfig, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: FleetConfig, on_progress: Progress | None = None, on_note: Callable[[str], None] = log.warning
+    ) -> None:
         self.config = config
         self.address = ""
         self.ranks: list[Any] = []
         self._on_progress = on_progress or (lambda what, done, total: None)
+        self._on_note = on_note
         self._started_ray = False
         self._groups: list[Any] = []
         self._scratch: tempfile.TemporaryDirectory[str] | None = None  # the state of a trial; gone with the fleet
@@ -89,14 +112,19 @@ class Fleet:
     def _start(self) -> None:
         config = self.config
         checkpoint = open_checkpoint(
-            config.model, progress=lambda done, total: self._on_progress("checkpoint", done, total)
+            config.model,
+            progress=lambda done, total: self._on_progress("checkpoint", done, total),
+            components=config.components,
         )
         config_dir = checkpoint.config_dir
         checkpoint.close()
+        num_components = len(checkpoint.components) if isinstance(checkpoint, PipelineCheckpoint) else 0
+        check_serving(config.serving, num_components, self._on_note)
         self._on_progress("ray", 0, 1)
         self._connect()
         self._on_progress("ray", 1, 1)
         addresses = self._start_ranks(str(config_dir))
+        self._warm_up()
         self._on_progress("coordinator", 0, 1)
         state_dir = self._state_dir()
         self.coordinator = REMOTE_COORDINATOR.remote(
@@ -152,12 +180,26 @@ class Fleet:
             meeting = _get(members[0].rendezvous.remote(), f"replica {replica} rank 0")
             for rank, member in enumerate(members):
                 builds[member.build.remote(meeting)] = f"replica {replica} rank {rank}"
-        order, waiting = list(builds), list(builds)
+        self._await(builds, "ranks")
+        return [ray.get(build) for build in builds]
+
+    def _warm_up(self) -> None:
+        """Kernels and graphs are compiled before the first request, not by it."""
+        self._on_progress("warm-up", 0, len(self.ranks))
+        ranks = self.config.ranks
+        calls = {
+            rank.warm_up.remote(): f"replica {i // ranks} rank {i % ranks} in its warm-up"
+            for i, rank in enumerate(self.ranks)
+        }
+        self._await(calls, "warm-up")
+
+    def _await(self, calls: Mapping[Any, str], what: str) -> None:
+        """Wait for Ray calls, reporting each; calls: reference -> who."""
+        waiting = list(calls)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
-            _get(done[0], builds[done[0]])
-            self._on_progress("ranks", total - len(waiting), total)
-        return [ray.get(build) for build in order]
+            _get(done[0], calls[done[0]])
+            self._on_progress(what, len(calls) - len(waiting), len(calls))
 
     def _rank_config(self, replica: int, rank: int, model: str, threads: int) -> RankConfig:
         config = self.config
@@ -171,8 +213,8 @@ class Fleet:
             layout=layouts[replica % len(layouts)],
             host=config.listen.rpartition(":")[0],
             num_threads=threads,
-            max_batch=config.max_batch,
-            max_tokens=config.max_tokens,
+            serving=config.serving,
+            components=dict(config.components),
             memory_budget_bytes=config.memory_budget_bytes,
         )
 

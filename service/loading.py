@@ -117,7 +117,7 @@ class _ColdLoad:
     # -- rows
 
     def _blocks(self, row: ParameterRow) -> Iterator[tuple[int, Tensor]]:
-        """(first row, BF16 rows [n, columns]) of the rows of a parameter that this rank owns."""
+        """(first row, rows [n, columns] in the format's rows_dtype) of the rows of a parameter that this rank owns."""
         entry = self._entries[row.name]
         fmt = FORMATS[row.format]
         start, stop = (fmt.components[0].rows * at for at in self._owned(self._manifest.tensors_of(row)[0]))
@@ -130,7 +130,7 @@ class _ColdLoad:
             else:
                 stacked = self._checkpoint.rows(entry.name, entry.expert, entry.expert + 1)
                 rows = stacked[0, entry.row0 + first : entry.row0 + last]
-            yield first, rows.to(torch.bfloat16).reshape(last - first, columns).contiguous()
+            yield first, rows.to(fmt.rows_dtype).reshape(last - first, columns).contiguous()
 
     def _scales(self, encoded: list[ParameterRow], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         """The global scale of every fused group, from the largest amax over the replica's ranks."""

@@ -1,10 +1,14 @@
 """What the ranks of a replica say to each other: the leader names every turn, every rank reports what it did.
 
-    command  leader to each rank   7 int64: kind, step, version, num_forwards, refresh, stay_paused, payload bytes
-                                   then, only where there is one, the payload: JSON of starts, cancels, reason
-    report   each rank to leader   [1 + rows, 4] int64; row 0: step, number of tokens, bytes of the error text, 0
-                                   each further row: key, token id, last, log-probability as float64 bits;
-                                   a rank that failed has no tokens, and its rows hold the error text in UTF-8
+    command  leader to each rank   7 int64: kind, step, version, plan, refresh, stay_paused, payload bytes
+                                   then, only where there is one, the payload: JSON of starts, cancels, reason; a zero
+                                   byte; the bytes objects in it, one after the other, at offsets that the JSON names
+    report   each rank to leader   [1 + rows, 4] int64; row 0: step, number of entries, bytes of the error text, kind
+                                   of the entries (see ENTRIES); each further row is one entry:
+                                       Sampled    key, token id, last, log-probability as float64 bits
+                                       Denoised   key, step, last, bytes of its latents
+                                   a rank that failed has no entries, and its rows hold the error text in UTF-8
+                                   then, only where there are any, the latents of all entries
 
 Each rank has its own exchange with the leader, not a broadcast tree or a gather: an operation that one dead rank breaks
 closes gloo's connections to the live ones as well, and those must still hear that the replica failed, and why.
@@ -13,20 +17,26 @@ closes gloo's connections to the live ones as well, and those must still hear th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum, unique
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .sampling import Sampled, Start
+from .requests import Sampled, Start
+from .samples import Denoised, SampleStart
+from .work import Entry
+from .work import Start as AnyStart
 
-_HEADER = ("kind", "step", "version", "num_forwards", "refresh", "stay_paused")
+_HEADER = ("kind", "step", "version", "plan", "refresh", "stay_paused")
 _MIN_ROWS = 32  # room for 1 KiB of error text where max_batch is small
+_STARTS: Mapping[str, Callable[..., AnyStart]] = {each.__name__: each for each in (Start, SampleStart)}
+ENTRIES = (Sampled, Denoised)
 
 
 @unique
@@ -48,10 +58,10 @@ class Command:
     kind: Kind
     step: int
     version: int = 0
-    num_forwards: int = 0
+    plan: int = 0  # of the worker, for this step
     refresh: bool = False
     stay_paused: bool = False
-    starts: tuple[Start, ...] = ()
+    starts: tuple[AnyStart, ...] = ()
     cancels: tuple[int, ...] = ()
     reason: str = ""
 
@@ -61,72 +71,118 @@ class Report:
     """What one rank did in a turn; `error` is empty when all went well."""
 
     step: int
-    tokens: tuple[Sampled, ...] = ()
+    entries: tuple[Entry, ...] = ()
     error: str = ""
 
 
 def pack_command(command: Command) -> tuple[Tensor, Tensor]:
     """Header and payload (of zero bytes where there is nothing to say) of a command."""
     says = bool(command.starts or command.cancels or command.reason)
-    body = {"starts": [asdict(s) for s in command.starts], "cancels": command.cancels, "reason": command.reason}
-    payload = json.dumps(body).encode() if says else b""
+    payload = _pack_body(command) if says else b""
     words = [*(int(getattr(command, name)) for name in _HEADER), len(payload)]
     return torch.tensor(words, dtype=torch.int64), torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)
 
 
+def _pack_body(command: Command) -> bytes:
+    blobs: list[bytes] = []
+
+    def aside(value: bytes) -> dict[str, list[int]]:
+        start = sum(map(len, blobs))
+        blobs.append(value)
+        return {"bytes": [start, start + len(value)]}
+
+    starts = [{"start": type(each).__name__, **asdict(each)} for each in command.starts]  # type: ignore[call-overload]
+    text = json.dumps({"starts": starts, "cancels": command.cancels, "reason": command.reason}, default=aside)
+    return b"\0".join([text.encode(), b"".join(blobs)])
+
+
 def unpack_command(header: Tensor, payload: bytes) -> Command:
     """Inverse of pack_command; `payload` as long as the header says."""
-    kind, step, version, num_forwards, refresh, stay_paused, _ = header.tolist()
-    body: dict[str, Any] = json.loads(payload) if payload else {"starts": [], "cancels": [], "reason": ""}
+    kind, step, version, plan, refresh, stay_paused, _ = header.tolist()
+    text, _, blobs = payload.partition(b"\0")  # JSON holds no zero byte
+
+    def restored(fields: dict[str, Any]) -> Any:
+        return blobs[slice(*fields["bytes"])] if fields.keys() == {"bytes"} else fields
+
+    body: dict[str, Any] = json.loads(text, object_hook=restored) if text else {}
     return Command(
         kind=Kind(kind),
         step=step,
         version=version,
-        num_forwards=num_forwards,
+        plan=plan,
         refresh=bool(refresh),
         stay_paused=bool(stay_paused),
-        starts=tuple(unpack_start(start) for start in body["starts"]),
-        cancels=tuple(body["cancels"]),
-        reason=body["reason"],
+        starts=tuple(_STARTS[fields.pop("start")](**_tuples(fields)) for fields in body.get("starts", ())),
+        cancels=tuple(body.get("cancels", ())),
+        reason=body.get("reason", ""),
     )
 
 
-def unpack_start(fields: dict[str, Any]) -> Start:
-    """A Start from its JSON object, whose lists become tuples again."""
-    tuples = {name: tuple(fields[name]) for name in ("keys", "seeds")}
-    return Start(**{**fields, **tuples, "prompts": tuple(map(tuple, fields["prompts"]))})
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only; the fields of a start are tuples."""
+    if isinstance(value, dict):
+        return {name: _tuples(each) for name, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def pack_report(report: Report, rows: int) -> Tensor:
-    """Report as a tensor of fixed size; an error text is cut to the room there is."""
+def pack_report(report: Report, rows: int) -> tuple[Tensor, bytes]:
+    """The table of fixed size and the latents behind it; an error text is cut to the room there is."""
     packed = torch.zeros(1 + rows, 4, dtype=torch.int64)
     if report.error:
         text = report.error.encode()[: rows * 32]
         packed[1:].view(-1).view(torch.uint8)[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
         packed[0] = torch.tensor([report.step, 0, len(text), 0])
-        return packed
-    count = len(report.tokens)
-    packed[0] = torch.tensor([report.step, count, 0, 0])
-    if count:
-        packed[1 : 1 + count, :3] = torch.tensor([(t.key, t.token_id, t.last) for t in report.tokens])
-        packed.view(torch.float64)[1 : 1 + count, 3] = torch.tensor(
-            [t.logprob for t in report.tokens], dtype=torch.float64
-        )
-    return packed
+        return packed, b""
+    if not report.entries:
+        packed[0] = torch.tensor([report.step, 0, 0, 0])
+        return packed, b""
+    kind, count = ENTRIES.index(type(report.entries[0])), len(report.entries)
+    packed[0] = torch.tensor([report.step, count, 0, kind])
+    words, latents = _PACK[kind](report.entries)
+    packed[1 : 1 + count] = words
+    return packed, latents
 
 
-def unpack_report(packed: Tensor) -> Report:
+def _pack_tokens(tokens: Sequence[Any]) -> tuple[Tensor, bytes]:
+    words = torch.tensor([(token.key, token.token_id, token.last, 0) for token in tokens])
+    words.view(torch.float64)[:, 3] = torch.tensor([token.logprob for token in tokens], dtype=torch.float64)
+    return words, b""
+
+
+def _pack_steps(steps: Sequence[Any]) -> tuple[Tensor, bytes]:
+    words = torch.tensor([(each.key, each.step, each.last, len(each.latents)) for each in steps])
+    return words, b"".join(each.latents for each in steps)
+
+
+def payload_bytes(packed: Tensor) -> int:
+    """Bytes of latents that follow a packed report."""
+    _, count, length, kind = packed[0].tolist()
+    return 0 if length or ENTRIES[kind] is not Denoised else int(packed[1 : 1 + count, 3].sum())
+
+
+def unpack_report(packed: Tensor, latents: bytes = b"") -> Report:
     """Inverse of pack_report."""
-    step, count, length, _ = packed[0].tolist()
+    step, count, length, kind = packed[0].tolist()
     if length:
         text = bytes(packed[1:].view(-1).view(torch.uint8)[:length].tolist())
         return Report(step=step, error=text.decode(errors="replace"))
-    logprobs = packed.view(torch.float64)[1 : 1 + count, 3].tolist()
-    tokens = tuple(
-        Sampled(key, token_id, logprob, bool(last))
-        for (key, token_id, last), logprob in zip(packed[1 : 1 + count, :3].tolist(), logprobs, strict=True)
-    )
-    return Report(step=step, tokens=tokens)
+    return Report(step=step, entries=tuple(_UNPACK[kind](packed[1 : 1 + count], latents)))
+
+
+def _unpack_tokens(words: Tensor, _: bytes) -> Iterator[Entry]:
+    for (key, token_id, last, _), logprob in zip(words.tolist(), words.view(torch.float64)[:, 3].tolist(), strict=True):
+        yield Sampled(key, token_id, logprob, bool(last))
+
+
+def _unpack_steps(words: Tensor, latents: bytes) -> Iterator[Entry]:
+    ends = accumulate(words[:, 3].tolist(), initial=0)
+    for (key, step, last, _), (start, stop) in zip(words.tolist(), pairwise(ends), strict=True):
+        yield Denoised(key, step, bool(last), latents[start:stop])
+
+
+# In the order of ENTRIES.
+_PACK: tuple[Callable[[Sequence[Any]], tuple[Tensor, bytes]], ...] = (_pack_tokens, _pack_steps)
+_UNPACK: tuple[Callable[[Tensor, bytes], Iterator[Entry]], ...] = (_unpack_tokens, _unpack_steps)
 
 
 class Link:
@@ -157,17 +213,27 @@ class Link:
         payload = torch.zeros(int(header[-1]), dtype=torch.uint8)
         if len(payload):
             dist.recv(payload, group=self._group, group_src=0)
-        return unpack_command(header, bytes(payload.numpy()))
+        return unpack_command(header, payload.numpy().tobytes())
 
     def collect(self, report: Report) -> Sequence[Report]:
         """Reports of all ranks, in order, on the leader; nothing elsewhere. A lost rank's is an error."""
         if self._rank:
-            dist.send(pack_report(report, self._rows), group=self._group, group_dst=0)
+            table, latents = pack_report(report, self._rows)
+            dist.send(table, group=self._group, group_dst=0)
+            if latents:
+                dist.send(torch.frombuffer(bytearray(latents), dtype=torch.uint8), group=self._group, group_dst=0)
             return []
         packed = torch.zeros(self._world, 1 + self._rows, 4, dtype=torch.int64)
         self._with_each(lambda peer: [dist.irecv(packed[peer], group=self._group, group_src=peer)])
+        behind = [torch.zeros(payload_bytes(table), dtype=torch.uint8) for table in packed]
+        self._with_each(
+            lambda peer: [dist.irecv(behind[peer], group=self._group, group_src=peer)] if len(behind[peer]) else []
+        )
         lost = {peer: Report(step=report.step, error=why) for peer, why in self.lost.items()}
-        return [report, *(lost.get(peer) or unpack_report(packed[peer]) for peer in range(1, self._world))]
+        return [
+            report,
+            *(lost.get(i) or unpack_report(packed[i], behind[i].numpy().tobytes()) for i in range(1, self._world)),
+        ]
 
     def _with_each(self, post: Callable[[int], list[dist.Work | None]]) -> None:
         """Start an operation with every rank still reached, and end all of them, whichever fails."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.chunks import MAX_MESSAGE_BYTES, Chunk, StageOpen, decode_request
+from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
 from weight_update.errors import BusyError, MemberError, TransferError, WeightUpdateError
 from weight_update.member import Member
@@ -28,13 +28,15 @@ from weight_update.transport import from_delta_proto, to_digests_proto, to_manif
 
 from .engine import Engine
 from .faults import Faults
-from .wire import bind, make_server, refuse, refusing, refusing_stream, set_serving
+from .generation import MESSAGE_BYTES, GenerationServicer
+from .wire import bind, make_server, refuse, refusing, set_serving
 
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
-PAUSE_TIMEOUT_S = 60.0
+PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last, or what is left of a sample
+RESUME_TIMEOUT_S = 60.0
 PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")
 
@@ -62,7 +64,7 @@ class RankServer:
         *,
         identity: RankIdentity,
         receiver: Receiver,
-        engine: Engine,
+        engine: Engine[..., Any],
         reshard: Callable[[], None],
         foresee: Callable[[], None] = lambda: None,
         faults: Faults,
@@ -81,10 +83,18 @@ class RankServer:
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self._server, self._checks = make_server(services, max_message_bytes=MAX_MESSAGE_BYTES)
+        self._server, self._checks = make_server(services, max_message_bytes=MESSAGE_BYTES[engine.rpc])
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
-        pb_grpc.add_GenerationServicer_to_server(GenerationServicer(self), self._server)
+        pb_grpc.add_GenerationServicer_to_server(
+            GenerationServicer(
+                engine,
+                replica=identity.replica,
+                version=lambda: self.member.version,
+                paused=lambda: self.operator_paused,
+            ),
+            self._server,
+        )
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
         self.address = bind(self._server, listen)
 
@@ -170,12 +180,13 @@ class RankServer:
     def _pause(self) -> None:
         if self.identity.rank == 0:
             self.engine.request_pause()
-        deadline_s = time.monotonic() + PAUSE_TIMEOUT_S
+        between = self.engine.commit_between
+        deadline_s = time.monotonic() + PAUSE_TIMEOUT_S[between]
         while not self.engine.wait_paused(PAUSE_POLL_S):
             if time.monotonic() < deadline_s and not self.given_up.is_set():
                 continue
-            state = self.engine.state
-            raise MemberError(f"serving did not stop at a step boundary within {PAUSE_TIMEOUT_S:.0f} s: {state}")
+            left = f"within {PAUSE_TIMEOUT_S[between]:.0f} s: {self.engine.state}"
+            raise MemberError(f"serving did not stop between {between} {left}; --commit-between steps waits least")
 
     def _resume(self, version: int, *, refresh: bool) -> None:
         """Serve `version`; an operator's pause outlives a commit."""
@@ -184,8 +195,8 @@ class RankServer:
         if self.identity.rank == 0 and (self.engine.state == "paused" or refresh):
             self.engine.resume(version, refresh=refresh, stay_paused=self.operator_paused)
         self._stale = self._stale and not refresh
-        if not self.engine.wait_resumed(version, PAUSE_TIMEOUT_S):
-            raise MemberError(f"serving did not go on within {PAUSE_TIMEOUT_S:.0f} s: {self.engine.state}")
+        if not self.engine.wait_resumed(version, RESUME_TIMEOUT_S):
+            raise MemberError(f"serving did not go on within {RESUME_TIMEOUT_S:.0f} s: {self.engine.state}")
 
 
 def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
@@ -351,36 +362,3 @@ def _data_handler(servicer: DataServicer) -> grpc.GenericRpcHandler:
         servicer.stage, request_deserializer=None, response_serializer=pb.StageReply.SerializeToString
     )
     return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage})
-
-
-class GenerationServicer(pb_grpc.GenerationServicer):
-    """Sampling on this replica; only its leader (rank 0) answers."""
-
-    def __init__(self, rank: RankServer) -> None:
-        self._rank = rank
-
-    @refusing_stream
-    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.Token]:
-        rank = self._rank
-        if rank.member.version == 0:
-            raise BusyError("generate: no version is published on this replica yet; wait for health SERVING")
-        if rank.operator_paused:
-            raise BusyError("generate: serving is paused by an operator; 'transfuse resume' ends it")
-        tokens = rank.engine.submit(
-            [list(prompt.token_ids) for prompt in request.prompts],
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            ignore_eos=request.ignore_eos,
-        )
-        context.add_callback(tokens.cancel)
-        for token in tokens:
-            yield pb.Token(
-                sequence=token.sequence,
-                token_id=token.token_id,
-                logprob=token.logprob,
-                version=token.version,
-                last=token.last,
-                kv_versions=token.kv_versions,
-                replica=rank.identity.replica,
-            )

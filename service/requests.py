@@ -1,13 +1,12 @@
-"""A generation request on the leader: its limits, its state while it runs, and the stream that its client reads."""
+"""A request for tokens: its limits, its shares, and what one step of a sequence is to the rank and to the client."""
 
 from __future__ import annotations
 
 import math
-import queue
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
-from .sampling import Sampled, Start, sequence_seed
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
 
 # Outside of these a temperature overflows float32 logits, or is a mistake.
 _TEMPERATURES = (1e-3, 1e3)
@@ -38,24 +37,43 @@ class Limits:
     vocab_size: int
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Request:
-    """One submitted request. The engine holds this and not the stream, so that an abandoned stream is noticed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The share of one request that one rank decodes. `keys` name sequences within the engine, `seeds` are theirs."""
+
+    rank: int
+    keys: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    ignore_eos: bool
+
+
+class Sampled(NamedTuple):
+    """One new token of the sequence `key`; `last` when the sequence ends with it."""
+
+    key: int
+    token_id: int
+    logprob: float
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """One checked request for tokens (see service.work.Work)."""
 
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int
     temperature: float
     seed: int
     ignore_eos: bool
-    num_open: int = field(init=False)
-    cancelled: bool = False  # written by the client, read by the engine before each step
-    outbox: queue.SimpleQueue[TokenOut | Exception | None] = field(default_factory=queue.SimpleQueue)
 
-    def __post_init__(self) -> None:
-        self.num_open = len(self.prompts)
+    def __len__(self) -> int:
+        return len(self.prompts)
 
     def share(self, rank: int, first_key: int, indices: Sequence[int]) -> Start:
-        """What `rank` decodes of this request: the prompts `indices`."""
+        """What `rank` decodes: the prompts `indices`."""
         return Start(
             rank=rank,
             keys=tuple(first_key + index for index in indices),
@@ -66,68 +84,21 @@ class Request:
             ignore_eos=self.ignore_eos,
         )
 
-
-@dataclass(slots=True, kw_only=True)
-class Running:
-    """One sequence that a rank decodes."""
-
-    request: Request
-    index: int
-    rank: int
-    versions: set[int] = field(default_factory=set)
-
-    def emit(self, token: Sampled, version: int) -> None:
-        """Hand a token to the client. Each token is one forward, and each forward writes one version's KV."""
-        self.versions.add(version)
-        self.request.outbox.put(
-            TokenOut(
-                sequence=self.index,
-                token_id=token.token_id,
-                logprob=token.logprob,
-                version=version,
-                last=token.last,
-                kv_versions=tuple(sorted(self.versions)) if token.last else (),
-            )
+    def output(self, index: int, entry: Sampled, versions: Sequence[int]) -> TokenOut:
+        """A token. Each is one forward, and each forward writes one version's KV."""
+        return TokenOut(
+            sequence=index,
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            version=versions[-1],
+            last=entry.last,
+            kv_versions=tuple(sorted(set(versions))) if entry.last else (),
         )
-        self.request.num_open -= token.last
-        if not self.request.num_open:
-            self.request.outbox.put(None)
 
 
-class TokenStream(Iterator[TokenOut]):
-    """Tokens of one request as they come; ends after the last, raises MemberError when the engine fails.
-
-    One reader at a time. cancel() may come from any thread; leaving a `with` block and dropping the stream cancel too.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._ended = False
-
-    def __next__(self) -> TokenOut:
-        if self._ended:
-            raise StopIteration
-        item = self._request.outbox.get()
-        if isinstance(item, TokenOut):
-            return item
-        self._ended = True
-        if item is None:
-            raise StopIteration
-        raise item
-
-    def cancel(self) -> None:
-        """Free the request's sequences before the next step, and end the stream. Harmless when it ended."""
-        self._request.cancelled = True
-        self._request.outbox.put(None)
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
+def sequence_seed(seed: int, index: int) -> int:
+    """Seed of sequence `index` of a request. Hashed, since torch's CPU generator keeps only the low 32 bits."""
+    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "little")
 
 
 def check_request(limits: Limits, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:

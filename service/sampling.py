@@ -6,44 +6,19 @@ At temperature 0 the token is the argmax, and its log-probability is taken at te
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .requests import Limits, Prompts, Sampled, Start, check_request
+from .work import Running
+
 # A transformers causal LM, or anything that takes and gives the same: input_ids, attention_mask, position_ids,
 # past_key_values, use_cache, logits_to_keep -> an object with logits and past_key_values.
 Model = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """The share of one request that one rank decodes. `keys` name sequences within the engine, `seeds` are theirs."""
-
-    rank: int
-    keys: tuple[int, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    seeds: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    ignore_eos: bool
-
-
-class Sampled(NamedTuple):
-    """One new token of the sequence `key`; `last` when the sequence ends with it."""
-
-    key: int
-    token_id: int
-    logprob: float
-    last: bool
-
-
-def sequence_seed(seed: int, index: int) -> int:
-    """Seed of sequence `index` of a request. Hashed, since torch's CPU generator keeps only the low 32 bits."""
-    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "little")
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
@@ -138,30 +113,89 @@ class Batch:
 
 
 class Decoder:
-    """All batches of one rank; a step is one forward of each."""
+    """All batches of one rank; a step is one forward of each (see service.work.Worker).
 
-    def __init__(self, model: Model, *, eos_ids: Collection[int], device: torch.device) -> None:
+    model               a transformers causal LM on `device`
+    on_refresh          makes new weights visible to forward (reshard, unshard, decode)
+    max_tokens          of a sequence, prompt included
+    vocab_size          default: that of the model's config
+    collective_forward  forward needs every rank (FSDP-sharded): a rank without sequences runs dummy forwards
+    """
+
+    rpc = "Generate"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        eos_ids: Collection[int],
+        on_refresh: Callable[[], None],
+        max_batch: int = 32,
+        max_tokens: int = 2048,
+        vocab_size: int | None = None,
+        device: torch.device | str = "cpu",
+        collective_forward: bool = False,
+    ) -> None:
+        vocab_size = vocab_size or model.config.vocab_size  # type: ignore[attr-defined]
+        self.max_batch = max_batch
+        self.refresh = on_refresh
+        self._limits = Limits(max_batch=max_batch, max_tokens=max_tokens, vocab_size=vocab_size)
         self._model = model
-        self._eos_ids = eos_ids
-        self._device = device
+        self._eos_ids = frozenset(eos_ids)
+        self._device = torch.device(device)
+        self._collective_forward = collective_forward
         self._batches: list[Batch] = []
 
     @property
     def num_sequences(self) -> int:
         return sum(len(batch.keys) for batch in self._batches)
 
-    def step(self, starts: Iterable[Start], cancels: Collection[int], num_forwards: int) -> list[Sampled]:
-        """Take in, free, decode. At least `num_forwards` forwards, dummies included: peers may need this rank's."""
+    def request(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Prompts:
+        """Tokens from every prompt, a function of weights, prompts and seed."""
+        check_request(self._limits, prompts, max_new_tokens, temperature)
+        return Prompts(
+            prompts=tuple(tuple(map(int, prompt)) for prompt in prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
+
+    def plan(self, running: Collection[Running[Any]]) -> int:
+        """Forwards that every rank runs at least, dummies included: peers may need this rank's."""
+        if not self._collective_forward:
+            return 0
+        loads = Counter(rank for rank, _ in {(each.rank, id(each.request)) for each in running})
+        return max(loads.values(), default=0)
+
+    def step(self, starts: Sequence[Start], cancels: Collection[int], plan: int) -> list[Sampled]:
+        """Take in, free, decode; at least `plan` forwards."""
         self._batches += [Batch(start, eos_ids=self._eos_ids, device=self._device) for start in starts]
         for batch in self._batches:
             batch.drop(cancels)
         self._prune()
-        num_dummies = num_forwards - len(self._batches)
+        num_dummies = plan - len(self._batches)
         sampled = [entry for batch in self._batches for entry in batch.step(self._model)]
         for _ in range(num_dummies):
-            self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+            self._dummy()
         self._prune()
         return sampled
+
+    def warm_up(self) -> None:
+        """One forward of one token."""
+        self.refresh()
+        with torch.no_grad():
+            self._dummy()
+
+    def _dummy(self) -> None:
+        self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
 
     def _prune(self) -> None:
         self._batches = [batch for batch in self._batches if batch.keys]

@@ -1,6 +1,6 @@
 """FSDP2 over models whose modules may be quantized: shard, gather once a version, and find the local bytes.
 
-    shard_model(model, mesh, quantized={module: names})    each decoder layer, then the root; nothing requires grad
+    shard_model(model, mesh, quantized={module: names})    each layer, then what is called; nothing requires grad
     unshard_all(model)                                     gathered once, kept over any number of forwards
     reshard_all(model)                                     local shards registered again, gathered copies freed
 
@@ -27,7 +27,7 @@ class ShardingError(ValueError):
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, *, quantized: Mapping[nn.Module, Collection[str]]) -> None:
-    """Shard every decoder layer and the root over `mesh`; parameters on the meta device become zeros, shard by shard.
+    """Shard every layer and every root over `mesh`; parameters on the meta device become zeros, shard by shard.
 
     `quantized` says which parameter names each quantized module may own.
     """
@@ -38,7 +38,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, quantized: Mapping[nn.Mod
     model.requires_grad_(False)
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for root in roots_of(model):
+        fully_shard(root, mesh=mesh)
     _materialize(model, torch.device(mesh.device_type))
 
 
@@ -55,8 +56,15 @@ def _problems(model: nn.Module, quantized: Mapping[nn.Module, Collection[str]]) 
                 yield f"{where}: dtype {parameter.dtype}; store uint8 and view it as float8 where it is computed with"
 
 
+def roots_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called: the model, or what it contains where it is a mere container without forward."""
+    if type(model).forward is not nn.Module.forward:
+        return [model]
+    return [root for child in model.children() for root in roots_of(child)]
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The items of the outermost module lists: a transformer's decoder layers."""
+    """The items of the outermost module lists: a transformer's layers."""
     layers: list[nn.Module] = []
     for child in model.children():
         layers += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)

@@ -25,7 +25,7 @@ def encode_all(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Ten
     for row in rows:
         fmt, weight, stem = FORMATS[row.format], weights[row.name], row.name.removesuffix(".weight")
         if not fmt.is_quantized:
-            tensors[row.name] = weight
+            tensors[row.name] = weight.to(fmt.rows_dtype)
             continue
         parts = {part.suffix: torch.ones(part.last) for part in fmt.components if part.kind == "input_scale"}
         scale = global_scale(fmt, largest[row.group or row.name]) if fmt.has_global_scale else None

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.engine import Engine
 from service.requests import TokenOut
+from service.sampling import Decoder
 
 VOCAB = 97
 EOS = 5
@@ -88,9 +89,9 @@ class Rank:
             fully_shard(self.model, mesh=mesh)
         model = Breaking(self.model, break_at[rank]) if break_at and rank in break_at else self.model
         group = dist.new_group(backend="gloo", timeout=timeout)
-        self.engine = Engine(
-            model, [EOS], group=group, rank=rank, world=world, on_refresh=self.refresh, version=1, **options
-        )
+        keepalive = {"keepalive_s": options.pop("keepalive_s")} if "keepalive_s" in options else {}
+        decoder = Decoder(model, eos_ids=[EOS], on_refresh=self.refresh, **options)
+        self.engine = Engine(decoder, group=group, rank=rank, world=world, version=1, **keepalive)
         self.engine.start()
 
     def refresh(self) -> None:

@@ -20,8 +20,10 @@ from service.faults import Faults
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
-from service.text import eos_ids
+from service.workers import Serving, make_worker, offload_of
 from weight_update.receiver import Receiver
+
+SERVING = Serving(max_tokens=512)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class LocalService:
 
 def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module, Receiver]:
     """A model and its receiver, freshly loaded from a checkpoint."""
-    with open_checkpoint(str(model_dir)) as checkpoint:
+    with open_checkpoint(model_dir) as checkpoint:
         model = build_model(checkpoint.config_dir, format, layout)
         receiver = Receiver.from_module(model)
         cold_load(receiver, checkpoint, None, owners_of(model))
@@ -52,20 +54,15 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
     return model, receiver
 
 
-def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple[RankServer, nn.Module]:
+def start_rank(
+    model_dir: Path, replica: int, layout: str, format: str, serving: Serving
+) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving."""
     model, receiver = cold(model_dir, layout, format)
-    refresher = Refresher(model, receiver, sharded=False)
-    engine = Engine(
-        model,
-        eos_ids(model_dir),
-        group=None,
-        rank=0,
-        world=1,
-        on_refresh=refresher,
-        version=0,
-        max_tokens=512,
-    )
+    refresher = Refresher(model, receiver, sharded=False, offload=offload_of(model, serving))
+    worker = make_worker(model, model_dir, serving, refresher)
+    engine = Engine(worker, group=None, rank=0, world=1, version=0, commit_between=serving.commit_between)
+    engine.warm_up()
     engine.start()
     identity = RankIdentity(replica=replica, rank=0, format=format, layout=", ".join(layouts_of(model)))
     rank = RankServer(
@@ -82,11 +79,15 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
 
 @contextmanager
 def local_service(
-    model_dir: Path, state_dir: Path, layouts: Sequence[str] = ("trtllm",), format: str = "nvfp4"
+    model_dir: Path,
+    state_dir: Path,
+    layouts: Sequence[str] = ("trtllm",),
+    format: str = "nvfp4",
+    serving: Serving = SERVING,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator."""
     torch.set_num_threads(1)
-    started = [start_rank(model_dir, replica, layout, format) for replica, layout in enumerate(layouts)]
+    started = [start_rank(model_dir, replica, layout, format, serving) for replica, layout in enumerate(layouts)]
     ranks = [rank for rank, _ in started]
     shell = CoordinatorShell(
         addresses=[rank.address for rank in ranks], state_file=state_dir / "state.sqlite", source=str(model_dir)

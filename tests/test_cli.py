@@ -17,7 +17,7 @@ from tests.tiny import save, tiny_llama
 from weight_update.errors import ERRORS
 from weight_update.transport import ControlClient, from_manifest_proto
 
-COMMANDS = sorted(each.callback.__name__ for each in cli.app.registered_commands if each.callback)
+COMMANDS = sorted(each.callback.__name__.replace("_", "-") for each in cli.app.registered_commands if each.callback)
 README = Path(__file__).parents[1] / "README.md"
 
 

@@ -390,6 +390,6 @@ def test_the_kept_bytes_are_those_that_were_confirmed(service: LocalService, pus
     assert base is not None
     receiver = service.ranks[0].receiver
     digests = receiver.digests()
-    for name, held in base.held.items():
+    for name, (held,) in base.held.items():
         assert held.digest == tuple(int(lane) for lane in digests[receiver.manifest.index[name]]), name
     assert np.array_equal(receiver._known, digests)

@@ -71,8 +71,9 @@ def wait_for(stream: IO[str], text: str) -> None:
     raise AssertionError(f"the command ended without saying {text!r}")
 
 
-def test_demo_prints_one_object_a_step_and_leaves_nothing(tmp_path: Path) -> None:
-    process = Process(tmp_path, "demo", "--steps", "2", "--json", "--out", str(tmp_path / "out"))
+@pytest.mark.parametrize(("command", "image"), [("demo", "svg+xml"), ("demo-diffusion", "png")])
+def test_demo_prints_one_object_a_step_and_leaves_nothing(tmp_path: Path, command: str, image: str) -> None:
+    process = Process(tmp_path, command, "--steps", "2", "--json", "--out", str(tmp_path / "out"))
     out, err = process.popen.communicate(timeout=500)
     assert process.popen.returncode == 0, err
     steps = [json.loads(line) for line in out.splitlines()]
@@ -82,7 +83,7 @@ def test_demo_prints_one_object_a_step_and_leaves_nothing(tmp_path: Path) -> Non
         assert step["digest_verified"] is True
         assert len(step["timings"]) == 4
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "data:image/svg+xml" in page and "2 of 2" in page
+    assert f"data:image/{image}" in page and "2 of 2" in page
     assert process.remains() == []
     assert list(process.scratch.iterdir()) == []
 

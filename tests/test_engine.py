@@ -28,7 +28,7 @@ from engine_ranks import (
 
 from service.engine import Engine
 from service.requests import TokenOut
-from service.sampling import pick
+from service.sampling import Decoder, pick
 from weight_update.errors import MemberError
 
 Build = Callable[..., tuple[Rank, Peer]]
@@ -318,7 +318,8 @@ def test_draws_follow_the_distribution_they_are_drawn_from() -> None:
 
 def test_stop_returns_even_from_a_forward_that_does_not_and_frees_its_readers() -> None:
     model = Stuck()
-    engine = Engine(model, [], group=None, rank=0, world=1, on_refresh=lambda: None, version=1)
+    decoder = Decoder(model, eos_ids=[], on_refresh=lambda: None)
+    engine = Engine(decoder, group=None, rank=0, world=1, version=1)
     with pytest.raises(MemberError, match="stopped"):
         engine.submit([[1]], 4)
     engine.start()
@@ -332,15 +333,8 @@ def test_stop_returns_even_from_a_forward_that_does_not_and_frees_its_readers() 
 
 def test_a_replica_of_one_rank_needs_no_process_group() -> None:
     model = tiny(1)
-    engine = Engine(
-        model,
-        [],
-        group=None,
-        rank=0,
-        world=1,
-        on_refresh=lambda: model.load_state_dict(tiny(2).state_dict()),
-        version=1,
-    )
+    decoder = Decoder(model, eos_ids=[], on_refresh=lambda: model.load_state_dict(tiny(2).state_dict()))
+    engine = Engine(decoder, group=None, rank=0, world=1, version=1)
     engine.start()
     assert token_ids(engine.submit([PROMPTS[0]], 4, temperature=0)) == [plain_greedy(tuple(PROMPTS[0]), 4)]
     engine.request_pause()

@@ -124,9 +124,9 @@ def test_wrapper_prefixes_are_not_part_of_a_name(tmp_path: Path) -> None:
 
 
 def test_parameters_that_no_format_holds_are_refused_together() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.LayerNorm(4).to(torch.bfloat16)})
+    model = nn.ModuleDict({"a": nn.Linear(4, 4).to(torch.float16), "b": nn.LayerNorm(4).to(torch.bfloat16)})
     model["b"].gate = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
-    with pytest.raises(ModelError, match=r"3 parameter\(s\)[\s\S]*a.weight \(Linear\): torch.float32[\s\S]*b.gate"):
+    with pytest.raises(ModelError, match=r"3 parameter\(s\)[\s\S]*a.weight \(Linear\): torch.float16[\s\S]*b.gate"):
         parameters_of(model)
 
 
@@ -211,6 +211,8 @@ def test_unknown_formats_and_layouts_are_refused_with_the_known_ones(tmp_path: P
     config_dir(tmp_path, "llama")
     with pytest.raises(ModelError, match=r"'fp5': unknown; known: bf16, nvfp4"):
         build_model(tmp_path, "fp5", "auto")
+    with pytest.raises(ModelError, match=r"'fp32': unknown"):
+        build_model(tmp_path, "fp32", "auto")
     with pytest.raises(ModelError, match=r"'marlin': unknown; known: auto, .*trtllm_linear.*7 modules in all"):
         build_model(tmp_path, "nvfp4", "marlin")
 

@@ -74,6 +74,11 @@ def generate(address: str, num_tokens: int = 4) -> list[pb.Token]:
         return list(pb_grpc.GenerationStub(channel).Generate(request, timeout=60))
 
 
+def test_a_language_model_denoises_nothing(service: LocalService) -> None:
+    with connect(service.address) as channel, pytest.raises(grpc.RpcError, match="holds a language model"):
+        list(pb_grpc.GenerationStub(channel).Denoise(pb.DenoiseRequest(seeds=[1]), timeout=60))
+
+
 def current_version(address: str) -> int:
     client = ControlClient(address)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.demo_text import text_html
 from launch.report import Results, render, write_report
 
 
@@ -49,7 +50,9 @@ def results(*steps: dict[str, Any]) -> Results:
         steps=steps,
         reward_after=0.875,
         reward_means="More is better.",
-        texts=[("Once upon <b>", " a time", " a & b")],
+        shown="Text",
+        note="With one seed.",
+        pairs=[(text_html("Once upon <b>", " a time"), text_html("Once upon <b>", " a & b"))],
     )
 
 

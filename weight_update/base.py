@@ -9,8 +9,8 @@ The bytes that are kept are those of the checkpoint form, so the next push compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,11 +25,15 @@ from .source import PushPlan
 
 Scales = Mapping[str, Tensor]
 Block = tuple[int, TensorSpec, int, Tensor]  # position in the push, tensor, first row, uint8 [rows, row_bytes]
+Blocks = list[tuple[int, Tensor]]  # one below the other: first row, uint8 [rows, row_bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Held:
-    """Rows of one tensor in checkpoint form, uint8 [n, row_bytes] from row `first`, and what they add to its digest."""
+    """Rows of one tensor in checkpoint form, uint8 [n, row_bytes] from row `first`, and what they add to its digest.
+
+    One source's. A tensor that the trainer keeps in parts, such as q, k and v of one projection, has one for each part.
+    """
 
     first: int
     rows: Tensor
@@ -38,15 +42,19 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Base:
-    """What this trainer rank knows of a committed version: the rows that it sent of it, or of one before."""
+    """What this trainer rank knows of a committed version: the rows that it sent of it, or of one before, by tensor."""
 
     version: int
     digest: str
-    held: Mapping[str, Held]
+    held: Mapping[str, Sequence[Held]]
 
     @property
     def num_bytes(self) -> int:
-        return sum(held.rows.nbytes for held in self.held.values())
+        return sum(each.rows.nbytes for parts in self.held.values() for each in parts)
+
+    def rows_at(self, name: str, first: int) -> Held | None:
+        """The part of a tensor that begins at this row."""
+        return next((each for each in self.held.get(name, ()) if each.first == first), None)
 
 
 class Whole:
@@ -58,15 +66,15 @@ class Whole:
         self._plan, self._scales, self._kept = plan, scales, keep is not None
         self._keep = keep
         self.digests = np.zeros((len(plan.specs), 2), np.uint64)
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, list[Held]] = {}
         self._taken = False
 
     @classmethod
-    def of(cls, plan: PushPlan, held: Mapping[str, Held]) -> Whole:
-        """The push of rows that are in checkpoint form already."""
-        whole = cls(plan, {}, keep=torch.device("cpu"))
-        whole.held, whole._taken = dict(held), True
-        whole.digests = digests_of(plan, held)
+    def of(cls, changes: Changes) -> Whole:
+        """The same push with every row; the base of the changes means nothing afterwards."""
+        whole = cls(changes.plan, {}, keep=torch.device("cpu"))
+        whole.held, whole._taken = changes.applied(), True
+        whole.digests = changes.digests
         return whole
 
     def take(self) -> None:
@@ -79,27 +87,29 @@ class Whole:
         """All rows, encoded as they are asked for unless they were taken before."""
         if self._taken:
             for i, spec in enumerate(self._plan.specs):
-                if spec.name in self.held:
-                    yield i, spec, self.held[spec.name].first, self.held[spec.name].rows.cpu()
+                yield from ((i, spec, each.first, each.rows.cpu()) for each in self.held.get(spec.name, ()))
             return
         self.digests[:] = 0
+        self.held = {}
         positions = {spec.name: i for i, spec in enumerate(self._plan.specs)}
         for source in self._plan.sources:
-            parts: dict[str, list[tuple[int, Tensor]]] = {}
+            parts: dict[str, Blocks] = {}
+            digests: dict[str, Lanes] = {}
             for spec, first, data in encoded(source, self._scales.get(source.name)):
                 lanes = digest_rows(name_key(spec.name), data, first)
                 self.digests[positions[spec.name]] += np.array(lanes, np.uint64)
                 yield positions[spec.name], spec, first, data
                 if self._keep is not None:
                     parts.setdefault(spec.name, []).append((first, data))
-            self._hold(parts, positions)
+                    digests[spec.name] = _sum(digests.get(spec.name, (0, 0)), lanes)
+            self._hold(parts, digests)
         self._taken = self._keep is not None
 
-    def _hold(self, parts: Mapping[str, list[tuple[int, Tensor]]], positions: Mapping[str, int]) -> None:
+    def _hold(self, parts: Mapping[str, Blocks], digests: Mapping[str, Lanes]) -> None:
         for name, blocks in parts.items():
-            lane0, lane1 = self.digests[positions[name]].tolist()
             rows = torch.cat([data for _, data in blocks]).to(self._keep)  # a copy, even of one block
-            self.held[name] = Held(first=blocks[0][0], rows=rows, digest=(lane0, lane1))
+            held = Held(first=blocks[0][0], rows=rows, digest=digests[name])
+            self.held.setdefault(name, []).append(held)
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base | None:
         """What is known once this push is that version; base: what was known of the version before."""
@@ -111,14 +121,17 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Changes:
-    """What is not as in a base: patches of tensors of the push by position, the digests of all its rows on this rank,
-    and tensors that come whole."""
+    """What is not as in a base: patches of tensors of the push by position, and the digests of all its rows on this
+    rank.
+
+    held: all its rows, by tensor; those that are patched byte by byte are still as in the base, whose memory they are.
+    """
 
     plan: PushPlan
     base: Base
     patches: tuple[Patch, ...]
     digests: Digests
-    whole: Mapping[str, Held] = field(default_factory=dict)
+    held: Mapping[str, list[Held]]
 
     mode = "delta"
 
@@ -133,16 +146,15 @@ class Changes:
         dense = sum(len(patch.values) for patch in self.patches if patch.kind == DENSE)
         return dense + sum(2 * int(np.count_nonzero(patch.values)) for patch in self.patches if patch.kind != DENSE)
 
-    def applied(self) -> dict[str, Held]:
+    def applied(self) -> dict[str, list[Held]]:
         """The rows of the push, all of them; the base's own memory is rewritten and means nothing afterwards."""
-        held = {spec.name: self.base.held[spec.name] for spec in self.plan.specs if spec.name in self.base.held}
         for patch in self.patches:
             if patch.positions is not None:
-                name = self.plan.specs[patch.tensor].name
-                _add(held[name].rows, patch)
-        held |= self.whole
-        lanes = {spec.name: tuple(self.digests[i].tolist()) for i, spec in enumerate(self.plan.specs)}
-        return {name: replace(each, digest=lanes[name]) for name, each in held.items()}
+                spec = self.plan.specs[patch.tensor]
+                old = self.base.rows_at(spec.name, patch.first // spec.row_bytes)
+                assert old is not None
+                _add(old.rows, patch)
+        return dict(self.held)
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base:
         """What is known once this push is that version."""
@@ -150,33 +162,34 @@ class Changes:
 
 
 def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:
-    """Encode everything and compare it with the base, a tensor at a time."""
+    """Encode everything and compare it with the base, a source at a time."""
     positions = {spec.name: i for i, spec in enumerate(plan.specs)}
     digests = np.zeros((len(plan.specs), 2), np.uint64)
     patches: list[Patch] = []
-    whole: dict[str, Held] = {}
+    everything: dict[str, list[Held]] = {}
     for source in plan.sources:
-        parts: dict[str, list[tuple[int, Tensor]]] = {}
+        parts: dict[str, Blocks] = {}
         specs = {spec.name: spec for spec in source.specs}
         for spec, first, data in encoded(source, scales.get(source.name)):
             parts.setdefault(spec.name, []).append((first, data))
         for name, blocks in parts.items():
             at = positions[name]
             new = torch.cat([data for _, data in blocks])
-            patch, held = _compared(at, specs[name], base.held.get(name), blocks[0][0], new)
+            first = blocks[0][0]
+            patch, held = _compared(at, specs[name], base.rows_at(name, first), first, new)
             patches += [patch] if patch is not None else []
-            digests[at] = held.digest
-            if patch is not None and patch.positions is None:
-                whole[name] = held
-    return Changes(plan=plan, base=base, patches=tuple(patches), digests=digests, whole=whole)
+            digests[at] += np.array(held.digest, np.uint64)
+            everything.setdefault(name, []).append(held)
+    return Changes(plan=plan, base=base, patches=tuple(patches), digests=digests, held=everything)
 
 
 def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tensor) -> tuple[Patch | None, Held]:
-    """The patch of one tensor, none where nothing changed, and its rows as they are now."""
+    """The patch of rows of one tensor, none where nothing changed, and what is held of them: of those that are patched
+    byte by byte the old ones, with the digest of the new."""
     key, begin = name_key(spec.name), first * spec.row_bytes
     stop = begin + new.numel()
     relative = False
-    if old is not None and old.first == first and old.rows.shape == new.shape:
+    if old is not None and old.rows.shape == new.shape:
         rows = new.to(old.rows.device)
         found = changed_bytes(old.rows, rows)
         if not len(found):
@@ -200,8 +213,12 @@ def _moved(key: int, row_bytes: int, old: Held, rows: Tensor, found: np.ndarray,
     words = words[np.diff(words, prepend=-1) != 0]
     at = words + begin // row_bytes * -(-row_bytes // 8)
     out, into = (digest_words(key, row_bytes, at, _words(each, words)) for each in (old.rows, rows))
-    lanes = [(lane - a + b) & MASK for lane, a, b in zip(old.digest, out, into, strict=True)]
-    return lanes[0], lanes[1]
+    rest = (old.digest[0] - out[0], old.digest[1] - out[1])
+    return _sum(rest, into)
+
+
+def _sum(a: Lanes, b: Lanes) -> Lanes:
+    return (a[0] + b[0]) & MASK, (a[1] + b[1]) & MASK
 
 
 def _words(rows: Tensor, words: np.ndarray) -> np.ndarray:
@@ -224,10 +241,3 @@ def _add(rows: Tensor, patch: Patch) -> None:
     index = torch.from_numpy(patch.positions - patch.first).to(rows.device)
     flat = rows.view(-1)
     flat[index] += torch.from_numpy(patch.values).to(rows.device)
-
-
-def digests_of(plan: PushPlan, held: Mapping[str, Held]) -> Digests:
-    """What this rank's rows add to the digests of the pushed tensors, [n, 2]."""
-    none = (0, 0)
-    lanes = [held[spec.name].digest if spec.name in held else none for spec in plan.specs]
-    return np.array(lanes, np.uint64).reshape(-1, 2)

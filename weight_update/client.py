@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protos import transfuse_pb2 as pb
-from quant.formats import NON_FINITE, amax
+from quant.formats import NON_FINITE
+from quant.names import IDENTITY, NameMap
 
 from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
-from .encoder import blocks, global_scales, nonfinite_index
+from .encoder import global_scales, largest_bits, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, VersionError, raise_all
 from .handle import PushHandle
 from .manifest import Manifest
@@ -54,12 +55,13 @@ class Pusher:
     """Pushes weights to a Transfuse service.
 
     target: host:port of the coordinator. group: the trainer's process group (default: the default group, when there is
-    one). mode: "auto" sends what changed wherever the service holds the last confirmed push of this trainer, and
-    everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep: device whose memory holds the
-    bytes of the last confirmed push. lease_s: how long the service keeps an open push whose trainer went silent.
-    retry_s: how long lost connections are retried. on_progress: called with (phase, bytes done, bytes in all). Errors:
-    see weight_update.errors; whatever is raised, the service serves the old version unchanged, unless the message says
-    that the outcome is not known; the next push then finds out.
+    one). names: from the trainer's names to the service's (quant.name_maps), for tensors that are named or packed
+    otherwise, such as q, k and v in one. mode: "auto" sends what changed wherever the service holds the last confirmed
+    push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
+    device whose memory holds the bytes of the last confirmed push. lease_s: how long the service keeps an open push
+    whose trainer went silent. retry_s: how long lost connections are retried. on_progress: called with (phase, bytes
+    done, bytes in all). Errors: see weight_update.errors; whatever is raised, the service serves the old version
+    unchanged, unless the message says that the outcome is not known; the next push then finds out.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Pusher:
         target: str,
         *,
         group: dist.ProcessGroup | None = None,
+        names: NameMap = IDENTITY,
         mode: Mode = "auto",
         keep: torch.device | str = "cpu",
         lease_s: float = 60.0,
@@ -79,6 +82,7 @@ class Pusher:
         self._control = ControlClient(target)
         self._ranks = Ranks(group)
         self._apart: Ranks | None = None
+        self._names = names
         self._keep = None if mode == "full" else torch.device(keep)
         self._lease_s = lease_s
         self._retry_s = retry_s
@@ -105,12 +109,12 @@ class Pusher:
         """Push a model's weights as the next version; returns once every replica serves it, or raises with nothing
         changed.
 
-        model: nn.Module (FSDP2-sharded or not, on any device) or an iterable of (name, tensor or DTensor). FP32 and
-        FP16 weights are cast to BF16, ties to even. scope: "all" (every parameter of the service must be there),
-        "trainable", or name patterns; widened to whole fused groups, the rest is carried over. base_version: refuse
-        unless it is current. push_id: pushing the same id again returns the first outcome instead of a second version.
-        step: the trainer's own count, stored beside the version. on_busy: where another push is open, raise BusyError,
-        wait until it is over, or abort it.
+        model: nn.Module (FSDP2-sharded or not, on any device), for a pipeline a mapping from component to module, or an
+        iterable of (name, tensor or DTensor). FP32 and FP16 weights are cast to BF16, ties to even. scope: "all" (every
+        parameter of the service must be there), "trainable", or name patterns; widened to whole fused groups, the rest
+        is carried over. base_version: refuse unless it is current. push_id: pushing the same id again returns the first
+        outcome instead of a second version. step: the trainer's own count, stored beside the version. on_busy: where
+        another push is open, raise BusyError, wait until it is over, or abort it.
         """
         self._give_way(on_busy)
         attempt = self._planned(self._ranks, model, scope, base_version, push_id, step, on_busy)
@@ -227,7 +231,7 @@ class Pusher:
         return self._manifest
 
     def _plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        plan, problems = plan_push(manifest, model, scope, is_first_rank=self._ranks.rank == 0)
+        plan, problems = plan_push(manifest, model, scope, is_first_rank=self._ranks.rank == 0, names=self._names)
         everywhere = list(dict.fromkeys(problem for each in self._ranks.gather(problems) for problem in each))
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
@@ -239,7 +243,7 @@ class Pusher:
         bits = np.zeros(len(plan.sources), np.int64)
         where: dict[str, tuple[int, ...]] = {}
         for i, source in enumerate(plan.sources):
-            bits[i] = max((amax(block) for _, block in blocks(source)), default=0)
+            bits[i] = largest_bits(source)
             if bits[i] >= NON_FINITE:
                 where[source.name] = nonfinite_index(source)
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
@@ -276,7 +280,7 @@ class Pusher:
     def _whole_of(self, changes: Changes) -> Whole:
         """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
         self._base, self._why = None, "the last push did not end well"
-        return Whole.of(changes.plan, changes.applied())
+        return Whole.of(changes)
 
     # -- on the way
 

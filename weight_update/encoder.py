@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS, Format, TensorSpec, constants, encode, first_nonfinite, global_scale
+from quant.formats import FORMATS, Format, TensorSpec, amax, constants, encode, first_nonfinite, global_scale
 from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 
@@ -34,20 +34,34 @@ def global_scales(amaxes: Iterable[tuple[ParameterRow, int]]) -> dict[str, Tenso
 
 
 def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
-    """(first row, BF16 rows) of a source to encode, in blocks of bounded size; nothing for checkpoint form."""
+    """(first row, rows in the format's rows_dtype) of a source to encode, in blocks of bounded size; nothing for
+    checkpoint form."""
     if source.kind == "checkpoint" or source.rows.numel() == 0:
         return
     rows = source.rows.reshape(max(1, source.rows.shape[0]) if source.rows.ndim else 1, -1)
-    step = rows_at_a_time(FORMATS[source.parameter.format], rows.shape[1])
+    fmt = FORMATS[source.parameter.format]
+    step = rows_at_a_time(fmt, rows.shape[1])
     for start in range(0, rows.shape[0], step):
-        # A view where the rows are contiguous BF16 on the host already; otherwise scratch of one block.
-        block = rows[start : start + step].to(device="cpu", dtype=torch.bfloat16)
+        # A view where the rows are contiguous in that dtype on the host already; otherwise scratch of one block.
+        block = rows[start : start + step].to(device="cpu", dtype=fmt.rows_dtype)
         yield source.first + start, block.contiguous()
+
+
+def largest_bits(source: Source) -> int:
+    """BF16 bits of the largest magnitude that this rank holds of a source, 0 of nothing."""
+    return max((amax(_cut(block)) for _, block in blocks(source)), default=0)
+
+
+def _cut(block: Tensor) -> Tensor:
+    """FP32 rows as BF16, cut and not rounded, so that what is finite stays so; BF16 rows as they are."""
+    if block.dtype == torch.bfloat16:
+        return block
+    return (block.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def nonfinite_index(source: Source) -> tuple[int, ...]:
     for first, block in blocks(source):
-        found = first_nonfinite(block)
+        found = first_nonfinite(_cut(block))
         if found is not None:
             return (first + found[0], *found[1:])[: max(1, len(source.parameter.shape))]
     raise AssertionError("amax saw a value that is not finite, and no element is")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
-from quant.names import canonical_name, expert_parts
+from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, uncovered
 from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, local_rows
 
@@ -28,14 +28,15 @@ from .manifest import Manifest
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 Scope = str | Sequence[str]
-Items = nn.Module | Iterable[tuple[str, Tensor]]
+Items = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Rows of one parameter to encode, or of one tensor that already is in checkpoint form.
 
-    specs: the tensors that these rows become, in the format's component order; one for checkpoint form.
+    specs: the tensors that these rows become, in the format's component order; one for checkpoint form. Several sources
+    may be rows of one parameter, when the trainer keeps apart what the service packs.
     rows: [n, ...] on this trainer rank, n may be 0. first: index of its first row. sends: another rank sends them if
     False.
     """
@@ -61,41 +62,51 @@ class PushPlan:
 
 
 def named_items(model: Items) -> tuple[list[tuple[str, Tensor]], frozenset[str]]:
-    """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable."""
-    if not isinstance(model, nn.Module):
+    """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable.
+
+    Of several models in a mapping, the components of a pipeline, every name follows the model's own and a dot.
+    """
+    if not isinstance(model, nn.Module | Mapping):
         items = list(model)
         return items, frozenset(name for name, _ in items)
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    modules = {"": model} if isinstance(model, nn.Module) else {f"{name}.": each for name, each in model.items()}
+    parameters = [
+        (prefix + name, parameter)
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    ]
     return [*parameters], frozenset(name for name, parameter in parameters if parameter.requires_grad)
 
 
 def plan_push(
-    manifest: Manifest, model: Items, scope: Scope, *, is_first_rank: bool
+    manifest: Manifest, model: Items, scope: Scope, *, is_first_rank: bool, names: NameMap = IDENTITY
 ) -> tuple[PushPlan | None, list[str]]:
-    """Match a model with the manifest: the plan, or every problem found (the caller raises, so that all ranks do)."""
+    """Match a model with the manifest: the plan, or every problem found (the caller raises, so that all ranks do).
+
+    names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
+    """
     items, trainable = named_items(model)
-    if not items:
-        return None, ["the model or iterable holds no tensor; pass the model whose weights are to be pushed"]
+    refused = _refused(manifest, [name for name, _ in items], names)
+    if refused:
+        return None, [refused]
     problems: list[str] = []
-    found: dict[str, Source] = {}
+    found: dict[Share, Source] = {}
     chosen: dict[str, bool] = {}
-    seen: set[str] = set()
+    seen: set[Share] = set()
     in_scope = _selector(scope)
     aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
     rows = {row.name: row for row in manifest.parameters}
     owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
     for trainer_name, tensor in items:
         wanted = in_scope(trainer_name, trainer_name in trainable)
-        try:
-            local = local_rows(tensor, is_first_rank=is_first_rank)
-        except ValueError as error:
-            problems.append(f"{trainer_name}: {error}; reshard it, or push full tensors")
-            continue
-        for name, part in _parts(canonical_name(trainer_name), local):
-            if name in seen:
+        parts, problem = _parts(names, trainer_name, tensor, is_first_rank)
+        problems += [problem] if problem else []
+        for share, part in parts:
+            name = share.name
+            if share in seen:
                 problems.append(f"{name}: given twice; give every name once")
                 continue
-            seen.add(name)
+            seen.add(share)
             wanted_part = wanted or in_scope(name, False)
             row = rows.get(name) or aliases.get(name) or owners.get(name)
             if row is None:
@@ -106,10 +117,8 @@ def plan_push(
             problems += [problem] if problem else []
             if source is None:
                 continue
-            known = found.get(source.name)
-            if known is None:
-                found[source.name] = source
-            elif not _same(known, source):
+            key = _held(share, source)
+            if not _same(found.setdefault(key, source), source):
                 problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
             chosen[source.name] = chosen.get(source.name, False) or wanted_part
     if not any(chosen.values()) and not problems:
@@ -119,17 +128,50 @@ def plan_push(
     return (None if problems else plan), problems
 
 
-def _parts(name: str, local: LocalRows) -> list[tuple[str, LocalRows]]:
-    """One item as checkpoint parameters: itself, or the experts of a stacked one (those held elsewhere with no
-    rows)."""
+Parts = list[tuple[Share, LocalRows]]
+
+
+def _parts(names: NameMap, trainer_name: str, tensor: Tensor, is_first_rank: bool) -> tuple[Parts, str | None]:
+    """One item as shares of checkpoint parameters, those held elsewhere with no rows; or why it cannot be any."""
+    try:
+        local = local_rows(tensor, is_first_rank=is_first_rank)
+    except ValueError as error:
+        return [], f"{trainer_name}: {error}; reshard it, or push full tensors"
+    parts: Parts = []
+    for link in names.forward(canonical_name(trainer_name)):
+        try:
+            linked = _linked(link, local)
+        except NameMapError as error:
+            return [], str(error)
+        parts += _experts(link.target.name, linked) or [(link.target, linked)]
+    return parts, None
+
+
+def _linked(link: Link, local: LocalRows) -> LocalRows:
+    """The rows of a share of one tensor as rows of the parameter that they belong to; a single value is everyone's."""
+    if (link.source.is_whole and link.target.is_whole) or math.prod(local.shape) == 1:
+        return local
+    start, stop = link.source.rows(local.shape[0])
+    num_rows = link.target.rows_of_whole(stop - start)
+    first, last = (min(max(at, start), stop) for at in (local.first, local.first + local.rows.shape[0]))
+    return LocalRows(
+        rows=local.rows[first - local.first : last - local.first] if first < last else local.rows[:0],
+        first=link.target.rows(num_rows)[0] + first - start,
+        shape=(num_rows, *local.shape[1:]),
+        sends=local.sends,
+    )
+
+
+def _experts(name: str, local: LocalRows) -> Parts:
+    """The experts of a stacked parameter; none when it is not one."""
     parts = expert_parts(name, local.shape)
     if not parts:
-        return [(name, local)]
+        return []
     held = range(local.first, local.first + local.rows.shape[0])
     empty = local.rows.new_empty((0, local.shape[2]))
     return [
         (
-            part.name,
+            Share(name=part.name),
             LocalRows(
                 rows=local.rows[part.expert - local.first, part.row0 : part.row1] if part.expert in held else empty,
                 first=0,
@@ -139,6 +181,21 @@ def _parts(name: str, local: LocalRows) -> list[tuple[str, LocalRows]]:
         )
         for part in parts
     ]
+
+
+def _held(share: Share, source: Source) -> Share:
+    """What a source fills, under its own name: of a single value always the whole."""
+    is_value = all(math.prod(spec.shape) == 1 for spec in source.specs)
+    return Share(name=source.name) if is_value else replace(share, name=source.name)
+
+
+def _in_part(found: Iterable[Share]) -> list[str]:
+    """Parameters of which the trainer's tensors hold some rows twice, or not at all."""
+    shares: dict[str, list[Share]] = {}
+    for share in found:
+        shares.setdefault(share.name, []).append(share)
+    problems = [(name, uncovered(each)) for name, each in shares.items()]
+    return [f"{name}: {problem}; push tensors that make up the whole of it" for name, problem in problems if problem]
 
 
 def _selector(scope: Scope) -> Callable[[str, bool], bool]:
@@ -151,6 +208,22 @@ def _selector(scope: Scope) -> Callable[[str, bool], bool]:
         return named[scope]
     patterns = [scope] if isinstance(scope, str) else list(scope)
     return lambda name, trainable: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refused(manifest: Manifest, items: Sequence[str], names: NameMap) -> str | None:
+    """Why nothing of these items can be pushed: there are none, or a pipeline's model came without its component."""
+    if not items:
+        return "the model or iterable holds no tensor; pass the model whose weights are to be pushed"
+    known = {name for row in manifest.parameters for name in (row.name, *row.aliases)}
+    given = {canonical_name(name) for name in items}
+    components = sorted({name.partition(".")[0] for name in known if name.partition(".")[2] in given})
+    if names is not IDENTITY or not components or not given.isdisjoint(known):
+        return None
+    example = ", ".join(f'"{name}": model' for name in components)
+    return (
+        f"{items[0]} and all other names lack their component: the service holds {', '.join(components)}; push a"
+        f" mapping from component to module, {{{example}}}"
+    )
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
@@ -215,10 +288,10 @@ def _same(a: Source, b: Source) -> bool:
 
 
 def _select(
-    manifest: Manifest, found: Mapping[str, Source], chosen: Mapping[str, bool], scope: Scope
+    manifest: Manifest, found: Mapping[Share, Source], chosen: Mapping[str, bool], scope: Scope
 ) -> tuple[PushPlan, list[str]]:
     """Sources in manifest order, the scope widened to whole fused groups; names what is missing."""
-    given = {source.parameter.name for name, source in found.items() if chosen[name]}
+    given = {source.parameter.name for source in found.values() if chosen[source.name]}
     groups = {row.group for row in manifest.parameters if row.group and row.name in given}
     everything = scope == "all"
     wanted = [row for row in manifest.parameters if everything or row.name in given or row.group in groups]
@@ -226,13 +299,14 @@ def _select(
     why = "the scope is 'all'" if everything else "its fused group is pushed as a whole"
     missing = [f"{row.name}: missing, and {why}; add it" for row in wanted if row.name not in brought]
     names = {row.name for row in wanted}
+    missing += _in_part(share for share, source in found.items() if source.parameter.name in names)
     sources = sorted(
         (source for source in found.values() if source.parameter.name in names),
         key=lambda source: manifest.index[source.specs[0].name],
     )
     plan = PushPlan(
         sources=tuple(sources),
-        specs=tuple(spec for source in sources for spec in source.specs),
+        specs=tuple(dict.fromkeys(spec for source in sources for spec in source.specs)),
         logical_bytes=sum(2 * math.prod(row.shape) for row in wanted),
         carried_over=len(manifest.parameters) - len(wanted),
         widened=tuple(row.name for row in wanted if row.name not in given),

@@ -1,0 +1,95 @@
+"""A replica's generation door: only its leader (rank 0) answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from protos import transfuse_pb2 as pb
+from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.chunks import MAX_MESSAGE_BYTES
+from weight_update.errors import BusyError, ManifestError
+
+from .engine import Engine
+from .samples import MAX_CONDITIONING_BYTES
+from .wire import refusing_stream
+from .work import Stream
+
+# Largest message that a rank takes: a chunk of a push, or a request with its conditioning.
+MESSAGE_BYTES = {"Generate": MAX_MESSAGE_BYTES, "Denoise": MAX_MESSAGE_BYTES + MAX_CONDITIONING_BYTES}
+SERVED = {"Generate": "a language model", "Denoise": "a diffusion pipeline"}
+
+
+class GenerationServicer(pb_grpc.GenerationServicer):
+    """Tokens or latents of this replica. version, paused: of the rank, as they are now."""
+
+    def __init__(
+        self, engine: Engine[..., Any], *, replica: int, version: Callable[[], int], paused: Callable[[], bool]
+    ) -> None:
+        self._engine = engine
+        self._replica = replica
+        self._version = version
+        self._paused = paused
+
+    def _submit(self, rpc: str, context: grpc.ServicerContext, *args: Any, **kwargs: Any) -> Stream[Any]:
+        served = self._engine.rpc
+        if served != rpc:
+            raise ManifestError(f"{rpc}: this service holds {SERVED[served]}, not {SERVED[rpc]}; call {served}")
+        if self._version() == 0:
+            raise BusyError(f"{rpc}: no version is published on this replica yet; wait for health SERVING")
+        if self._paused():
+            raise BusyError(f"{rpc}: serving is paused by an operator; 'transfuse resume' ends it")
+        stream = self._engine.submit(*args, **kwargs)
+        context.add_callback(stream.cancel)
+        return stream
+
+    @refusing_stream
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.Token]:
+        tokens = self._submit(
+            "Generate",
+            context,
+            [list(prompt.token_ids) for prompt in request.prompts],
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            ignore_eos=request.ignore_eos,
+        )
+        for token in tokens:
+            yield pb.Token(
+                sequence=token.sequence,
+                token_id=token.token_id,
+                logprob=token.logprob,
+                version=token.version,
+                last=token.last,
+                kv_versions=token.kv_versions,
+                replica=self._replica,
+            )
+
+    @refusing_stream
+    def Denoise(self, request: pb.DenoiseRequest, context: grpc.ServicerContext) -> Iterator[pb.Denoised]:
+        steps = self._submit(
+            "Denoise",
+            context,
+            list(request.seeds),
+            request.num_steps,
+            request.conditioning,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            guidance=request.guidance,
+            cfg_scale=request.cfg_scale,
+            cfg_scale_2=request.cfg_scale_2,
+            trajectory=request.trajectory,
+        )
+        for step in steps:
+            yield pb.Denoised(
+                sample=step.sample,
+                step=step.step,
+                version=step.version,
+                last=step.last,
+                latents=step.latents,
+                versions=step.versions,
+                replica=self._replica,
+            )
