@@ -8,16 +8,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits, tools
+from . import exits, replicas, tools
 from .compare import compare
 from .denoise import denoise
-from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, Target, address
+from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, Target, address_of, emit
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
@@ -33,10 +33,7 @@ app = typer.Typer(
 )
 
 
-def _print(value: Any, text: str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(value) if as_json else text) + "\n")
-    sys.stdout.flush()
-
+app.add_typer(replicas.app, name="replica")
 
 # ---------------------------------------------------------------- what runs processes
 
@@ -90,8 +87,11 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", callback=address, help="Of the coordinator; port 0 takes a free one.")
+        str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
     ] = DEFAULT_TARGET,
+    min_replicas: Annotated[
+        int, typer.Option(min=0, metavar="K", help="How many replicas a push needs; 0 means all of them.")
+    ] = 0,
     state: Annotated[
         Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
     ] = None,
@@ -111,7 +111,7 @@ def serve(
         from .serve import configured, run
 
     def ready(address: str) -> None:
-        _print({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
+        emit({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
 
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
@@ -126,6 +126,7 @@ def serve(
             commit_between=commit_between,
             offload=offload,
             compile=compile,
+            min_replicas=min_replicas,
         )
         run(config, ready)
 
@@ -158,7 +159,7 @@ def push(
         one = scope[0] if len(scope) == 1 else scope
         report = pusher.push(items, one, base_version=base_version, push_id=push_id)
     verified = "digest verified" if report.digest_verified else "digest not verified"
-    _print(
+    emit(
         asdict(report),
         f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
         f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s, pause {1e3 * report.pause_s:.0f} ms,"
@@ -179,7 +180,7 @@ def status(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     from .tables import status_text
 
     reply = values(ask(target, "Status", pb.StatusRequest()))
-    _print(reply, status_text(reply), as_json)
+    emit(reply, status_text(reply), as_json)
 
 
 @app.command()
@@ -191,7 +192,7 @@ def versions(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     from .tables import aligned, version_row
 
     rows = values(ask(target, "Versions", pb.VersionsRequest()))["versions"]
-    _print(rows, aligned([version_row(row) for row in rows]), as_json)
+    emit(rows, aligned([version_row(row) for row in rows]), as_json)
 
 
 @app.command()
@@ -210,7 +211,7 @@ def verify(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
         reply = values(ask(target, "Verify", pb.VerifyRequest(), timeout_s=600.0))
     found = f"version {reply['version']}: {mebibytes(reply['bytes'])} read back in {reply['seconds']:.2f} s"
     outcome = "all as committed" if reply["ok"] else "MISMATCH"
-    _print(reply, "\n".join([f"{found}, {outcome}", *reply["mismatches"]]), as_json)
+    emit(reply, "\n".join([f"{found}, {outcome}", *reply["mismatches"]]), as_json)
     if not reply["ok"]:
         raise typer.Exit(1)
 
@@ -227,7 +228,7 @@ def pause(
     from .rpc import ask
 
     ask(target, "Pause", pb.PauseRequest(reason=reason), timeout_s=60.0)
-    _print({"paused": True}, "paused; 'transfuse resume' goes on", as_json)
+    emit({"paused": True}, "paused; 'transfuse resume' goes on", as_json)
 
 
 @app.command()
@@ -238,7 +239,7 @@ def resume(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     from .rpc import ask
 
     ask(target, "Resume", pb.ResumeRequest(), timeout_s=60.0)
-    _print({"paused": False}, "serving", as_json)
+    emit({"paused": False}, "serving", as_json)
 
 
 @app.command()
@@ -287,7 +288,7 @@ def describe(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     from .tables import describe_text
 
     reply = values(ask(target, "Describe", pb.DescribeRequest(), timeout_s=60.0))
-    _print(reply, describe_text(reply), as_json)
+    emit(reply, describe_text(reply), as_json)
 
 
 @app.command()
@@ -300,7 +301,7 @@ def formats(
 
     rows = {"formats": tables.formats(), "layouts": tables.layouts()}
     render = tables.markdown if as_markdown else tables.aligned
-    _print(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
+    emit(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
 @app.command()
@@ -317,7 +318,7 @@ def conformance(
     from .conformance import run
 
     value, text, equal = run(directories, as_list, as_json)
-    _print(value, text, as_json)
+    emit(value, text, as_json)
     if not equal:
         raise typer.Exit(1)
 

@@ -65,7 +65,7 @@ class Digests(_message.Message):
     def __init__(self, lane0: _Optional[_Iterable[int]] = ..., lane1: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class VersionInfo(_message.Message):
-    __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s", "step")
+    __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s", "step", "reachable", "durable", "restores")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,9 @@ class VersionInfo(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
     version: int
     base_version: int
     push_id: str
@@ -92,7 +95,10 @@ class VersionInfo(_message.Message):
     seconds: float
     pause_s: float
     step: int
-    def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ..., step: _Optional[int] = ...) -> None: ...
+    reachable: bool
+    durable: bool
+    restores: int
+    def __init__(self, version: _Optional[int] = ..., base_version: _Optional[int] = ..., push_id: _Optional[str] = ..., digest: _Optional[str] = ..., created_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., num_tensors: _Optional[int] = ..., pushed_by: _Optional[str] = ..., state: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_s: _Optional[float] = ..., step: _Optional[int] = ..., reachable: _Optional[bool] = ..., durable: _Optional[bool] = ..., restores: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("fingerprint",)
@@ -297,7 +303,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model")
+    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +314,9 @@ class StatusReply(_message.Message):
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     epoch: int
@@ -318,7 +327,10 @@ class StatusReply(_message.Message):
     transaction: int
     uptime_s: float
     model: str
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
+    lost: str
+    durable_version: int
+    min_replicas: int
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ...) -> None: ...
 
 class VersionsRequest(_message.Message):
     __slots__ = ()
@@ -349,10 +361,48 @@ class VerifyReply(_message.Message):
     def __init__(self, ok: _Optional[bool] = ..., version: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., mismatches: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RollbackRequest(_message.Message):
-    __slots__ = ("version",)
+    __slots__ = ("version", "push_id", "pushed_by")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
     version: int
-    def __init__(self, version: _Optional[int] = ...) -> None: ...
+    push_id: str
+    pushed_by: str
+    def __init__(self, version: _Optional[int] = ..., push_id: _Optional[str] = ..., pushed_by: _Optional[str] = ...) -> None: ...
+
+class ResetRequest(_message.Message):
+    __slots__ = ("version", "push_id", "pushed_by")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    push_id: str
+    pushed_by: str
+    def __init__(self, version: _Optional[int] = ..., push_id: _Optional[str] = ..., pushed_by: _Optional[str] = ...) -> None: ...
+
+class ReplicaAddRequest(_message.Message):
+    __slots__ = ("addresses", "dead")
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    DEAD_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    dead: bool
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., dead: _Optional[bool] = ...) -> None: ...
+
+class ReplicaAddReply(_message.Message):
+    __slots__ = ("replica",)
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    def __init__(self, replica: _Optional[int] = ...) -> None: ...
+
+class ReplicaRemoveRequest(_message.Message):
+    __slots__ = ("replica",)
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    def __init__(self, replica: _Optional[int] = ...) -> None: ...
+
+class ReplicaRemoveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RollbackReply(_message.Message):
     __slots__ = ("version",)
@@ -440,14 +490,32 @@ class StageReply(_message.Message):
     staged_bytes: int
     def __init__(self, sequence: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ...) -> None: ...
 
+class FetchRequest(_message.Message):
+    __slots__ = ("version", "row_start", "row_stop")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROW_START_FIELD_NUMBER: _ClassVar[int]
+    ROW_STOP_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    row_start: _containers.RepeatedScalarFieldContainer[int]
+    row_stop: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[int] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class HelloRequest(_message.Message):
-    __slots__ = ("epoch",)
+    __slots__ = ("epoch", "round", "version", "token", "brief")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BRIEF_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    round: int
+    version: int
+    token: float
+    brief: bool
+    def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., token: _Optional[float] = ..., brief: _Optional[bool] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused")
+    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -458,6 +526,9 @@ class HelloReply(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     spec: RankSpec
     version: int
@@ -468,10 +539,13 @@ class HelloReply(_message.Message):
     pid: int
     num_sequences: int
     paused: bool
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ...) -> None: ...
+    serves: bool
+    token: float
+    kept: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta")
+    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -479,6 +553,8 @@ class OpenRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
+    DONORS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transaction: int
     version: int
@@ -486,39 +562,59 @@ class OpenRequest(_message.Message):
     tensors: _containers.RepeatedScalarFieldContainer[int]
     num_streams: int
     delta: Delta
-    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ...) -> None: ...
+    restores: int
+    donors: _containers.RepeatedCompositeFieldContainer[RankSpec]
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., restores: _Optional[int] = ..., donors: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("planned_bytes",)
+    __slots__ = ("planned_bytes", "token")
     PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     planned_bytes: int
-    def __init__(self, planned_bytes: _Optional[int] = ...) -> None: ...
+    token: float
+    def __init__(self, planned_bytes: _Optional[int] = ..., token: _Optional[float] = ...) -> None: ...
 
 class MemberRequest(_message.Message):
-    __slots__ = ("epoch", "transaction", "version")
+    __slots__ = ("epoch", "transaction", "version", "round", "token")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transaction: int
     version: int
-    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    round: int
+    token: float
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., round: _Optional[int] = ..., token: _Optional[float] = ...) -> None: ...
 
 class MemberReply(_message.Message):
-    __slots__ = ("timing", "version")
+    __slots__ = ("timing", "version", "token")
     TIMING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     timing: RankTiming
     version: int
-    def __init__(self, timing: _Optional[_Union[RankTiming, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+    token: float
+    def __init__(self, timing: _Optional[_Union[RankTiming, _Mapping]] = ..., version: _Optional[int] = ..., token: _Optional[float] = ...) -> None: ...
 
 class MemberDigests(_message.Message):
-    __slots__ = ("digests", "timing")
+    __slots__ = ("digests", "timing", "token")
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     digests: Digests
     timing: RankTiming
-    def __init__(self, digests: _Optional[_Union[Digests, _Mapping]] = ..., timing: _Optional[_Union[RankTiming, _Mapping]] = ...) -> None: ...
+    token: float
+    def __init__(self, digests: _Optional[_Union[Digests, _Mapping]] = ..., timing: _Optional[_Union[RankTiming, _Mapping]] = ..., token: _Optional[float] = ...) -> None: ...
+
+class ReachReply(_message.Message):
+    __slots__ = ("versions", "token")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    token: float
+    def __init__(self, versions: _Optional[_Iterable[int]] = ..., token: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("prompts", "max_new_tokens", "temperature", "seed", "ignore_eos")

@@ -86,6 +86,21 @@ class ControlStub:
                 request_serializer=protos_dot_transfuse__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.RollbackReply.FromString,
                 _registered_method=True)
+        self.Reset = channel.unary_unary(
+                '/transfuse.v1.Control/Reset',
+                request_serializer=protos_dot_transfuse__pb2.ResetRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.RollbackReply.FromString,
+                _registered_method=True)
+        self.ReplicaAdd = channel.unary_unary(
+                '/transfuse.v1.Control/ReplicaAdd',
+                request_serializer=protos_dot_transfuse__pb2.ReplicaAddRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.ReplicaAddReply.FromString,
+                _registered_method=True)
+        self.ReplicaRemove = channel.unary_unary(
+                '/transfuse.v1.Control/ReplicaRemove',
+                request_serializer=protos_dot_transfuse__pb2.ReplicaRemoveRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.ReplicaRemoveReply.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/transfuse.v1.Control/Pause',
                 request_serializer=protos_dot_transfuse__pb2.PauseRequest.SerializeToString,
@@ -168,6 +183,24 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reset(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplicaAdd(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplicaRemove(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pause(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -238,6 +271,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=protos_dot_transfuse__pb2.RollbackRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.RollbackReply.SerializeToString,
+            ),
+            'Reset': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reset,
+                    request_deserializer=protos_dot_transfuse__pb2.ResetRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.RollbackReply.SerializeToString,
+            ),
+            'ReplicaAdd': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplicaAdd,
+                    request_deserializer=protos_dot_transfuse__pb2.ReplicaAddRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.ReplicaAddReply.SerializeToString,
+            ),
+            'ReplicaRemove': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplicaRemove,
+                    request_deserializer=protos_dot_transfuse__pb2.ReplicaRemoveRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.ReplicaRemoveReply.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -538,6 +586,87 @@ class Control:
             _registered_method=True)
 
     @staticmethod
+    def Reset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/Reset',
+            protos_dot_transfuse__pb2.ResetRequest.SerializeToString,
+            protos_dot_transfuse__pb2.RollbackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplicaAdd(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/ReplicaAdd',
+            protos_dot_transfuse__pb2.ReplicaAddRequest.SerializeToString,
+            protos_dot_transfuse__pb2.ReplicaAddReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplicaRemove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/ReplicaRemove',
+            protos_dot_transfuse__pb2.ReplicaRemoveRequest.SerializeToString,
+            protos_dot_transfuse__pb2.ReplicaRemoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Pause(request,
             target,
             options=(),
@@ -635,6 +764,11 @@ class DataStub:
                 request_serializer=protos_dot_transfuse__pb2.StageRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.StageReply.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/transfuse.v1.Data/Fetch',
+                request_serializer=protos_dot_transfuse__pb2.FetchRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.StageRequest.FromString,
+                _registered_method=True)
 
 
 class DataServicer:
@@ -648,6 +782,12 @@ class DataServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DataServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -655,6 +795,11 @@ def add_DataServicer_to_server(servicer, server):
                     servicer.Stage,
                     request_deserializer=protos_dot_transfuse__pb2.StageRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.StageReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=protos_dot_transfuse__pb2.FetchRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.StageRequest.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -686,6 +831,33 @@ class Data:
             '/transfuse.v1.Data/Stage',
             protos_dot_transfuse__pb2.StageRequest.SerializeToString,
             protos_dot_transfuse__pb2.StageReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/transfuse.v1.Data/Fetch',
+            protos_dot_transfuse__pb2.FetchRequest.SerializeToString,
+            protos_dot_transfuse__pb2.StageRequest.FromString,
             options,
             channel_credentials,
             insecure,
@@ -737,6 +909,16 @@ class MemberStub:
                 '/transfuse.v1.Member/Publish',
                 request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
+                _registered_method=True)
+        self.Adopt = channel.unary_unary(
+                '/transfuse.v1.Member/Adopt',
+                request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
+                _registered_method=True)
+        self.Reach = channel.unary_unary(
+                '/transfuse.v1.Member/Reach',
+                request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.ReachReply.FromString,
                 _registered_method=True)
         self.Undo = channel.unary_unary(
                 '/transfuse.v1.Member/Undo',
@@ -806,6 +988,18 @@ class MemberServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Adopt(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reach(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Undo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -868,6 +1062,16 @@ def add_MemberServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
+            ),
+            'Adopt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Adopt,
+                    request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
+            ),
+            'Reach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reach,
+                    request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.ReachReply.SerializeToString,
             ),
             'Undo': grpc.unary_unary_rpc_method_handler(
                     servicer.Undo,
@@ -1059,6 +1263,60 @@ class Member:
             '/transfuse.v1.Member/Publish',
             protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
             protos_dot_transfuse__pb2.MemberReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adopt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Member/Adopt',
+            protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+            protos_dot_transfuse__pb2.MemberReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Member/Reach',
+            protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+            protos_dot_transfuse__pb2.ReachReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,8 +8,9 @@ all matrices of a model are decoded in one call. Where they lie is found while t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .formats import DTYPES, Component, Format, decode_unscaled
+from .kernels import putter, taker
 from .placements import Placement, locate_bytes
 
 Positions = NDArray[np.int64]
@@ -58,37 +60,25 @@ def touched_cells(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Cells:
-    """Some cells of one matrix: where their bytes are, and where their elements go.
+class _Source:
+    """Where the bytes of some cells are in one storage: num_rows rows of num_bytes. take: writes them, flat."""
 
-    sources: suffix -> memory, index into it, bytes of a row. row, column: of each cell in `out`, BF16.
-    """
+    take: Callable[[Tensor], object]
+    num_rows: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Cells:
+    """Some cells of one matrix. shape: of all of them, one below the other. sources: by suffix. put: writes their
+    elements."""
 
     fmt: Format
     shape: tuple[int, int]
-    sources: Mapping[str, tuple[Tensor, Tensor, int]]
+    device: torch.device
+    sources: Mapping[str, _Source]
     needed: Mapping[str, Tensor]
-    row: Tensor
-    column: Tensor
-    out: Tensor
-
-    def gather(self) -> dict[str, Tensor]:
-        """The bytes as rows of a matrix of cells, by suffix."""
-        return {
-            suffix: torch.index_select(memory, 0, index).view(torch.uint8).view(-1, num_bytes)
-            for suffix, (memory, index, num_bytes) in self.sources.items()
-        }
-
-    def put(self, decoded: Tensor) -> None:
-        """Elements of the cells, [cells * rows, elements], to where they belong."""
-        rows, elements = self.shape
-        if rows == 1 and self.out.is_contiguous():
-            self.out.view(-1, elements).index_copy_(
-                0, self.row * (self.out.shape[1] // elements) + self.column, decoded
-            )
-            return
-        grid = self.out.view(self.out.shape[0] // rows, rows, -1, elements)
-        grid[self.row, :, self.column, :] = decoded.view(-1, rows, elements)
+    put: Callable[[Tensor], object]
 
 
 class Refresh:
@@ -122,20 +112,20 @@ class Refresh:
         shape = cell_of(fmt, (out.shape[0], out.shape[1]))
         step = max(1, PIECE_ELEMENTS // math.prod(shape))
         for start in range(0, len(cells), step):
-            row, column = np.divmod(cells[start : start + step], out.shape[1] // shape[1])
+            some = cells[start : start + step]
+            row, column = np.divmod(some, out.shape[1] // shape[1])
             parts = list(zip(fmt.components, placements, strict=True))
             planned = _Cells(
                 fmt=fmt,
-                shape=shape,
+                shape=(len(some) * shape[0], shape[1]),
+                device=out.device,
                 sources={
                     part.suffix: _source(part, at, row, column, shape, bytes_of[at.storage])
                     for part, at in parts
                     if part.rows
                 },
                 needed=needed_of(fmt, placements, bytes_of),
-                row=torch.from_numpy(row).to(out.device),
-                column=torch.from_numpy(column).to(out.device),
-                out=out,
+                put=_putter(shape, some, row, column, out),
             )
             # What a format needs besides rows differs from matrix to matrix, so those are not decoded together.
             key = (fmt.name, shape, out.device, len(self._cells) if planned.needed else 0)
@@ -146,26 +136,34 @@ class Refresh:
         for decode in self._whole:
             decode()
         for group in self._cells.values():
-            start = 0
-            while start < len(group):
-                stop, num_elements = start, 0
-                while stop < len(group) and num_elements < PIECE_ELEMENTS:
-                    num_elements += len(group[stop].row) * math.prod(group[stop].shape)
-                    stop += 1
-                _decode(group[start:stop])
-                start = stop
+            for piece in _pieces(group):
+                _decode(piece)
+
+
+def _pieces(group: Sequence[_Cells]) -> Iterator[Sequence[_Cells]]:
+    """Runs of at most PIECE_ELEMENTS and what is left over of the last one."""
+    sizes = np.array([math.prod(cells.shape) for cells in group])
+    cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // PIECE_ELEMENTS)) + 1
+    return (group[start:stop] for start, stop in pairwise([0, *cuts.tolist(), len(group)]))
 
 
 def _decode(group: Sequence[_Cells]) -> None:
+    """Gather, decode and put the cells of several matrices, whose formats are the same."""
     first = group[0]
-    gathered = [cells.gather() for cells in group]
-    tensors = {suffix: torch.cat([each[suffix] for each in gathered]) for suffix in first.sources}
-    rows, elements = first.shape
-    counts = [len(cells.row) * rows for cells in group]
-    decoded = torch.empty((sum(counts), elements), dtype=torch.bfloat16, device=first.out.device)
+    tensors = {suffix: _gathered([cells.sources[suffix] for cells in group], first.device) for suffix in first.sources}
+    counts = [cells.shape[0] for cells in group]
+    decoded = torch.empty((sum(counts), first.shape[1]), dtype=torch.bfloat16, device=first.device)
     decode_unscaled(first.fmt, {**tensors, **first.needed}, decoded)
-    for cells, part in zip(group, torch.split(decoded, counts), strict=True):
-        cells.put(part)
+    for cells, rows in zip(group, torch.split(decoded, counts), strict=True):
+        cells.put(rows)
+
+
+def _gathered(sources: Sequence[_Source], device: torch.device) -> Tensor:
+    num_rows, num_bytes = sum(source.num_rows for source in sources), sources[0].num_bytes
+    out = torch.empty(num_rows * num_bytes, dtype=torch.uint8, device=device)
+    for source, part in zip(sources, torch.split(out, [each.num_rows * num_bytes for each in sources]), strict=True):
+        source.take(part)
+    return out.view(num_rows, num_bytes)
 
 
 def needed_of(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,25 +177,36 @@ def needed_of(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[st
 
 def _source(
     part: Component, at: Placement, row: Positions, column: Positions, cell: tuple[int, int], storage: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    """Memory in items as wide as may be, where in it the bytes of the cells are, and the bytes of a row of a cell."""
+) -> _Source:
     num_rows, row_bytes = cell[0] // part.rows, at.tensor.row_bytes
     num_bytes = cell[1] // part.elements * DTYPES[part.dtype].itemsize if part.elements else row_bytes
     begins = ((row[:, None] * num_rows + np.arange(num_rows)) * row_bytes + column[:, None] * num_bytes).ravel()
     if at.run_bytes % num_bytes:
-        found = _located(at, (begins[:, None] + np.arange(num_bytes)).ravel(), storage)
-        return storage, torch.from_numpy(found).to(storage.device), num_bytes
-    found = _located(at, begins, storage)
-    fits = [
-        width
-        for width in ITEMS
-        if not (num_bytes % width or storage.storage_offset() % width or storage.data_ptr() % width)
-        and not (found % width).any()
-    ]
-    width = fits[0]
-    index = (found[:, None] // width + np.arange(num_bytes // width)).ravel()
+        width, found = 1, _located(at, (begins[:, None] + np.arange(num_bytes)).ravel(), storage)
+    else:
+        first = _located(at, begins, storage)
+        # Items as wide as the bytes of a row of a cell and the memory allow.
+        units = [num_bytes, storage.storage_offset(), storage.data_ptr()]
+        width = next(width for width in ITEMS if not (any(unit % width for unit in units) or (first % width).any()))
+        found = (first[:, None] // width + np.arange(num_bytes // width)).ravel()
     memory = storage[: len(storage) // width * width].view(ITEMS[width])
-    return memory, torch.from_numpy(index).to(storage.device), num_bytes
+    index = torch.from_numpy(found).to(storage.device)
+    return _Source(take=taker(memory, index), num_rows=len(begins), num_bytes=num_bytes)
+
+
+def _putter(
+    cell: tuple[int, int], cells: Positions, row: Positions, column: Positions, out: Tensor
+) -> Callable[[Tensor], object]:
+    rows, elements = cell
+    if rows == 1 and out.is_contiguous():
+        return putter(out.view(-1, elements), torch.from_numpy(cells).to(out.device))
+    grid = out.view(len(out) // rows, rows, -1, elements)
+    at = [torch.from_numpy(index).to(out.device) for index in (row, column)]
+
+    def put(decoded: Tensor) -> None:
+        grid[at[0], :, at[1], :] = decoded.view(-1, rows, elements)
+
+    return put
 
 
 def _located(at: Placement, positions: Positions, storage: Tensor) -> Positions:

@@ -6,6 +6,7 @@ The twins also serve other devices. One thread; the numba loops release the GIL.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ _TYPES: dict[type[np.generic], tuple[str, int]] = {
     np.uint32: ("<u4", 4),
     np.uint64: ("<u8", 8),
 }
+_ITEMS: dict[int, type[np.generic]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @cache
@@ -130,6 +132,33 @@ def take_words(view: U64, at: Offsets) -> U64:
     out = np.empty(len(at), np.uint64)
     loops.take(view, at, out)
     return out
+
+
+def taker(memory: Tensor, index: Tensor) -> Callable[[Tensor], object]:
+    """What writes memory[index] of a flat tensor into a given one; numpy is fast where little is taken often."""
+    if memory.device.type != "cpu":
+        return lambda out: torch.index_select(memory, 0, index, out=out.view(memory.dtype))
+    flat, at = _flat(memory, _ITEMS[memory.element_size()]), index.numpy()
+    # The index was checked when it was made, so that clipping, which needs no copy in between, changes nothing.
+    return lambda out: flat.take(at, out=out.numpy().view(flat.dtype), mode="clip")
+
+
+def putter(memory: Tensor, index: Tensor) -> Callable[[Tensor], object]:
+    """What does memory[index] = rows, of a contiguous matrix and contiguous rows of it."""
+    if memory.device.type != "cpu":
+        return lambda rows: memory.index_copy_(0, index, rows)
+    item = _ITEMS[next(width for width in (8, 4, 2) if not memory[:1].nbytes % width and not memory.data_ptr() % width)]
+    flat, at = _flat(memory, item).reshape(len(memory), -1), index.numpy()
+
+    def put(rows: Tensor) -> None:
+        flat[at] = rows.view(torch.int16).numpy().view(item)
+
+    return put
+
+
+def byte_view(local: Tensor) -> NDArray[np.uint8] | None:
+    """Memory as bytes, a view; None where it is not the host's."""
+    return _flat(local, np.uint8) if local.device.type == "cpu" else None
 
 
 def put_bytes(local: Tensor, at: Tensor, values: Tensor) -> None:

@@ -170,7 +170,13 @@ class Words:
             )
             self._view, self._at = kernels.word_view(local, at), at // 8
 
+    @property
+    def direct(self) -> tuple[NDArray[np.uint64], Offsets] | None:
+        """Memory and places in it, where the words lie in it just as they are."""
+        return None if self._view is None or self._placement.swap_nibbles else (self._view, self._at)
+
     def read(self) -> NDArray[np.uint64]:
+        """The words as they are now."""
         placement, local, numbers = self._placement, self._local, self._numbers
         if self._view is not None:
             words = kernels.take_words(self._view, self._at)

@@ -38,6 +38,7 @@ from .workers import Serving, make_worker, offload_of
 log = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(minutes=10)
+ENGINE_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +76,11 @@ class RankActor:
             probe.bind((self._config.host, 0))
             return f"{self._config.host}:{probe.getsockname()[1]}"
 
-    def build(self, rendezvous: str) -> str:
-        """Build, shard and load the model, start serving; returns host:port of this rank's door."""
+    def build(self, rendezvous: str, source: str | None) -> str:
+        """Build, shard and fill the model, start its engine and its door; returns the door's host:port.
+
+        source: the checkpoint whose weights are loaded; with None all stay zero until a donor fills them.
+        """
         config = self._config
         torch.set_num_threads(config.num_threads)
         torch.manual_seed(0)
@@ -92,8 +96,11 @@ class RankActor:
             if sharded:
                 shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
-            cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
             config_dir = checkpoint.config_dir
+        if source is not None:
+            overrides = config.components if source == config.model else {}  # a stored version has its own weights
+            with open_checkpoint(source, components=overrides) as checkpoint:
+                cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
         mark_all_applied(model)
         seal(model)
         refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
@@ -142,9 +149,29 @@ class RankActor:
             "warm-up rank=%s.%s seconds=%.1f", self._config.replica, self._config.rank, time.perf_counter() - start_s
         )
 
-    def arm(self, point: str, action: str) -> None:
+    def ended(self) -> str:
+        """Returns when this rank can serve no more, and says why; a supervisor waits for it."""
+        assert self._server is not None
+        while (state := self._server.engine.state) in ("serving", "paused"):
+            time.sleep(ENGINE_POLL_S)
+        return state
+
+    def arm(self, point: str, action: str, skip: int = 0) -> None:
         """Plan a failure at a point of the protocol; see service.faults."""
-        self._faults.arm(point, action)
+        self._faults.arm(point, action, skip)
+
+    def stalled(self) -> str:
+        """The point where an armed stall holds this rank; "" where none does."""
+        return self._faults.stalled
+
+    def release(self) -> None:
+        """End a stall, disarm all points."""
+        self._faults.release()
+
+    def staged_bytes(self) -> int:
+        """Bytes staged in the open transaction; 0 where none is open."""
+        assert self._server is not None
+        return self._server.receiver.staged_bytes
 
     def stored_bytes(self) -> dict[str, bytes]:
         """Every live storage of this rank as it lies in memory, for audits and tests."""
@@ -169,14 +196,37 @@ class RankActor:
 class CoordinatorActor:
     """The coordinator. Ray restarts it on the same port; its state file tells it what was decided."""
 
-    def __init__(self, addresses: Sequence[str], state_file: str, listen: str, model: str, config_dir: str) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        state_file: str,
+        listen: str,
+        model: str,
+        config_dir: str,
+        *,
+        min_replicas: int,
+    ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        self._shell = CoordinatorShell(addresses=addresses, state_file=Path(state_file), source=model)
+        self._shell = CoordinatorShell(
+            addresses=addresses, state_file=Path(state_file), source=model, min_replicas=min_replicas
+        )
         self._server = ControlServer(self._shell, listen=listen, tokenizer_dir=Path(config_dir))
 
     def address(self) -> str:
         """host:port of Control and Generation."""
         return self._server.address
+
+    def arm(self, point: str, action: str, skip: int = 0) -> None:
+        """Plan a failure where the coordinator asks for a step, or around its decision; see service.faults."""
+        self._shell.faults.arm(point, action, skip)
+
+    def stalled(self) -> str:
+        """The point where an armed stall holds the coordinator; "" where none does."""
+        return self._shell.faults.stalled
+
+    def release(self) -> None:
+        """End a stall, disarm all points."""
+        self._shell.faults.release()
 
     def pid(self) -> int:
         """This process."""

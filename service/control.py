@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -48,8 +49,10 @@ class ControlServer:
         self._server.stop(grace=0.5).wait()
 
 
-def version_info(decision: Decision, pause_s: float) -> pb.VersionInfo:
-    """A decision as clients see it."""
+def version_info(
+    decision: Decision, pause_s: float, *, reachable: bool = False, durable: bool = False
+) -> pb.VersionInfo:
+    """A decision as clients see it. reachable: a rollback can go there. durable: it is in the version store."""
     return pb.VersionInfo(
         version=decision.version,
         base_version=decision.base_version,
@@ -60,10 +63,13 @@ def version_info(decision: Decision, pause_s: float) -> pb.VersionInfo:
         logical_bytes=decision.logical_bytes,
         num_tensors=decision.num_tensors,
         pushed_by=decision.pushed_by,
-        state="committed",
+        state="durable" if durable else "committed",
         seconds=decision.seconds,
         pause_s=pause_s,
         step=decision.step,
+        reachable=reachable,
+        durable=durable,
+        restores=decision.restores,
     )
 
 
@@ -78,7 +84,7 @@ class ControlServicer(pb_grpc.ControlServicer):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         shell = self._shell
         ranks = []
-        for member in shell.live_members():
+        for member in shell.takers():
             spec = pb.RankSpec()
             spec.CopyFrom(member.spec)
             spec.address = member.address
@@ -167,24 +173,32 @@ class ControlServicer(pb_grpc.ControlServicer):
             version=decision.version,
             digest=decision.digest,
             epoch=shell.index.epoch,
-            replicas=[self._replica(replica) for replica in sorted({m.id.replica for m in shell.members})],
+            replicas=[
+                *(self._replica(replica) for replica in sorted(protocol.membership.replicas)),
+                *(pb.ReplicaStatus(replica=replica, state="starting") for replica in sorted(shell.roster.asked)),
+            ],
             transaction_state=protocol.phase.value if protocol.phase is not Phase.IDLE else "",
             transaction=open_.id if open_ else 0,
             transaction_by=open_.pushed_by if open_ else "",
             transaction_since_s=open_.since_s if open_ else 0.0,
             uptime_s=time.time() - shell.started_s,
             model=shell.source,
+            lost=shell.lost(),
+            durable_version=max(shell.index.durable(), default=0),
+            min_replicas=protocol.min_replicas,
         )
 
     def _replica(self, replica: int) -> pb.ReplicaStatus:
         shell = self._shell
         members = [member for member in shell.members if member.id.replica == replica]
-        states = [shell.states[member.id] for member in members]
+        states = [shell.roster.states[member.id] for member in members]
         reason = shell.protocol.fenced.get(replica, "")
+        if not states:  # not met since this coordinator started
+            return pb.ReplicaStatus(replica=replica, state="fenced", reason=reason)
         paused = any(state.paused for state in states)
         return pb.ReplicaStatus(
             replica=replica,
-            state="fenced" if reason else "paused" if paused else "serving",
+            state="joining" if reason == "joining" else "fenced" if reason else "paused" if paused else "serving",
             version=min(state.version for state in states),
             layout=members[0].layout,
             format=members[0].format,
@@ -195,9 +209,15 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Versions(self, request: pb.VersionsRequest, context: grpc.ServicerContext) -> pb.VersionsReply:
-        pauses = self._shell.index.pauses()
+        index, reachable = self._shell.index, self._shell.reachable()
+        pauses, durable = index.pauses(), set(index.durable())
         return pb.VersionsReply(
-            versions=[version_info(each, pauses[each.version]) for each in self._shell.index.decisions()]
+            versions=[
+                version_info(
+                    each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
+                )
+                for each in index.decisions()
+            ]
         )
 
     @refusing
@@ -214,11 +234,30 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Rollback(self, request: pb.RollbackRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
-        held = self._shell.protocol.version
-        raise VersionError(
-            f"rollback to version {request.version}: no version but the current {held} is kept by this release;"
-            " push the older weights again"
-        )
+        return self._restored("rollback", request.version, request)
+
+    @refusing
+    def Reset(self, request: pb.ResetRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
+        version = request.version or max(self._shell.index.durable(), default=0)
+        if not version:
+            raise VersionError("reset: no version is durable; push in full")
+        return self._restored("reset", version, request)
+
+    def _restored(self, op: str, version: int, request: Any) -> pb.RollbackReply:
+        result = self._shell.restore(op, version, request.push_id, request.pushed_by)
+        return pb.RollbackReply(version=version_info(self._shell.index.decision(result["version"]), 0.0))
+
+    @refusing
+    def ReplicaAdd(self, request: pb.ReplicaAddRequest, context: grpc.ServicerContext) -> pb.ReplicaAddReply:
+        shell = self._shell
+        if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
+            return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
+        return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
+
+    @refusing
+    def ReplicaRemove(self, request: pb.ReplicaRemoveRequest, context: grpc.ServicerContext) -> pb.ReplicaRemoveReply:
+        self._shell.request("remove", replica=request.replica)
+        return pb.ReplicaRemoveReply()
 
     @refusing
     def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.PauseReply:

@@ -4,11 +4,11 @@ clocks."""
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 
 from protos import transfuse_pb2 as pb
-from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.digest import Digests, total
-from weight_update.errors import BusyError, DigestError, MemberError, TransferError, WeightUpdateError, raise_all
-from weight_update.manifest import Manifest
+from weight_update.digest import Digests
+from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
+from weight_update.membership import shared
 from weight_update.messages import (
-    Action,
-    Decision,
+    Dismiss,
     Event,
     MemberId,
     MemberReply,
@@ -34,20 +32,23 @@ from weight_update.messages import (
     Request,
     Send,
     SetTimer,
+    Tick,
     Timeout,
 )
+from weight_update.opening import lost
 from weight_update.protocol import Coordinator
 from weight_update.transaction import Phase, replica_sums
-from weight_update.transport import call, connect, from_manifest_proto
+from weight_update.transport import from_manifest_proto
 from weight_update.versions import VersionIndex
 
-from .members import SENDERS, STEP_TIMEOUT_S, MemberSpec
+from .faults import Faults
+from .members import SENDERS, MemberSpec, state_of
+from .roster import Roster, first_version, require_one_manifest
 
 log = logging.getLogger(__name__)
 
-PROBE_PERIOD_S = 1.0
-PROBE_TIMEOUT_S = 5.0
-PROBE_FAILURES = 3  # probes in a row that a rank may miss before its replica is fenced
+TICK_S = 1.0
+READY_TIMEOUT_S = 15.0
 # Steps that only go one way are tried again when a member cannot be reached; all steps are idempotent.
 ATTEMPTS = {"publish": 3, "undo": 3, "abort": 3}
 RETRY_DELAY_S = 1.0
@@ -57,128 +58,82 @@ INSTALLING = frozenset({Phase.INSTALLING, Phase.INSTALLED, Phase.CONFIRMING, Pha
 class CoordinatorShell:
     """Owns the event loop, the version index and the connections to the members.
 
-    addresses: host:port of every rank. state_file: SQLite file that outlives this process. source: what the members
-    loaded.
+    addresses: host:port of every rank; a restart finds those that came later in state_file, an SQLite file that
+    outlives this process. source: what the members loaded. min_replicas: replicas that a push needs, 0 for all.
     """
 
-    def __init__(self, *, addresses: Sequence[str], state_file: Path, source: str) -> None:
+    def __init__(self, *, addresses: Sequence[str], state_file: Path, source: str, min_replicas: int = 0) -> None:
         self.source = source
         self.started_s = time.time()
+        self._clock_s = self.started_s - time.monotonic()  # Unix time that never jumps
         self.index = VersionIndex(state_file)
-        self._pool = ThreadPoolExecutor(max(8, 4 * len(addresses)), thread_name_prefix="member")
-        self._stubs: dict[MemberId, Any] = {}
-        self._channels = {address: connect(address) for address in addresses}
+        self._pool = ThreadPoolExecutor(max(16, 4 * len(addresses)), thread_name_prefix="member")
+        self.roster = Roster(self.index.epoch)
+        self.faults = Faults()
+        self._greeting: set[MemberId] = set()  # members whose answer to a greeting is still to come
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, Future[Any]] = {}
         self._timers: dict[str, threading.Timer] = {}
         self._watchers: set[queue.SimpleQueue[pb.Event | None]] = set()
         self._next_request = 0
-        self._guard = threading.Lock()  # guards _next_request, _futures and _watchers; nothing blocks under it
+        self._guard = threading.Lock()  # guards _next_request, _futures, _watchers, _greeting; nothing blocks under it
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
-        self.states: dict[MemberId, pb.HelloReply] = {}
-        self.operator_paused = False
-        self.members, self.manifest = self._meet()
-        self.protocol = self._restore()
-        self._thread.start()
-        self._prober = threading.Thread(target=self._probe, name="prober", daemon=True)
-        self._prober.start()
+        self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
+        self._start(addresses, min_replicas)
 
     # -- start
 
-    def _meet(self) -> tuple[list[MemberSpec], Manifest]:
-        """Say hello to every member; all must hold the same manifest."""
-        replies = self._pool.map(self._hello, self._channels)
-        members: list[MemberSpec] = []
-        manifest: Manifest | None = None
-        problems: list[str] = []
-        for (address, channel), reply in zip(self._channels.items(), replies, strict=True):
-            member = MemberId(replica=reply.spec.replica, rank=reply.spec.rank)
-            members.append(
-                MemberSpec(id=member, address=address, spec=reply.spec, layout=reply.layout, format=reply.format)
-            )
-            self._stubs[member] = pb_grpc.MemberStub(channel)
-            self.states[member] = reply
-            if manifest is None:
-                manifest = from_manifest_proto(reply.manifest)
-            elif manifest.fingerprint != reply.manifest.fingerprint:
-                problems.append(f"{member} holds another manifest than {members[0].id}")
-        raise_all(MemberError, "the ranks do not serve one model", problems)
-        assert manifest is not None
-        return members, manifest
-
-    def _hello(self, address: str) -> pb.HelloReply:
-        stub = pb_grpc.MemberStub(self._channels[address])
-        request = pb.HelloRequest(epoch=self.index.epoch)
-        reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
-        return reply
-
-    def _restore(self) -> Coordinator:
-        """A protocol at the last decision; freshly loaded members become the next version."""
+    def _start(self, addresses: Sequence[str], min_replicas: int) -> None:
+        is_new = self.index.start_fleet(",".join(sorted(addresses)))
+        recorded = {} if is_new else self.index.members()
+        replies = self.roster.meet(list(recorded.values()) or addresses, self._pool, all_of_them=is_new)
+        self.manifest = from_manifest_proto(replies[0].manifest)
+        if is_new:
+            for replica in {member.replica for member in self.index.members()}:
+                self.index.dismiss(replica)
+            self.index.enroll({member: spec.address for member, spec in self.roster.specs.items()})
+            self._number()
         decisions = self.index.decisions()
-        fresh = all(reply.version == 0 for reply in self.states.values())
-        if fresh:
-            decisions.append(self._first_version(self.index.last_version()))
-        last = decisions[-1]
-        protocol = Coordinator(
-            members=[member.id for member in self.members],
+        members = self.index.members()
+        for member, address in members.items():
+            self.roster.connect(member, address)
+        self.protocol = Coordinator(
+            members=list(members),
             manifest=self.manifest,
-            version=last.version,
-            digests=last.digests,
+            version=decisions[-1].version,
+            digests=decisions[-1].digests,
             epoch=self.index.epoch,
+            now_s=self.now_s(),
             committed={each.push_id: each.version for each in decisions},
-            decided={each.transaction: each.version for each in decisions},
+            decided={each.transaction: each.version for each in decisions if each.transaction},
+            min_replicas=min_replicas,
         )
-        self.protocol = protocol
-        if fresh:
-            for _ in self._pool.map(lambda member: self._step(member.id, "publish", 0, last.version), self.members):
-                pass
-            return protocol
-        states = {
-            member: {"state": reply.state, "transaction": reply.transaction, "version": reply.version}
-            for member, reply in self.states.items()
-        }
-        for action in protocol.recover(states):
-            self._recover_one(action)
-        return protocol
+        self._thread.start()
+        self._ticker.start()
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        while self.protocol.fenced and time.monotonic() < deadline_s:
+            time.sleep(0.02)
 
-    def _recover_one(self, action: Action) -> None:
-        """Recovery is carried out before any request is taken, in this thread."""
-        if isinstance(action, Send):
-            try:
-                self._step(action.member, action.step, action.transaction, action.version)
-            except WeightUpdateError as error:
-                self.protocol.fence(action.member, str(error))
-        elif isinstance(action, Notify):
-            self._notify(action)
-
-    def _first_version(self, last_version: int) -> Decision:
-        """Number what the members loaded, once all replicas agree on its digests."""
-        replies = self._pool.map(lambda member: self._step(member.id, "digest", 0, 0), self.members)
-        sums = replica_sums(dict(zip((member.id for member in self.members), replies, strict=True)))
-        (first, digests), *others = sums.items()
-        problems = [
-            f"{self.manifest.tensors[i].name}: replica {replica} differs from replica {first}"
-            for replica, each in others
-            for i in np.flatnonzero((each != digests).any(axis=1))
-        ]
-        raise_all(DigestError, f"the replicas loaded different bytes of {self.source}", problems)
-        decision = Decision(
-            version=last_version + 1,
-            base_version=0,
-            transaction=0,
-            push_id=f"load-{self.index.epoch}",
-            pushed_by=f"loaded from {self.source}",
-            created_s=time.time(),
-            digest=total(digests),
-            digests=digests,
-            num_tensors=len(self.manifest.tensors),
-            wire_bytes=0,
-            logical_bytes=sum(2 * math.prod(row.shape) for row in self.manifest.parameters),
-            seconds=0.0,
-        )
+    def _number(self) -> None:
+        """Freshly loaded members become the next version."""
+        roster = self.roster
+        if any(state.version for state in roster.states.values()):
+            return
+        found = self._pool.map(lambda member: roster.step(member, "digest"), roster.specs)
+        digests = dict(zip(roster.specs, found, strict=True))
+        decision = first_version(digests, self.manifest, self.source, self.index.last_version(), self.index.epoch)
         self.index.decide(decision, self.manifest.fingerprint)
-        return decision
+        list(self._pool.map(lambda member: roster.step(member, "adopt", decision.version), roster.specs))
+
+    def now_s(self) -> float:
+        """Unix time at the start of this process, and monotonic since."""
+        return self._clock_s + time.monotonic()
+
+    @property
+    def members(self) -> list[MemberSpec]:
+        """Every member that was met."""
+        return [spec for member, spec in self.roster.specs.items() if member in self.protocol.membership.contacts]
 
     # -- the loop
 
@@ -189,7 +144,7 @@ class CoordinatorShell:
             self._next_request += 1
             id_ = self._next_request
             self._futures[id_] = future
-        self._events.put(Request(id=id_, op=op, now_s=time.time(), args=args))
+        self._events.put(Request(id=id_, op=op, now_s=self.now_s(), args=args))
         return future.result()
 
     def between_events(self, function: Callable[[], Any]) -> Any:
@@ -207,41 +162,64 @@ class CoordinatorShell:
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            if callable(event):
-                event()
-                continue
-            for action in self.protocol.handle(event):
-                ACTIONS[type(action)](self, action)
+            try:
+                if callable(event):
+                    event()
+                    continue
+                for action in self.protocol.handle(event):
+                    ACTIONS[type(action)](self, action)
+            except VersionError as error:  # another coordinator took over; members refuse this one, too
+                log.error("%s", error)
+                self._stopped.set()
+                return
+
+    def _tick(self) -> None:
+        while not self._stopped.is_set():
+            self._events.put(self._tick_once)
+            self._stopped.wait(TICK_S)
+
+    def _tick_once(self) -> None:
+        self.index.require_epoch()
+        for action in self.protocol.handle(Tick(now_s=self.now_s())):
+            ACTIONS[type(action)](self, action)
 
     def _send(self, send: Send) -> None:
-        self._pool.submit(self._answered, send)
+        self.faults.reached(send.step)
+        if send.step == "hello":
+            with self._guard:
+                if send.member in self._greeting:
+                    return
+                self._greeting.add(send.member)
+        self._pool.submit(self._answered, send, self.roster.stub(send.member))
 
-    def _answered(self, send: Send) -> None:
-        result: Any = None
-        error: WeightUpdateError | None = None
+    def _answered(self, send: Send, stub: Any) -> None:
+        token, result, error = float("-inf"), None, None
         for attempt in range(ATTEMPTS.get(send.step, 1)):
             time.sleep(RETRY_DELAY_S if attempt else 0.0)
-            result = error = None
+            error = None
             try:
-                result = SENDERS[send.step](self._stubs[send.member], send, self.index.epoch)
+                answer = SENDERS[send.step](stub, send, self.roster.donors(send))
+                token, result = answer.token, answer.result
             except WeightUpdateError as failure:
                 error = failure
             if not isinstance(error, TransferError):
                 break
+        if send.step == "hello":
+            with self._guard:
+                self._greeting.discard(send.member)
+            if isinstance(result, pb.HelloReply):
+                self.roster.states[send.member], result = result, state_of(result)
         self._events.put(
             MemberReply(
                 member=send.member,
                 step=send.step,
-                transaction=send.transaction,
-                now_s=time.time(),
+                round=send.round,
+                now_s=self.now_s(),
+                token=token,
                 result=result,
                 error=error,
             )
         )
-
-    def _step(self, member: MemberId, step: str, transaction: int, version: int) -> Any:
-        send = Send(member=member, step=step, transaction=transaction, version=version)
-        return SENDERS[step](self._stubs[member], send, self.index.epoch)
 
     def _reply(self, reply: Reply) -> None:
         with self._guard:
@@ -255,13 +233,15 @@ class CoordinatorShell:
         """Write the decision. A write that failed is looked up: only a record that is not there may be aborted."""
         decision = persist.decision
         error: WeightUpdateError | None = None
+        self.faults.reached("decide")
         try:
             self.index.decide(decision, self.manifest.fingerprint)
         except sqlite3.Error as failure:
             if self.index.last_version() >= decision.version:
                 raise
             error = MemberError(f"the decision could not be made durable: {failure}; free the disk of the state file")
-        self._events.put(Persisted(transaction=decision.transaction, now_s=time.time(), error=error))
+        self.faults.reached("decided")
+        self._events.put(Persisted(transaction=decision.transaction, now_s=self.now_s(), error=error))
 
     def _set_timer(self, action: SetTimer) -> None:
         previous = self._timers.pop(action.name, None)
@@ -269,7 +249,7 @@ class CoordinatorShell:
             previous.cancel()
 
         def fire() -> None:
-            self._events.put(Timeout(name=action.name, transaction=action.transaction, now_s=time.time()))
+            self._events.put(Timeout(name=action.name, transaction=action.transaction, now_s=self.now_s()))
 
         timer = threading.Timer(action.delay_s, fire)
         timer.daemon = True
@@ -285,42 +265,61 @@ class CoordinatorShell:
         with self._guard:
             for watcher in self._watchers:
                 watcher.put(event)
-        if notify.kind == "fence":
-            self._silence()
 
-    def _silence(self) -> None:
-        """Ranks of fenced replicas that still live must not serve on; those that cannot be reached are dead or
-        partitioned."""
-        for member in self.members:
-            if member.id.replica in self.protocol.fenced:
-                self._pool.submit(self._try_pause, member.id)
+    def _dismiss(self, dismiss: Dismiss) -> None:
+        self.index.dismiss(dismiss.replica)
 
-    def _try_pause(self, member: MemberId) -> None:
-        try:
-            self._step(member, "pause", 0, self.protocol.version)
-        except WeightUpdateError as error:
-            log.info("fenced %s was not told to pause: %s", member, error)
+    # -- members that come and go
 
-    def _probe(self) -> None:
-        """Notice ranks that died between two pushes, so that status says so before the next push does."""
-        missed: dict[MemberId, int] = {}
-        while not self._stopped.wait(PROBE_PERIOD_S):
-            for member in self.members:
-                try:
-                    stub = self._stubs[member.id]
-                    self.states[member.id] = call(stub.Hello, pb.HelloRequest(), timeout_s=PROBE_TIMEOUT_S)
-                    missed[member.id] = 0
-                except WeightUpdateError as error:
-                    missed[member.id] = missed.get(member.id, 0) + 1
-                    if missed[member.id] == PROBE_FAILURES:
-                        self._fence_later(member.id, str(error))
+    def add(self, addresses: Sequence[str], *, dead: bool) -> int:
+        """Ranks of a new replica, or the new processes of one; returns its number. They are let in by and by."""
+        found = [self.roster.hello(address) for address in addresses]
+        for each in found:
+            if isinstance(each, WeightUpdateError):
+                raise each
+        replies = [reply for reply in found if isinstance(reply, pb.HelloReply)]
+        if len({reply.spec.replica for reply in replies}) != 1:
+            raise MemberError(f"{', '.join(addresses)}: expected all ranks of one replica; name them together")
+        specs = [MemberSpec.of(address, reply) for address, reply in zip(addresses, replies, strict=True)]
+        fingerprints = [self.manifest.fingerprint, *(reply.manifest.fingerprint for reply in replies)]
+        require_one_manifest([self.members[0], *specs], fingerprints)
 
-    def _fence_later(self, member: MemberId, reason: str) -> None:
-        def fence() -> None:
-            for action in self.protocol.fence(member, reason):
-                ACTIONS[type(action)](self, action)
+        def enroll() -> None:
+            self.index.enroll({spec.id: spec.address for spec in specs})
+            for address, reply in zip(addresses, replies, strict=True):
+                self.roster.learn(address, reply)
 
-        self._events.put(fence)
+        self.between_events(enroll)
+        self.request("add", members=[spec.id for spec in specs], key=",".join(addresses), dead=dead)
+        return specs[0].id.replica
+
+    # -- going back
+
+    def restore(self, op: str, version: int, push_id: str = "", pushed_by: str = "") -> Any:
+        """Make an older version's bytes the next version; op: rollback, or reset where the current ones are lost."""
+        decision = self.index.decision(version)
+        if self.index.fingerprint(version) != self.manifest.fingerprint:
+            raise VersionError(f"{op}: version {version} is of another model, format or tensor list")
+        return self.request(
+            op,
+            version=version,
+            digests=decision.digests,
+            push_id=push_id or f"{op}-{uuid.uuid4()}",
+            pushed_by=pushed_by or f"{op} to version {version}",
+        )
+
+    def reachable(self) -> set[int]:
+        """Versions that every serving rank said it keeps, a greeting ago."""
+        kept = {m.id: self.roster.states[m.id].kept for m in self.live_members() if m.id in self.roster.states}
+        return set(shared(kept))
+
+    def lost(self) -> str:
+        """What no replica holds any more, in words; "" while nothing is lost."""
+        if not lost(self.protocol):
+            return ""
+        durable = max(self.index.durable(), default=0)
+        back = f"'transfuse reset --to durable' goes back to version {durable}" if durable else "none is durable"
+        return f"version {self.protocol.version} is held by no replica; push in full, or: {back}"
 
     # -- what operators ask
 
@@ -335,7 +334,7 @@ class CoordinatorShell:
 
         version, digests = self.between_events(expected)
         live = self.live_members()
-        replies = self._pool.map(lambda member: self._step(member.id, "digest", 0, version), live)
+        replies = self._pool.map(lambda member: self.roster.step(member.id, "digest"), live)
         sums = replica_sums(dict(zip((member.id for member in live), replies, strict=True)))
         problems = [
             f"replica {replica}: {self.manifest.tensors[i].name}"
@@ -347,14 +346,18 @@ class CoordinatorShell:
 
     def all_members(self, step: str) -> None:
         """One plain step on every live member."""
-        for _ in self._pool.map(
-            lambda member: self._step(member.id, step, 0, self.protocol.version), self.live_members()
-        ):
+        for _ in self._pool.map(lambda member: self.roster.step(member.id, step), self.live_members()):
             pass
 
     def live_members(self) -> list[MemberSpec]:
         """Members of replicas that are not fenced."""
         return [member for member in self.members if member.id.replica not in self.protocol.fenced]
+
+    def takers(self) -> list[MemberSpec]:
+        """Members that take part in the next push."""
+        protocol = self.protocol
+        replicas = protocol.membership.stocked() if lost(protocol) else protocol.membership.serving()
+        return [member for member in self.members if member.id.replica in replicas]
 
     def leader_addresses(self) -> dict[int, str]:
         """Replica -> address of the rank that answers Generate, serving replicas only."""
@@ -385,8 +388,7 @@ class CoordinatorShell:
         for timer in self._timers.values():
             timer.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for channel in self._channels.values():
-            channel.close()
+        self.roster.close()
         self.index.close()
 
 
@@ -396,4 +398,5 @@ ACTIONS: Mapping[type, Callable[[CoordinatorShell, Any], None]] = {
     Persist: CoordinatorShell._persist,
     SetTimer: CoordinatorShell._set_timer,
     Notify: CoordinatorShell._notify,
+    Dismiss: CoordinatorShell._dismiss,
 }

@@ -19,20 +19,21 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quant.checkpoint import open_checkpoint
 from quant.pipelines import PipelineCheckpoint
-from weight_update.errors import MemberError, PlanError
+from weight_update.errors import PlanError
 
-from .actor import REMOTE_COORDINATOR, REMOTE_RANK, RankConfig
+from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
+from .supervisor import Progress, Supervisor, value_of
 from .workers import Serving, check_serving
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
+# On a cluster of its own a rank reserves next to nothing: the ranks of a trial share the cores of one machine, and a
+# replica may be added.
+LOCAL_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,9 @@ class FleetConfig:
     "auto"; several, separated by commas, are dealt out to the replicas. components: of a pipeline, component -> where
     its weights are instead. replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
     of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
-    decisions are kept (default: a temporary folder, for trials). For the rest see Serving.
+    decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
+    all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
+    even though they live. For the rest see Serving.
     """
 
     model: str
@@ -62,10 +65,14 @@ class FleetConfig:
     offload: str = "none"
     compile: bool = False
     memory_budget_bytes: int | None = None
+    min_replicas: int = 0
+    rebuild_after_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
             raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
+        if not 0 <= self.min_replicas <= self.replicas:
+            raise PlanError(f"min_replicas {self.min_replicas}: expected 0 (all) to {self.replicas}, the replicas")
 
     @property
     def serving(self) -> Serving:
@@ -88,11 +95,10 @@ class Fleet:
     ) -> None:
         self.config = config
         self.address = ""
-        self.ranks: list[Any] = []
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._on_note = on_note
         self._started_ray = False
-        self._groups: list[Any] = []
+        self._supervisor: Supervisor | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None  # the state of a trial; gone with the fleet
         self.coordinator: Any = None
 
@@ -123,14 +129,20 @@ class Fleet:
         self._on_progress("ray", 0, 1)
         self._connect()
         self._on_progress("ray", 1, 1)
-        addresses = self._start_ranks(str(config_dir))
-        self._warm_up()
+        self._supervisor = self._supervise(str(config_dir))
+        addresses = self._supervisor.start(config.replicas)
         self._on_progress("coordinator", 0, 1)
         state_dir = self._state_dir()
-        self.coordinator = REMOTE_COORDINATOR.remote(
-            addresses, str(state_dir / "transfuse.sqlite"), self._listen(), config.model, str(config_dir)
+        self.coordinator = REMOTE_COORDINATOR.options(num_cpus=0).remote(
+            addresses,
+            str(state_dir / "transfuse.sqlite"),
+            self._listen(),
+            config.model,
+            str(config_dir),
+            min_replicas=config.min_replicas,
         )
-        self.address = _get(self.coordinator.address.remote(), "the coordinator")
+        self.address = value_of(self.coordinator.address.remote(), "the coordinator")
+        self._supervisor.watch(self.address)
         self._on_progress("coordinator", 1, 1)
 
     def _state_dir(self) -> Path:
@@ -142,10 +154,8 @@ class Fleet:
     def _connect(self) -> None:
         if ray.is_initialized():
             return
-        # A local cluster counts ranks, not cores: on a small machine ranks share them.
-        needed = self.config.replicas * self.config.ranks + 1
-        local = {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
-        options: dict[str, Any] = {"address": self.config.ray_address} if self.config.ray_address else local
+        address = self.config.ray_address
+        options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         ray.init(log_to_driver=False, configure_logging=False, **options)
         self._started_ray = True
 
@@ -158,48 +168,18 @@ class Fleet:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
 
-    def _start_ranks(self, model: str) -> list[str]:
+    def _supervise(self, model: str) -> Supervisor:
         config = self.config
-        total = config.replicas * config.ranks
-        self._on_progress("ranks", 0, total)
-        local = self.config.ray_address is None
-        threads = max(1, (os.cpu_count() or 1) // total) if local else max(1, os.cpu_count() or 1)
-        actor = REMOTE_RANK
-        builds: dict[Any, str] = {}
-        for replica in range(config.replicas):
-            group = placement_group([{"CPU": 1.0}] * config.ranks, strategy="PACK")
-            self._groups.append(group)
-            members = [
-                actor.options(
-                    num_cpus=1,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-                ).remote(self._rank_config(replica, rank, model, threads))
-                for rank in range(config.ranks)
-            ]
-            self.ranks += members
-            meeting = _get(members[0].rendezvous.remote(), f"replica {replica} rank 0")
-            for rank, member in enumerate(members):
-                builds[member.build.remote(meeting)] = f"replica {replica} rank {rank}"
-        self._await(builds, "ranks")
-        return [ray.get(build) for build in builds]
-
-    def _warm_up(self) -> None:
-        """Kernels and graphs are compiled before the first request, not by it."""
-        self._on_progress("warm-up", 0, len(self.ranks))
-        ranks = self.config.ranks
-        calls = {
-            rank.warm_up.remote(): f"replica {i // ranks} rank {i % ranks} in its warm-up"
-            for i, rank in enumerate(self.ranks)
-        }
-        self._await(calls, "warm-up")
-
-    def _await(self, calls: Mapping[Any, str], what: str) -> None:
-        """Wait for Ray calls, reporting each; calls: reference -> who."""
-        waiting = list(calls)
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            _get(done[0], calls[done[0]])
-            self._on_progress(what, len(calls) - len(waiting), len(calls))
+        local = config.ray_address is None
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // (config.replicas * config.ranks)) if local else cores
+        return Supervisor(
+            lambda replica: [self._rank_config(replica, rank, model, threads) for rank in range(config.ranks)],
+            lambda: model,
+            share=LOCAL_SHARE if local else 1.0,
+            rebuild_after_s=config.rebuild_after_s,
+            on_progress=self._on_progress,
+        )
 
     def _rank_config(self, replica: int, rank: int, model: str, threads: int) -> RankConfig:
         config = self.config
@@ -218,42 +198,28 @@ class Fleet:
             memory_budget_bytes=config.memory_budget_bytes,
         )
 
+    @property
+    def ranks(self) -> list[Any]:
+        """The actors of all ranks, by replica and rank; others after a rebuild."""
+        return [] if self._supervisor is None else self._supervisor.ranks
+
     def wait(self) -> None:
-        """Block until interrupted or until no rank is left."""
+        """Block until interrupted."""
         while True:
             time.sleep(1.0)
-            if not any(_alive(rank) for rank in self.ranks):
-                raise MemberError("all ranks are gone; see the logs of Ray under /tmp/ray, then start again")
 
     def stop(self) -> None:
         """Stop every process that this fleet started."""
-        actors = [*([self.coordinator] if self.coordinator is not None else []), *self.ranks]
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
-        for group in self._groups:
-            ray.util.remove_placement_group(group)
-        self.ranks, self._groups, self.coordinator = [], [], None
+        if self._supervisor is not None:
+            self._supervisor.halt()
+        if self.coordinator is not None:
+            ray.kill(self.coordinator, no_restart=True)
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        self._supervisor = self.coordinator = None
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
-
-
-def _get(reference: Any, who: str) -> Any:
-    """The value of a Ray call; a failure names who failed and why, without Ray's own frames."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise MemberError(f"{who}: {error.cause}") from error
-    except ray.exceptions.RayActorError as error:
-        raise MemberError(f"{who} died while starting: {error}") from error
-
-
-def _alive(actor: Any) -> bool:
-    try:
-        ray.get(actor.pid.remote(), timeout=30)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return False
-    return True

@@ -23,14 +23,21 @@ SERVED = {"Generate": "a language model", "Denoise": "a diffusion pipeline"}
 
 
 class GenerationServicer(pb_grpc.GenerationServicer):
-    """Tokens or latents of this replica. version, paused: of the rank, as they are now."""
+    """Tokens or latents of this replica. version, may_serve, paused: of the rank, as they are now."""
 
     def __init__(
-        self, engine: Engine[..., Any], *, replica: int, version: Callable[[], int], paused: Callable[[], bool]
+        self,
+        engine: Engine[..., Any],
+        *,
+        replica: int,
+        version: Callable[[], int],
+        may_serve: Callable[[], bool],
+        paused: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._replica = replica
         self._version = version
+        self._may_serve = may_serve
         self._paused = paused
 
     def _submit(self, rpc: str, context: grpc.ServicerContext, *args: Any, **kwargs: Any) -> Stream[Any]:
@@ -39,6 +46,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             raise ManifestError(f"{rpc}: this service holds {SERVED[served]}, not {SERVED[rpc]}; call {served}")
         if self._version() == 0:
             raise BusyError(f"{rpc}: no version is published on this replica yet; wait for health SERVING")
+        if not self._may_serve():
+            raise BusyError(f"{rpc}: this replica has no right to serve now; see 'transfuse status'")
         if self._paused():
             raise BusyError(f"{rpc}: serving is paused by an operator; 'transfuse resume' ends it")
         stream = self._engine.submit(*args, **kwargs)

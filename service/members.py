@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from protos import transfuse_pb2 as pb
 from weight_update.delta import DeltaPlan
 from weight_update.digest import Digests
-from weight_update.messages import MemberId, Send
+from weight_update.messages import Donor, Kept, MemberId, MemberState, Send
 from weight_update.transport import call, from_digests_proto, to_delta_proto
 
 STEP_TIMEOUT_S = 120.0
 PAUSING_TIMEOUT_S = 600.0  # of steps that may wait for running samples to end
+FILL_TIMEOUT_S = 3600.0  # a prepare that waits for a donor's rows
+HELLO_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,49 +28,100 @@ class MemberSpec:
     layout: str
     format: str
 
+    @classmethod
+    def of(cls, address: str, reply: pb.HelloReply) -> MemberSpec:
+        """From its answer to a greeting."""
+        spec = pb.RankSpec()
+        spec.CopyFrom(reply.spec)
+        spec.address = address
+        member = MemberId(replica=spec.replica, rank=spec.rank)
+        return cls(id=member, address=address, spec=spec, layout=reply.layout, format=reply.format)
 
-def _send_open(stub: Any, send: Send, epoch: int) -> int:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a member answered. token: its clock."""
+
+    token: float
+    result: Any
+
+
+def state_of(reply: pb.HelloReply) -> MemberState:
+    """What a member says of itself, as the protocol takes it."""
+    return MemberState(
+        state=reply.state,
+        transaction=reply.transaction,
+        version=reply.version,
+        serves=reply.serves,
+        kept=tuple(reply.kept),
+    )
+
+
+def _request(send: Send) -> pb.MemberRequest:
+    return pb.MemberRequest(
+        epoch=send.epoch, transaction=send.transaction, version=send.version, round=send.round, token=send.token
+    )
+
+
+def _hello(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+    request = pb.HelloRequest(epoch=send.epoch, round=send.round, version=send.version, token=send.token, brief=True)
+    reply: pb.HelloReply = call(stub.Hello, request, timeout_s=HELLO_TIMEOUT_S, where=str(send.member))
+    return Answer(token=reply.token, result=reply)
+
+
+def _open(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
     tensors = [] if send.tensors is None else send.tensors.tolist()
     request = pb.OpenRequest(
-        epoch=epoch,
+        epoch=send.epoch,
         transaction=send.transaction,
         version=send.version,
         base_version=send.base_version,
         tensors=tensors,
         num_streams=send.num_streams,
         delta=to_delta_proto(send.source) if isinstance(send.source, DeltaPlan) else None,
+        restores=send.source.version if isinstance(send.source, Kept) else 0,
+        donors=donors,
     )
-    return int(call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member)).planned_bytes)
+    reply = call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member))
+    return Answer(token=reply.token, result=int(reply.planned_bytes))
 
 
-def _send_digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, int], Digests]:
-    def send_step(stub: Any, send: Send, epoch: int) -> Digests:
-        request = pb.MemberRequest(epoch=epoch, transaction=send.transaction, version=send.version)
-        reply = call(getattr(stub, name), request, timeout_s=timeout_s, where=str(send.member))
-        return from_digests_proto(reply.digests)
-
-    return send_step
+def _reach(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+    reply = call(stub.Reach, _request(send), timeout_s=STEP_TIMEOUT_S, where=str(send.member))
+    return Answer(token=reply.token, result=tuple(reply.versions))
 
 
-def _send_plain(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, int], pb.RankTiming]:
-    def send_step(stub: Any, send: Send, epoch: int) -> pb.RankTiming:
-        request = pb.MemberRequest(epoch=epoch, transaction=send.transaction, version=send.version)
-        reply: pb.MemberReply = call(getattr(stub, name), request, timeout_s=timeout_s, where=str(send.member))
-        return reply.timing
+def _digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]:
+    def step(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+        allowed_s = FILL_TIMEOUT_S if isinstance(send.source, Donor) else timeout_s
+        reply = call(getattr(stub, name), _request(send), timeout_s=allowed_s, where=str(send.member))
+        digests: Digests = from_digests_proto(reply.digests)
+        return Answer(token=reply.token, result=digests)
 
-    return send_step
+    return step
 
 
-# step -> the call that carries it to a member
-SENDERS: Mapping[str, Callable[[Any, Send, int], Any]] = {
-    "open": _send_open,
-    "prepare": _send_digests("Prepare"),
-    "install": _send_digests("Install", PAUSING_TIMEOUT_S),
-    "confirm": _send_plain("Confirm"),
-    "publish": _send_plain("Publish"),
-    "undo": _send_plain("Undo"),
-    "abort": _send_plain("Abort"),
-    "digest": _send_digests("Digest"),
-    "pause": _send_plain("Pause", PAUSING_TIMEOUT_S),
-    "resume": _send_plain("Resume"),
+def _plain(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]:
+    def step(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+        reply = call(getattr(stub, name), _request(send), timeout_s=timeout_s, where=str(send.member))
+        return Answer(token=reply.token, result=reply.timing)
+
+    return step
+
+
+# step -> the call that carries it to a member; donors: the ranks of send.source, where it is a replica
+SENDERS: Mapping[str, Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]] = {
+    "hello": _hello,
+    "open": _open,
+    "reach": _reach,
+    "prepare": _digests("Prepare"),
+    "install": _digests("Install", PAUSING_TIMEOUT_S),
+    "digest": _digests("Digest"),
+    "confirm": _plain("Confirm"),
+    "publish": _plain("Publish"),
+    "adopt": _plain("Adopt"),
+    "undo": _plain("Undo"),
+    "abort": _plain("Abort"),
+    "pause": _plain("Pause", PAUSING_TIMEOUT_S),
+    "resume": _plain("Resume"),
 }

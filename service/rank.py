@@ -7,10 +7,9 @@ the bytes, the Engine stops and resumes serving.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +20,20 @@ from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
-from weight_update.errors import BusyError, MemberError, TransferError, WeightUpdateError
+from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
+from weight_update.install import MemoryPlan
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
-from weight_update.transport import from_delta_proto, to_digests_proto, to_manifest_proto
+from weight_update.transport import from_delta_proto
 
 from .engine import Engine
 from .faults import Faults
+from .fetching import fetched
 from .generation import MESSAGE_BYTES, GenerationServicer
-from .wire import bind, make_server, refuse, refusing, set_serving
+from .leases import ServingLease
+from .sources import Sources
+from .steps import MemberServicer
+from .wire import bind, make_server, refuse, set_serving
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,8 @@ class RankServer:
         self.engine = engine
         self.faults = faults
         self.member = Member(version=0)
+        self.sources = Sources(receiver)
+        self._lease = ServingLease(self)
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
         self._reshard = reshard
@@ -91,12 +97,18 @@ class RankServer:
                 engine,
                 replica=identity.replica,
                 version=lambda: self.member.version,
+                may_serve=lambda: self.member.state == "installed" or self.member.serves(time.monotonic()),
                 paused=lambda: self.operator_paused,
             ),
             self._server,
         )
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
         self.address = bind(self._server, listen)
+        self._lease.start()
+
+    def serves(self) -> bool:
+        """Whether it answers requests, or may begin to by itself."""
+        return self.engine.state == "serving" or self.member.serves(time.monotonic())
 
     def set_serving(self, serving: bool) -> None:
         """What gRPC health says: serving only with a published version."""
@@ -104,25 +116,19 @@ class RankServer:
 
     def stop(self) -> None:
         """End all calls and stop generating."""
+        self._lease.stop()
         self._server.stop(grace=0.5).wait()
         self.engine.stop()
 
     # -- the steps, each under `steps`
 
     def open(self, request: Any) -> int:
-        tensors = np.array(request.tensors, np.int64)
         self.given_up.clear()
-        blobs = None
-        if request.HasField("delta"):
-            blobs = from_delta_proto(request.delta).of(self.identity.replica, self.identity.rank)
-        plan = self.receiver.begin(
-            request.transaction,
-            request.version,
-            request.base_version,
-            tensors,
-            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs),
-            blobs=blobs,
-        )
+        self.sources.settle()
+        if not request.base_version:  # whatever is here is replaced, every byte of it
+            self.receiver.version = 0
+        begin = self.sources.begin if request.restores or request.donors else self._begin
+        plan = begin(request)
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
             rank=self.identity.rank,
@@ -131,7 +137,21 @@ class RankServer:
         )
         return plan.peak_bytes
 
+    def _begin(self, request: Any) -> MemoryPlan:
+        blobs = None
+        if request.HasField("delta"):
+            blobs = from_delta_proto(request.delta).of(self.identity.replica, self.identity.rank)
+        return self.receiver.begin(
+            request.transaction,
+            request.version,
+            request.base_version,
+            np.array(request.tensors, np.int64),
+            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs),
+            blobs=blobs,
+        )
+
     def prepare(self, request: Any) -> np.ndarray:
+        self.sources.wait()
         digests = self.receiver.prepare()
         self._foresee()
         self.timing.stage_stop_s = time.time()
@@ -151,12 +171,14 @@ class RankServer:
         self.receiver.audit()
 
     def publish(self, request: Any) -> None:
-        if self.member.state == "installed":
+        installed = self.member.state == "installed"
+        if installed:
             self.receiver.publish()
         self.receiver.version = request.version
         self._resume(request.version, refresh=True)
         self.timing.pause_stop_s = time.time()
-        self.set_serving(True)
+        if installed:
+            self.sources.remember()
 
     def undo(self, request: Any) -> None:
         if self.receiver.state is State.INSTALLED:
@@ -165,6 +187,7 @@ class RankServer:
 
     def abort(self, request: Any) -> None:
         self.receiver.abort()
+        self.receiver.version = self.member.version
         self._resume(self.member.version, refresh=self._stale)
 
     def pause(self, request: Any) -> None:
@@ -175,7 +198,6 @@ class RankServer:
     def resume(self, request: Any) -> None:
         self.operator_paused = False
         self._resume(self.member.version, refresh=False)
-        self.set_serving(True)
 
     def _pause(self) -> None:
         if self.identity.rank == 0:
@@ -189,11 +211,13 @@ class RankServer:
             raise MemberError(f"serving did not stop between {between} {left}; --commit-between steps waits least")
 
     def _resume(self, version: int, *, refresh: bool) -> None:
-        """Serve `version`; an operator's pause outlives a commit."""
+        """Serve `version`, with the right to; an operator's pause outlives a commit."""
         if self.engine.state.startswith("failed"):
             raise MemberError(f"the engine is gone: {self.engine.state}; rebuild the replica")
         if self.identity.rank == 0 and (self.engine.state == "paused" or refresh):
-            self.engine.resume(version, refresh=refresh, stay_paused=self.operator_paused)
+            stays = self.operator_paused or not self.member.grants(version, time.monotonic())
+            self.engine.resume(version, refresh=refresh, stay_paused=stays)
+            self.set_serving(not stays)
         self._stale = self._stale and not refresh
         if not self.engine.wait_resumed(version, RESUME_TIMEOUT_S):
             raise MemberError(f"serving did not go on within {RESUME_TIMEOUT_S:.0f} s: {self.engine.state}")
@@ -203,121 +227,6 @@ def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
     """What the streams may hold; a delta is seldom as large as their windows."""
     sizes = [STREAM_BYTES] * num_streams
     return sum(sizes if blobs is None else (min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs))
-
-
-# step -> what does it
-STEPS: Mapping[str, Callable[[RankServer, Any], Any]] = {
-    "open": RankServer.open,
-    "prepare": RankServer.prepare,
-    "install": RankServer.install,
-    "confirm": RankServer.confirm,
-    "publish": RankServer.publish,
-    "undo": RankServer.undo,
-    "abort": RankServer.abort,
-}
-
-
-class MemberServicer(pb_grpc.MemberServicer):
-    """The coordinator's calls, one method a step."""
-
-    def __init__(self, rank: RankServer) -> None:
-        self._rank = rank
-
-    def _step(self, step: str, request: Any) -> Any:
-        rank = self._rank
-        if step == "undo":
-            rank.given_up.set()
-        with rank.steps:
-            due = rank.member.check(step, epoch=request.epoch, transaction=request.transaction, version=request.version)
-            if not due:
-                return rank.member.result(step)
-            rank.faults.reached(step)
-            start_s = time.perf_counter()
-            result = STEPS[step](rank, request)
-            log.info(
-                "%s version=%d rank=%s.%s seconds=%.4f",
-                step, request.version, rank.identity.replica, rank.identity.rank, time.perf_counter() - start_s,
-            )  # fmt: skip
-            return rank.member.done(step, transaction=request.transaction, version=request.version, result=result)
-
-    def _digests(self, digests: np.ndarray) -> pb.MemberDigests:
-        return pb.MemberDigests(digests=to_digests_proto(digests), timing=self._rank.timing)
-
-    def _reply(self) -> pb.MemberReply:
-        return pb.MemberReply(timing=self._rank.timing, version=self._rank.member.version)
-
-    @refusing
-    def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloReply:
-        rank = self._rank
-        return pb.HelloReply(
-            manifest=to_manifest_proto(rank.receiver.manifest) if request.epoch else None,
-            spec=pb.RankSpec(
-                replica=rank.identity.replica,
-                rank=rank.identity.rank,
-                address=rank.address,
-                row_start=rank.receiver.row_start.tolist() if request.epoch else (),
-                row_stop=rank.receiver.row_stop.tolist() if request.epoch else (),
-            ),
-            version=rank.member.version,
-            state=rank.member.state,
-            transaction=rank.member.transaction,
-            layout=rank.identity.layout,
-            format=rank.identity.format,
-            pid=os.getpid(),
-            num_sequences=rank.engine.num_sequences,
-            paused=rank.engine.state != "serving",
-        )
-
-    @refusing
-    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
-        return pb.OpenReply(planned_bytes=self._step("open", request))
-
-    @refusing
-    def Prepare(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberDigests:
-        return self._digests(self._step("prepare", request))
-
-    @refusing
-    def Install(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberDigests:
-        return self._digests(self._step("install", request))
-
-    @refusing
-    def Confirm(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        self._step("confirm", request)
-        return self._reply()
-
-    @refusing
-    def Publish(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        self._step("publish", request)
-        return self._reply()
-
-    @refusing
-    def Undo(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        self._step("undo", request)
-        return self._reply()
-
-    @refusing
-    def Abort(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        self._step("abort", request)
-        return self._reply()
-
-    @refusing
-    def Digest(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberDigests:
-        with self._rank.steps:
-            if self._rank.member.state == "installed":
-                raise BusyError("digest: a commit is in progress on this rank; ask again")
-            return self._digests(self._rank.receiver.digests())
-
-    @refusing
-    def Pause(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        with self._rank.steps:
-            self._rank.pause(request)
-        return self._reply()
-
-    @refusing
-    def Resume(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
-        with self._rank.steps:
-            self._rank.resume(request)
-        return self._reply()
 
 
 class DataServicer:
@@ -356,9 +265,20 @@ class DataServicer:
             )
         rank.timing.staged_bytes = rank.receiver.staged_bytes
 
+    def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            if self._rank.member.version != request.version:
+                raise VersionError(f"fetch of version {request.version}: this rank holds {self._rank.member.version}")
+            yield from fetched(self._rank.receiver, request)
+        except WeightUpdateError as error:
+            refuse(context, error)
+
 
 def _data_handler(servicer: DataServicer) -> grpc.GenericRpcHandler:
     stage = grpc.stream_stream_rpc_method_handler(
         servicer.stage, request_deserializer=None, response_serializer=pb.StageReply.SerializeToString
     )
-    return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage})
+    fetch = grpc.unary_stream_rpc_method_handler(
+        servicer.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
+    )
+    return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage, "Fetch": fetch})

@@ -165,19 +165,17 @@ TRAINER = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[2])
 from tests.tiny import tiny_llama
+from weight_update import attempt
 from weight_update.client import Pusher
 
-def slow(model):
-    yield from model.named_parameters()
-
 pusher = Pusher(sys.argv[1], lease_s=2.0)
-send = pusher._send
+send = attempt.send_whole
 def stall(*args):
     result = send(*args)
     print("sent", flush=True)
     time.sleep(60)
     return result
-pusher._send = stall
+attempt.send_whole = stall
 pusher.push(tiny_llama(seed=5))
 """
 

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -81,6 +83,28 @@ def digest_words(key: int, row_bytes: int, at: npt.NDArray[np.int64], words: npt
         mixed = _mix(torch.from_numpy(words.view(np.int64)) ^ (row_keys + column * _signed(GOLDEN)))
         sums.append(int(mixed.sum()) & MASK)
     return sums[0], sums[1]
+
+
+def word_patcher(
+    key: int,
+    row_bytes: int,
+    changes: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int64]],
+    words: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]],
+) -> Callable[[], Lanes] | None:
+    """What writes bytes and digests the words that they are in as they are read back, in one go; None without compiled
+    loops.
+
+    changes: memory, place of each byte in it, the bytes, which byte is the first one of each word. words: the same
+    memory in words, place of each word in it, their numbers in the tensor.
+    """
+    loops = _loops()
+    if loops is None:
+        return None
+    memory, at, new, begins = changes
+    live, place, numbers = words
+    keys = np.uint64(key), np.uint64(row_bytes)
+    loops.patch_words(memory, at[:0], new[:0], begins[:0], live, place[:0], numbers[:0], *keys)  # compiled by now
+    return partial(loops.patch_words, memory, at, new, begins, live, place, numbers, *keys)
 
 
 def words_of(row_bytes: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

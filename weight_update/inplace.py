@@ -158,12 +158,8 @@ class Address:
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the tensor is still there, in this form."""
-        return (
-            tensor.data_ptr() == self.data_ptr
-            and tensor.shape == self.shape
-            and tensor.stride() == self.stride
-            and tensor.dtype == self.dtype
-        )
+        here = tensor.data_ptr() == self.data_ptr and tensor.dtype is self.dtype
+        return here and tensor.shape == self.shape and tensor.stride() == self.stride
 
 
 class AddressAudit:

@@ -15,6 +15,7 @@ from quant.loops import loop
 
 U64: TypeAlias = NDArray[np.uint64]
 I64: TypeAlias = NDArray[np.int64]
+U8: TypeAlias = NDArray[np.uint8]
 
 
 @loop
@@ -57,4 +58,35 @@ def digest_words(
         step = np.uint64(at[i] - r * num_words) * golden
         sum0 += mix(words[i] ^ (key0 + step))
         sum1 += mix(words[i] ^ (key1 + step))
+    return sum0, sum1
+
+
+@loop
+def patch_words(
+    local: U8, at: I64, new: U8, begins: I64, live: U64, place: I64, numbers: I64, key: np.uint64, row_bytes: np.uint64
+) -> tuple[np.uint64, np.uint64]:
+    """Write single bytes, and read the words that they are in back: both lanes of those.
+
+    Byte i goes to local[at[i]]. Word j is live[place[j]], has the number numbers[j], and holds bytes begins[j] and
+    following. In blocks, so that a word is still in the cache when it is read.
+    """
+    golden, sum0, sum1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0), np.uint64(0)
+    lane0 = mix((key ^ np.uint64(0x243F6A8885A308D3)) + row_bytes * golden)
+    lane1 = mix((key ^ np.uint64(0x13198A2E03707344)) + row_bytes * golden)
+    num_words = np.int64(row_bytes // np.uint64(8))
+    row, key0, key1 = np.int64(-1), np.uint64(0), np.uint64(0)
+    for block in range(0, numbers.size, 1024):
+        stop = min(block + 1024, numbers.size)
+        last = begins[stop] if stop < numbers.size else at.size
+        for i in range(begins[block], last):
+            local[np.uint64(at[i])] = new[i]
+        for j in range(block, stop):
+            r = numbers[j] // num_words
+            if r != row:
+                step = np.uint64(r + 1) * golden
+                row, key0, key1 = r, mix(lane0 + step), mix(lane1 + step)
+            step = np.uint64(numbers[j] - r * num_words) * golden
+            word = live[np.uint64(place[j])]
+            sum0 += mix(word ^ (key0 + step))
+            sum1 += mix(word ^ (key1 + step))
     return sum0, sum1

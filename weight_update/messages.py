@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .delta import DeltaPlan
 from .digest import Digests
 from .errors import WeightUpdateError
 
@@ -35,15 +36,37 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberState:
+    """What a member says of itself when it is greeted. serves: it answers requests, or may begin to by itself."""
+
+    state: str
+    transaction: int
+    version: int
+    serves: bool
+    kept: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemberReply:
-    """A member's answer to one `Send`; `error` when it failed or did not answer in time."""
+    """A member's answer to one `Send`; `error` when it failed or did not answer in time.
+
+    round: of the `Send`. token: the member's own clock when it answered; the next `Send` brings it back.
+    """
 
     member: MemberId
     step: str
-    transaction: int
+    round: int
     now_s: float
+    token: float = float("-inf")
     result: object = None
     error: WeightUpdateError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time goes by: greet the members, notice who is gone, let in who is back."""
+
+    now_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +87,51 @@ class Persisted:
     error: WeightUpdateError | None = None
 
 
-Event = Request | MemberReply | Timeout | Persisted
+Event = Request | MemberReply | Timeout | Persisted | Tick
+
+# ---------------------------------------------------------------- what a transaction's bytes are made of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A version that members can restore by themselves: from what later commits overwrote, or from a store."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Donor:
+    """A serving replica, whose ranks give their rows away."""
+
+    replica: int
+
+
+Source = DeltaPlan | Kept | Donor | None
 
 # ---------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
-    """One step of the protocol to one member; the shell answers with a `MemberReply`."""
+    """One step of the protocol to one member; the shell answers with a `MemberReply`.
+
+    epoch, round: the coordinator's, and a number that grows with every batch of sends: a member takes nothing from an
+    older epoch, and no right to serve from an older round. token: see `MemberReply`. base_version: 0 stands for
+    whatever the member holds. source: where the bytes come from, None for a trainer's
+    streams of whole tensors, a plan for its streams of changes.
+    """
 
     member: MemberId
     step: str
+    epoch: int
+    round: int
     transaction: int
     version: int
     base_version: int = 0
     tensors: np.ndarray | None = None
     num_streams: int = 1
+    source: Source = None
+    token: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +159,8 @@ class Decision:
     wire_bytes: int
     logical_bytes: int
     seconds: float
+    step: int = 0  # the trainer's own count, as it gave it
+    restores: int = 0  # the version whose bytes these are, of a rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,4 +189,11 @@ class Notify:
     text: str
 
 
-Action = Send | Reply | Persist | SetTimer | Notify
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismiss:
+    """A replica is no member any more: forget it, durably, before what follows."""
+
+    replica: int
+
+
+Action = Send | Reply | Persist | SetTimer | Notify | Dismiss

@@ -6,7 +6,7 @@ back from the live storage. Bytes that nothing touched are not read; a scrub doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from quant.formats import TensorSpec
-from quant.kernels import put_bytes
+from quant.kernels import byte_view, put_bytes
 from quant.placements import Words, invert_rows, locate_bytes, swapped
 
 from .delta import BlobSize, Patch, Positions, check_apart, unpack
-from .digest import MASK, Digests, Lanes, digest_rows, digest_words, words_of
+from .digest import MASK, Digests, Lanes, digest_rows, digest_words, word_patcher, words_of
 from .errors import TransferError, raise_all
 from .install import (
     SLACK_BYTES,
@@ -68,17 +68,31 @@ class Sparse:
         words = words_of(row_bytes, patch.positions)
         begins = np.diff(words, prepend=-1) != 0
         self._words = words[begins]
+        self._begins = np.flatnonzero(begins)
         self._live = Words(placement, self._words, write.local, write.base)
         before = self._live.read()
         after = before.astype("<u8")
         slot = np.cumsum(begins) - 1
         after.view(np.uint8)[slot * 8 + patch.positions % row_bytes % 8] = changed
         self.out, self.into = self._digest(before), self._digest(after.astype(np.uint64))
+        self._patcher = self._in_one_go()
 
     def _digest(self, words: npt.NDArray[np.uint64]) -> Lanes:
         return digest_words(self.write.key, self.write.placement.tensor.row_bytes, self._words, words)
 
+    def _in_one_go(self) -> Callable[[], Lanes] | None:
+        """What writes and reads back at once; None where the words do not lie in host memory as they are."""
+        memory, direct = byte_view(self.write.local), self._live.direct
+        if memory is None or direct is None:
+            return None
+        changes = (memory, self._at.numpy(), self._new.numpy(), self._begins)
+        words = (*direct, self._words)
+        return word_patcher(self.write.key, self.write.placement.tensor.row_bytes, changes, words)
+
     def apply(self) -> Lanes:
+        if self._patcher is not None:
+            lane0, lane1 = self._patcher()
+            return int(lane0), int(lane1)
         put_bytes(self.write.local, self._at, self._new)
         return self._digest(self._live.read())
 

@@ -1,26 +1,29 @@
-"""The coordinator's side of the transaction, without I/O: message or timer in, actions out.
+"""The coordinator's side of a transaction, without I/O: message or timer in, actions out.
 
     IDLE -begin-> OPENING -> OPEN -prepare-> PREPARING -> PREPARED -install-> INSTALLING -> INSTALLED
          -decide-> DECIDING (Persist: the commit point) PUBLISHING -> IDLE
     any failure before the decision -> (UNDOING, once an install began) -> ABORTING -> IDLE
 
-The coordinator owns the decision; `weight_update.member` is a rank's side. Neither knows gRPC, Ray, disk or clock: a
-shell feeds them events and carries out their actions in order, which lets a simulator stand in for all four. No
-durable record means abort.
+The coordinator owns the decision; `weight_update.member` is a rank's side, `weight_update.membership` says who takes
+part, `weight_update.opening` how a transaction comes about. None of them knows gRPC, Ray, disk or clock: a shell feeds
+them events and carries out their actions in order, which lets a simulator stand in for all four. No durable record
+means abort.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from .digest import Digests, total
-from .errors import BusyError, DigestError, ManifestError, MemberError, TransferError, VersionError, WeightUpdateError
-from .manifest import Manifest, check_push
+from . import joining, opening
+from .digest import Digests
+from .errors import BusyError, DigestError, ManifestError, MemberError, TransferError, WeightUpdateError
+from .manifest import Manifest
+from .membership import Membership
 from .messages import (
     Action,
-    Decision,
     Event,
     MemberId,
     MemberReply,
@@ -31,11 +34,10 @@ from .messages import (
     Request,
     Send,
     SetTimer,
+    Tick,
     Timeout,
 )
-from .transaction import ALLOWED, LEASED, ROUNDS, Phase, Round, Transaction, replica_sums
-
-MAX_PROBLEMS = 20  # mismatching tensors named in one digest error
+from .transaction import ALLOWED, LEASED, ONE_WAY, ROUNDS, Kind, Phase, Round, Transaction
 
 
 class Coordinator:
@@ -43,7 +45,8 @@ class Coordinator:
 
     members: every rank. manifest: what the service holds. version, digests: the last committed version and its digests
     ([num_tensors, 2] uint64, sums over the ranks of one replica). epoch: grows with each start, fences older
-    coordinators. committed: push ids already decided, with their versions.
+    coordinators. committed: push ids already decided, with their versions. decided: the same by transaction.
+    min_replicas: replicas that a push needs, 0 for all.
     """
 
     def __init__(
@@ -54,35 +57,40 @@ class Coordinator:
         version: int,
         digests: Digests,
         epoch: int,
+        now_s: float,
         committed: Mapping[str, int] | None = None,
         decided: Mapping[int, int] | None = None,
+        min_replicas: int = 0,
     ) -> None:
-        self.members = tuple(members)
+        self.membership = Membership(members, now_s)
         self.manifest = manifest
+        self.now_s = now_s  # of the last event
         self.version = version
         self.digests = digests
         self.epoch = epoch
+        self.min_replicas = min_replicas
         self.committed = dict(committed or {})
-        self.decided = dict(decided or {})  # transaction -> version
-        self.fenced: dict[int, str] = {}  # replica -> reason
+        self.decided = dict(decided or {})
         self.phase = Phase.IDLE
         self.transaction: Transaction | None = None
+        self.waiting: list[Request] = []  # requests that wait for a join to end, or for enough replicas
         self._round: Round | None = None
         self._num_transactions = 0
+        self._num_rounds = 0
+
+    @property
+    def fenced(self) -> dict[int, str]:
+        """Replica -> why it does not serve."""
+        return self.membership.fenced
 
     # -- events
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event, return what is to be done, in order."""
-        handlers: Mapping[type, Callable[..., list[Action]]] = {
-            Request: self._request,
-            MemberReply: self._member_reply,
-            Timeout: self._timeout,
-            Persisted: self._persisted,
-        }
-        return handlers[type(event)](event)
+        self.now_s = max(self.now_s, event.now_s)
+        return EVENTS[type(event)](self, event)
 
-    def _request(self, request: Request) -> list[Action]:
+    def handle_request(self, request: Request) -> list[Action]:
         try:
             if self.phase not in ALLOWED[request.op]:
                 raise self._refusal(request.op)
@@ -95,87 +103,39 @@ class Coordinator:
         return BusyError(f"{op}: the transaction is {self.phase.value}, expected {wanted}; begin a new push")
 
     def _member_reply(self, reply: MemberReply) -> list[Action]:
+        if reply.error is None:
+            self.membership.heard(reply)
+        elif reply.step == "hello":
+            self.membership.missed(reply.member)
         current, open_ = self._round, self.transaction
-        if current is None or reply.step != current.step or reply.member not in current.waiting:
-            return []
-        if open_ is not None and reply.transaction != open_.id:
+        if current is None or open_ is None or reply.round != current.id or reply.member not in current.waiting:
             return []
         failed = dict(current.failed)
         if reply.error is not None:
             failed[reply.member] = reply.error
-        elif open_ is not None:
-            open_.results.setdefault(reply.step, {})[reply.member] = reply.result
-        self._round = Round(step=current.step, waiting=current.waiting - {reply.member}, failed=failed)
-        if failed and reply.step in ("open", "prepare", "install", "confirm"):
-            return self._abort(next(iter(failed.values())))
+        else:
+            open_.results.setdefault(current.name, {})[reply.member] = reply.result
+        self._round = Round(name=current.name, id=current.id, waiting=current.waiting - {reply.member}, failed=failed)
+        if failed and current.name not in ONE_WAY:
+            return self.abort(next(iter(failed.values())))
         if self._round.waiting:
             return []
-        self.phase = ROUNDS[reply.step][1]
-        return COMPLETED[reply.step](self, reply.now_s)
+        if open_.kind is not Kind.JOIN:
+            self.phase = ROUNDS[current.name][1]
+        return COMPLETED[open_.kind, current.name](self)
 
     def _timeout(self, timeout: Timeout) -> list[Action]:
         open_ = self.transaction
-        if open_ is None or timeout.transaction != open_.id or self.phase not in LEASED:
+        if open_ is None or timeout.transaction != open_.id:
+            return []
+        if timeout.name == "silence":
+            return self._install_when_silent() if self.phase is Phase.WAITING else []
+        if self.phase not in LEASED:
             return []
         reason = f"the lease of {open_.pushed_by} lapsed: no word from the trainer for {open_.lease_s:.0f} s"
-        return self._abort(TransferError(f"push {open_.push_id}: {reason}; push again"))
+        return self.abort(TransferError(f"push {open_.push_id}: {reason}; push again"))
 
-    # -- requests
-
-    def _begin(self, request: Request) -> list[Action]:
-        args = request.args
-        push_id, open_ = str(args["push_id"]), self.transaction
-        if push_id in self.committed:
-            return [Reply(id=request.id, result={"already_committed": True, "version": self.committed[push_id]})]
-        if open_ is not None and open_.push_id == push_id and self.phase not in (Phase.UNDOING, Phase.ABORTING):
-            if self.phase is Phase.OPENING:  # answered with the first caller
-                open_.callers.append(request.id)
-                return []
-            return [self._lease(), Reply(id=request.id, result=self._begun())]
-        if open_ is not None:
-            age_s = request.now_s - open_.since_s
-            raise BusyError(
-                f"a push of {open_.pushed_by} is {self.phase.value} since {age_s:.1f} s (transaction {open_.id});"
-                " wait for it, or abort it with 'transfuse abort'"
-            )
-        self._check_begin(args)
-        tensors = check_push(self.manifest, args["tensors"])  # type: ignore[arg-type]
-        self._num_transactions += 1
-        self.transaction = open_ = Transaction(
-            id=(self.epoch << 32) | self._num_transactions,
-            version=self.version + 1,
-            base_version=self.version,
-            push_id=push_id,
-            pushed_by=str(args["pushed_by"]),
-            since_s=request.now_s,
-            lease_s=float(args["lease_s"]),  # type: ignore[arg-type]
-            logical_bytes=int(args["logical_bytes"]),  # type: ignore[call-overload]
-            tensors=tensors,
-            num_streams=int(args.get("num_streams", 1)),  # type: ignore[call-overload]
-            callers=[request.id],
-        )
-        text = f"{open_.pushed_by}: {len(tensors)} tensors"
-        return [self._notify("begin", text), *self._start("open", tensors=tensors)]
-
-    def _check_begin(self, args: Mapping[str, object]) -> None:
-        if args["fingerprint"] != self.manifest.fingerprint:
-            raise ManifestError("the push was planned for another manifest than this service holds; describe again")
-        base = int(args["base_version"])  # type: ignore[call-overload]
-        if base not in (0, self.version):
-            raise VersionError(f"base version: current is {self.version}, the push names {base}; push in full")
-        if self.fenced:
-            reasons = "; ".join(f"replica {replica}: {reason}" for replica, reason in sorted(self.fenced.items()))
-            raise MemberError(f"not all replicas can take a push: {reasons}; restart the service, or the replica")
-
-    def _begun(self) -> dict[str, object]:
-        open_ = self._open()
-        planned = [int(value) for value in open_.results["open"].values()]  # type: ignore[call-overload]
-        return {
-            "transaction": open_.id,
-            "version": open_.version,
-            "planned_bytes": max(planned, default=0),
-            "already_committed": False,
-        }
+    # -- requests of the one who began
 
     def _prepare(self, request: Request) -> list[Action]:
         open_ = self._named(request)
@@ -185,212 +145,260 @@ class Coordinator:
         open_.digests = digests
         open_.wire_bytes = int(request.args["wire_bytes"])  # type: ignore[call-overload]
         open_.callers = [request.id]
-        return [self._notify("prepare", f"{open_.wire_bytes} wire bytes"), *self._start("prepare")]
+        return [self.notify("prepare", f"{open_.wire_bytes} wire bytes"), *self.start("prepare")]
 
     def _install(self, request: Request) -> list[Action]:
         open_ = self._named(request)
         open_.callers = [request.id]
-        return [self._notify("install", ""), *self._start("install")]
+        return [self.notify("install", ""), *self._install_when_silent()]
 
     def _decide(self, request: Request) -> list[Action]:
         open_ = self._named(request)
         open_.callers, open_.decide = [request.id], True
+        if self.phase is Phase.PREPARED:
+            return self._install_when_silent()
         # A member may have failed since a separate Install: ask once more, there is no way back afterwards.
-        return self._start("install" if self.phase is Phase.PREPARED else "confirm")
+        return self.start("confirm")
 
     def _abort_request(self, request: Request) -> list[Action]:
         open_ = self._named(request)
         open_.callers.append(request.id)
         reason = str(request.args.get("reason") or "no reason given")
-        return self._abort(MemberError(f"push {open_.push_id} aborted on request: {reason}"))
+        return self.abort(MemberError(f"push {open_.push_id} aborted on request: {reason}"))
 
     def _named(self, request: Request) -> Transaction:
-        open_ = self._open()
+        open_ = self.open()
         if request.args["transaction"] != open_.id:
             raise BusyError(f"transaction {request.args['transaction']} is not open; the open one is {open_.id}")
         return open_
 
-    def _open(self) -> Transaction:
+    def open(self) -> Transaction:
+        """The open transaction."""
         assert self.transaction is not None
         return self.transaction
 
+    def next_id(self) -> int:
+        """A transaction that no epoch had."""
+        self._num_transactions += 1
+        return (self.epoch << 32) | self._num_transactions
+
     # -- rounds
 
-    def _start(self, step: str, tensors: np.ndarray | None = None) -> list[Action]:
-        open_ = self._open()
-        members = [member for member in self.members if member.replica not in self.fenced]
-        self.phase = ROUNDS[step][0]
-        open_.touched = open_.touched or step == "install"
-        self._round = Round(step=step, waiting=frozenset(members), failed={})
-        return [
-            Send(
-                member=member,
-                step=step,
+    def start(self, name: str) -> list[Action]:
+        """Ask every member of the open transaction for one step; those that were fenced only count until it is
+        decided."""
+        open_ = self.open()
+        gone = [member for member in open_.members if not self.membership.follows(member)]
+        if gone and name not in ONE_WAY:
+            return self.abort(MemberError(f"{gone[0]} was lost during the {open_.kind.value}; {RETRY[open_.kind]}"))
+        sends = [
+            self.send(
+                member,
+                name,
                 transaction=open_.id,
                 version=open_.version,
                 base_version=open_.base_version,
-                tensors=tensors,
+                tensors=open_.tensors if name == "open" else None,
                 num_streams=open_.num_streams,
+                source=open_.source,
             )
-            for member in members
+            for member in open_.members
+            if member not in gone
         ]
+        return self.ask(name, sends)
 
-    def _opened(self, now_s: float) -> list[Action]:
-        return self._answer(self._begun())
+    def send(self, member: MemberId, step: str, **fields: Any) -> Send:
+        """One message to a member, of the round that `ask` begins."""
+        token = self.membership.contacts[member].token
+        return Send(member=member, step=step, epoch=self.epoch, round=self.next_round, token=token, **fields)
 
-    def _prepared(self, now_s: float) -> list[Action]:
-        return self._checked("prepare", "staged") or self._answer({})
+    @property
+    def next_round(self) -> int:
+        """Rounds only grow, over epochs as well."""
+        return (self.epoch << 32) | self._num_rounds + 1
 
-    def _installed(self, now_s: float) -> list[Action]:
-        open_ = self._open()
-        failed = self._checked("install", "installed")
-        if failed:
-            return failed
-        return self._commit(now_s) if open_.decide else self._answer({})
+    def ask(self, name: str, sends: Sequence[Send]) -> list[Action]:
+        """Begin a round: all of these are to be answered before the next."""
+        open_ = self.open()
+        self.phase = Phase.JOINING if open_.kind is Kind.JOIN else ROUNDS[name][0]
+        open_.touched = open_.touched or name == "install"
+        self._round = Round(name=name, id=self.next_round, waiting=frozenset(send.member for send in sends), failed={})
+        self._num_rounds += 1
+        return list(sends) if sends else self._completed(name)
 
-    def _commit(self, now_s: float) -> list[Action]:
-        open_ = self._open()
-        assert open_.digests is not None
-        digests = self.digests.copy()
-        digests[open_.tensors] = open_.digests
-        decision = Decision(
-            version=open_.version,
-            base_version=open_.base_version,
-            transaction=open_.id,
-            push_id=open_.push_id,
-            pushed_by=open_.pushed_by,
-            created_s=now_s,
-            digest=total(digests),
-            digests=digests,
-            num_tensors=len(open_.tensors),
-            wire_bytes=open_.wire_bytes,
-            logical_bytes=open_.logical_bytes,
-            seconds=now_s - open_.since_s,
-        )
+    def greet(self) -> list[Action]:
+        """Say hello to every member; those of serving replicas may go on serving."""
+        serving = set(self.membership.serving())
+        sends = [
+            self.send(member, "hello", transaction=0, version=self.version if member.replica in serving else 0)
+            for member in self.membership.members
+        ]
+        self._num_rounds += 1
+        return list(sends)
+
+    def _completed(self, name: str) -> list[Action]:
+        open_ = self.open()
+        if open_.kind is not Kind.JOIN:
+            self.phase = ROUNDS[name][1]
+        return COMPLETED[open_.kind, name](self)
+
+    def _opened(self) -> list[Action]:
+        return self.answer(opening.begun(self))
+
+    def _opened_by_itself(self) -> list[Action]:
+        return self.start("prepare")
+
+    def _prepared(self) -> list[Action]:
+        return self.checked("prepare", "staged") or self.answer({})
+
+    def _prepared_by_itself(self) -> list[Action]:
+        return self.checked("prepare", "staged") or self._install_when_silent()
+
+    def _install_when_silent(self) -> list[Action]:
+        """Install once no fenced replica can be serving the version that this transaction replaces."""
+        open_ = self.open()
+        wait_s = self.membership.silent_at() - self.now_s
+        if wait_s <= 0:
+            return self.start("install")
+        self.phase = Phase.WAITING
+        return [SetTimer(name="silence", transaction=open_.id, delay_s=wait_s)]
+
+    def _installed(self) -> list[Action]:
+        failed = self.checked("install", "installed")
+        return failed or (self._commit() if self.open().decide else self.answer({}))
+
+    def _commit(self) -> list[Action]:
+        open_ = self.open()
         self.phase, self._round = Phase.DECIDING, None
-        open_.decision = decision
-        return [Persist(decision=decision)]
+        open_.decision = open_.decided(self.now_s)
+        return [Persist(decision=open_.decision)]
 
     def _persisted(self, event: Persisted) -> list[Action]:
-        open_ = self._open()
+        open_ = self.open()
         decision = open_.decision
         assert decision is not None
         if event.error is not None:
-            return self._abort(event.error)
+            return self.abort(event.error)
         self.version, self.digests = decision.version, decision.digests
         self.committed[open_.push_id] = decision.version
         self.decided[open_.id] = decision.version
-        return [self._notify("decide", decision.digest), *self._start("publish")]
+        return [self.notify("decide", decision.digest), *self.start("publish")]
 
-    def _published(self, now_s: float) -> list[Action]:
-        open_ = self._open()
+    def _published(self) -> list[Action]:
+        open_ = self.open()
         fences = self._fence_failed()
+        for replica in open_.replicas:
+            self.membership.serve(replica)
         result = {"timings": open_.results.get("publish", {}), "version": open_.version, "digest_verified": True}
-        return [*fences, *self._close(result)]
+        return [*fences, *self.close(result)]
 
-    def _undone(self, now_s: float) -> list[Action]:
+    def _undone(self) -> list[Action]:
         # A rank serves again only when all have their old bytes back: refreshing a sharded module reads its peers'
         # shards.
-        return [*self._fence_failed(), *self._start("abort")]
+        return [*self._fence_failed(), *self.start("abort")]
 
-    def _aborted(self, now_s: float) -> list[Action]:
-        open_ = self._open()
-        return [*self._fence_failed(), self._notify("abort", str(open_.failure)), *self._close(None)]
+    def _aborted(self) -> list[Action]:
+        fences = self._fence_failed()
+        return [*fences, self.notify("abort", str(self.open().failure)), *self.close(None)]
 
     def _fence_failed(self) -> list[Action]:
         assert self._round is not None
-        actions: list[Action] = []
-        for member, error in self._round.failed.items():
-            actions += self.fence(member, str(error))
-        return actions
+        return [each for member, error in self._round.failed.items() for each in self.fence(member, str(error))]
 
     def fence(self, member: MemberId, reason: str) -> list[Action]:
         """Take a replica out of service: one of its ranks cannot follow the decision."""
-        if member.replica in self.fenced:
-            return []
-        self.fenced[member.replica] = f"rank {member.rank}: {reason}"
-        return [self._notify("fence", f"{member}: {reason}")]
+        fenced = self.membership.fence(member.replica, f"rank {member.rank}: {reason}", self.next_round)
+        return [self.notify("fence", f"{member}: {reason}")] if fenced else []
 
-    def _abort(self, error: WeightUpdateError) -> list[Action]:
-        open_ = self._open()
+    def abort(self, error: WeightUpdateError) -> list[Action]:
+        """Give the open transaction up: every member goes back to what it held."""
+        open_ = self.open()
         open_.failure = error
-        return self._start("undo" if open_.touched else "abort")
+        return self.start("undo" if open_.touched else "abort")
 
-    def _answer(self, result: object) -> list[Action]:
+    def answer(self, result: object) -> list[Action]:
         """Answer the callers and wait for the trainer's next step, for as long as its lease runs."""
-        open_ = self._open()
+        open_ = self.open()
         callers, open_.callers = open_.callers, []
-        return [self._lease(), *(Reply(id=caller, result=result) for caller in callers)]
+        return [self.lease(), *(Reply(id=caller, result=result) for caller in callers)]
 
-    def _lease(self) -> SetTimer:
-        open_ = self._open()
+    def lease(self) -> SetTimer:
+        """The open transaction ends unless its trainer is heard from again."""
+        open_ = self.open()
         return SetTimer(name="lease", transaction=open_.id, delay_s=open_.lease_s)
 
-    def _close(self, result: object) -> list[Action]:
-        open_ = self._open()
-        self.transaction, self._round = None, None
-        return [Reply(id=caller, result=result, error=open_.failure) for caller in open_.callers]
+    def close(self, result: object) -> list[Action]:
+        """The transaction is over; whoever waited for the slot is next."""
+        open_ = self.open()
+        replies: list[Action] = [Reply(id=caller, result=result, error=open_.failure) for caller in open_.callers]
+        for replica in open_.replicas:
+            # Those that came in with a transaction which failed have nothing to serve.
+            self.membership.turn_away(replica, str(open_.failure), self.next_round, self.now_s, open_.stock)
+        self.transaction, self._round, self.phase = None, None, Phase.IDLE
+        return [*replies, *joining.next_turn(self)]
 
-    def _notify(self, kind: str, text: str) -> Notify:
+    def notify(self, kind: str, text: str) -> Notify:
+        """Tell operators."""
         open_ = self.transaction
         version = open_.version if open_ else self.version
         return Notify(kind=kind, version=version, transaction=open_.id if open_ else 0, text=text)
 
-    # -- digests
-
-    def _checked(self, step: str, what: str) -> list[Action]:
-        """Compare each replica's summed digests with the trainer's; abort and name the tensors that differ."""
-        open_ = self._open()
-        assert open_.digests is not None
-        names = [self.manifest.tensors[i].name for i in open_.tensors]
-        problems = []
-        for replica, digests in replica_sums(open_.results[step]).items():
-            differs = np.flatnonzero((digests != open_.digests).any(axis=1))
-            problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
+    def checked(self, name: str, what: str) -> list[Action]:
+        """Compare each replica's summed digests with what was meant; abort and name the tensors that differ."""
+        open_ = self.open()
+        problems = open_.differing(name, [self.manifest.tensors[i].name for i in open_.tensors])
         if not problems:
             return []
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        told = f"the {what} bytes are not what the trainer meant to send:\n{listed}\n  nothing was changed; push again"
-        return self._abort(DigestError(told))
-
-    # -- recovery
-
-    def recover(self, states: Mapping[MemberId, Mapping[str, object] | WeightUpdateError]) -> list[Action]:
-        """Resolve members that an earlier coordinator left behind: publish what was decided, abort what was not.
-
-        states: each member's answer to hello ({"state", "transaction", "version"}), or the error of one that is gone.
-        """
-        actions: list[Action] = []
-        aborts: list[Action] = []  # after every undo
-        for member, state in states.items():
-            if isinstance(state, WeightUpdateError):
-                actions += self.fence(member, str(state))
-                continue
-            transaction, held = int(state["transaction"]), int(state["version"])  # type: ignore[call-overload]
-            decided = self.decided.get(transaction)
-            if transaction and decided is not None:
-                actions.append(Send(member=member, step="publish", transaction=transaction, version=decided))
-            elif transaction:
-                actions.append(Send(member=member, step="undo", transaction=transaction, version=held))
-                aborts.append(Send(member=member, step="abort", transaction=transaction, version=held))
-            elif held != self.version:
-                actions += self.fence(member, f"holds version {held}, committed is {self.version}")
-        return actions + aborts
+        meant = MEANT[open_.kind]
+        told = f"the {what} bytes are not {meant}:\n{listed}\n  nothing was changed; {RETRY[open_.kind]}"
+        return self.abort(DigestError(told))
 
 
-REQUESTS: Mapping[str, Callable[[Coordinator, Request], list[Action]]] = {
-    "begin": Coordinator._begin,
+MEANT = {
+    Kind.PUSH: "what the trainer meant to send",
+    Kind.ROLLBACK: "those that were recorded when that version was decided",
+    Kind.JOIN: "those of the committed version",
+}
+RETRY = {Kind.PUSH: "push again", Kind.ROLLBACK: "choose another version", Kind.JOIN: "it is tried again"}
+
+Handler = Callable[[Coordinator, Any], list[Action]]
+EVENTS: Mapping[type, Handler] = {
+    Request: Coordinator.handle_request,
+    MemberReply: Coordinator._member_reply,
+    Timeout: Coordinator._timeout,
+    Persisted: Coordinator._persisted,
+    Tick: joining.tick,
+}
+REQUESTS: Mapping[str, Handler] = {
+    "begin": opening.begin,
+    "rollback": opening.rollback,
+    "reset": opening.rollback,
+    "add": joining.add,
+    "remove": joining.remove,
     "prepare": Coordinator._prepare,
     "install": Coordinator._install,
     "decide": Coordinator._decide,
     "abort": Coordinator._abort_request,
 }
-COMPLETED: Mapping[str, Callable[[Coordinator, float], list[Action]]] = {
-    "open": Coordinator._opened,
-    "prepare": Coordinator._prepared,
-    "install": Coordinator._installed,
-    "confirm": Coordinator._commit,
-    "publish": Coordinator._published,
-    "undo": Coordinator._undone,
-    "abort": Coordinator._aborted,
+# what a completed round leads to
+COMPLETED: Mapping[tuple[Kind, str], Callable[[Coordinator], list[Action]]] = {
+    (Kind.PUSH, "open"): Coordinator._opened,
+    (Kind.PUSH, "prepare"): Coordinator._prepared,
+    (Kind.PUSH, "confirm"): Coordinator._commit,
+    (Kind.ROLLBACK, "reach"): opening.reached,
+    (Kind.ROLLBACK, "open"): Coordinator._opened_by_itself,
+    (Kind.ROLLBACK, "prepare"): Coordinator._prepared_by_itself,
+    (Kind.JOIN, "resolve"): joining.resolved,
+    (Kind.JOIN, "settle"): joining.settled,
+    (Kind.JOIN, "digest"): joining.compared,
+    (Kind.JOIN, "open"): Coordinator._opened_by_itself,
+    (Kind.JOIN, "prepare"): joining.prepared,
+    (Kind.JOIN, "install"): joining.installed,
+    **{(kind, "install"): Coordinator._installed for kind in (Kind.PUSH, Kind.ROLLBACK)},
+    **{(kind, "publish"): Coordinator._published for kind in (Kind.PUSH, Kind.ROLLBACK)},
+    (Kind.JOIN, "publish"): joining.joined,
+    (Kind.JOIN, "adopt"): joining.joined,
+    **{(kind, "undo"): Coordinator._undone for kind in Kind},
+    **{(kind, "abort"): Coordinator._aborted for kind in Kind},
 }

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from quant.layouts import Derived, Placement
+from quant.layouts import Derived, Placement, invert_rows
 from quant.parameters import ParameterRow
 
 from .chunks import Chunk, check
@@ -236,6 +236,21 @@ class Receiver:
         with self._lock:
             writes = self._live.writes
             return read_back(writes if tensors is None else [writes[int(i)] for i in tensors])
+
+    def rows(self, version: int, tensor: int, first: int, stop: int) -> Tensor:
+        """Live rows [first, stop) of a tensor of the manifest in checkpoint form, uint8 [n, row_bytes], copied to host
+        memory; VersionError unless they are this version's."""
+        with self._lock:
+            if version != self.version or self.state is State.INSTALLED:
+                held = f"{self.version}" + (", and its next is being installed" if version == self.version else "")
+                raise VersionError(f"rows of version {version}: this rank holds {held}; ask for the current version")
+            write = self._live.writes[tensor]
+            if not write.row0 <= first <= stop <= write.row0 + write.num_rows:
+                raise VersionError(
+                    f"{write.placement.tensor.name}: rows [{first}, {stop}) of version {version}, this rank holds"
+                    f" [{write.row0}, {write.row0 + write.num_rows}); describe the service again"
+                )
+            return invert_rows(write.placement, first, stop - first, write.local, write.base).cpu()
 
     def last_undo(self) -> Reverse | None:
         """The reverse delta of the last publish, in memory of its own; None once the next transaction began."""

@@ -3,11 +3,13 @@
     store = Store(directory, config_dir=model_dir, manifest=manifest)
     store.write(record, tensor_bytes)              # whole or not at all; a delta where that is much smaller
     store.versions(), store.read(7, index), store.check(7), store.export(7, Path("out"))
+    Store.existing(directory)                      # to read what somebody wrote, without a model at hand
 
     v00000007/   model-00001-of-00002.safetensors ... model.safetensors.index.json     checkpoint form, ModelOpt's names
                  config.json hf_quant_config.json tokenizer files, as the model's folder has them
                  transfuse.json                                                        what this version is
     v00000008/   delta.safetensors transfuse.json                                      changed bytes against v00000007
+    manifest-4e16809aabf7f1d0.json                                                     tensors and parameters
 
 A version is written into a hidden sibling, synced, and renamed: what has its name is complete. A tensor of a delta is
 `name@positions` (int64 byte positions in the tensor, rising) with `name@values` (U8), or `name@whole` (U8).
@@ -16,52 +18,45 @@ A version is written into a hidden sibling, synced, and renamed: what has its na
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.exports import quantization_configs
-from quant.specs import DTYPES, TensorSpec
+from quant.specs import TensorSpec
 
 from .digest import digest_rows, name_key
 from .errors import DigestError, StoreError, VersionError, raise_all
 from .manifest import Manifest
+from .store_files import (
+    RECORD,
+    WEIGHTS,
+    StoredVersion,
+    TensorBytes,
+    by_component,
+    bytes_in,
+    copy_configs,
+    read_delta,
+    read_full,
+    read_manifest,
+    read_record,
+    reporting,
+    sync,
+    sync_directory,
+    write_manifest,
+    write_quantization,
+    write_shards,
+)
 
-RECORD, DELTA = "transfuse.json", "delta.safetensors"
-WEIGHTS = {False: "model", True: "diffusion_pytorch_model"}  # transformers' and diffusers' names of a weights file
-SHARD_BYTES = 2 << 30
+__all__ = ["Store", "StoredVersion", "changed_bytes", "tensor_digest"]
+
+DELTA = "delta.safetensors"
 POSITION_BYTES = 8
 # A delta pays when it is much smaller: reading it also reads its base.
 DELTA_SHARE = 0.5
-
-TensorBytes = Callable[[int], Tensor]  # index in the manifest -> uint8 [rows, row_bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredVersion:
-    """What one folder of the store says of itself.
-
-    base: version that a delta needs, 0 for a full one. digests: 32 hex digits a tensor, in manifest order.
-    num_bytes: on disk.
-    """
-
-    version: int
-    digest: str
-    digests: tuple[str, ...]
-    fingerprint: str
-    created_s: float
-    pushed_by: str = ""
-    step: int = 0
-    base: int = 0
-    num_bytes: int = 0
 
 
 class Store:
@@ -80,21 +75,48 @@ class Store:
         keep: int = 4,
         keep_bytes: int | None = None,
         full_every: int = 8,
+        read_only: bool = False,
     ) -> None:
         self.directory = directory
         self._config_dir = config_dir
         self._manifest = manifest
         self._keep, self._keep_bytes, self._full_every = keep, keep_bytes, full_every
-        with _reporting(f"{directory}: cannot be the version store"):
-            directory.mkdir(parents=True, exist_ok=True)
-            for partial in directory.glob(".v*"):  # of a writer that died
+        self._records: dict[Path, StoredVersion] = {}  # what is complete does not change
+        if not read_only:
+            self._take_over()
+
+    @classmethod
+    def existing(cls, directory: Path, version: int | None = None) -> Store:
+        """To read a version, the newest by default, and those of the same model; StoreError where there is none."""
+        found = {each.version: each for each in stored_versions(directory)}
+        wanted = max(found, default=0) if version is None else version
+        if wanted not in found:
+            held = ", ".join(map(str, sorted(found))) or "nothing"
+            raise VersionError(f"version {wanted}: not in the store {directory}, which holds {held}")
+        record = found[wanted]
+        manifest = read_manifest(_manifest_path(directory, record.fingerprint))
+        return cls(directory, config_dir=_path(directory, record.base or wanted), manifest=manifest, read_only=True)
+
+    def _take_over(self) -> None:
+        """There is one writer, and this is it from now on."""
+        with reporting(f"{self.directory}: cannot be the version store"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for partial in self.directory.glob(".v*"):  # of a writer that died
                 shutil.rmtree(partial)
+            write_manifest(_manifest_path(self.directory, self.fingerprint), self._manifest)
 
     # -- what is there
 
     def versions(self) -> list[StoredVersion]:
         """Complete versions, oldest first."""
-        return [_read_record(path) for path in sorted(self.directory.glob("v*")) if (path / RECORD).is_file()]
+        paths = sorted(path for path in self.directory.glob("v*") if (path / RECORD).is_file())
+        self._records = {path: self._records.get(path) or read_record(path) for path in paths}
+        return list(self._records.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the versions that can be read and written, 16 hex digits; others are listed only."""
+        return f"{self._manifest.fingerprint:016x}"
 
     def newest(self) -> StoredVersion | None:
         """The version that a full restart serves; None in an empty store."""
@@ -107,17 +129,19 @@ class Store:
         if not (path / RECORD).is_file():
             held = ", ".join(str(each.version) for each in self.versions()) or "nothing"
             raise VersionError(f"version {version}: not in the store {self.directory}, which holds {held}")
-        return _read_record(path)
+        if path not in self._records:
+            self._records[path] = read_record(path)
+        return self._records[path]
 
     def read(self, version: int, index: int) -> Tensor:
         """One tensor of a version in checkpoint form, uint8 [rows, row_bytes]."""
         record = self.record(version)
-        if record.fingerprint != f"{self._manifest.fingerprint:016x}":
+        if record.fingerprint != self.fingerprint:
             raise VersionError(f"version {version} in {self.directory}: of another model, format or tensor list")
         spec = self._manifest.tensors[index]
         if not record.base:
-            return _read_full(self._path(version), spec, self._components())
-        return _read_delta(self._path(version) / DELTA, spec, lambda: self.read(record.base, index))
+            return read_full(self._path(version), spec, self._components())
+        return read_delta(self._path(version) / DELTA, spec, lambda: self.read(record.base, index))
 
     def check(self, version: int) -> None:
         """Read all of a version; DigestError names every tensor whose bytes are not what was committed."""
@@ -136,7 +160,7 @@ class Store:
         base = self._base()
         delta = None if base is None else self._changes(base.version, tensor_bytes)
         hidden = self.directory / f".v{record.version:08d}"
-        with _reporting(f"{self.directory}: version {record.version} was not stored"):
+        with reporting(f"{self.directory}: version {record.version} was not stored"):
             shutil.rmtree(hidden, ignore_errors=True)
             try:
                 hidden.mkdir()
@@ -145,11 +169,11 @@ class Store:
                 else:
                     save_file(delta, hidden / DELTA)
                     record = replace(record, base=base.version)
-                record = replace(record, num_bytes=_bytes_in(hidden))
+                record = replace(record, num_bytes=bytes_in(hidden))
                 (hidden / RECORD).write_text(json.dumps(asdict(record)))
-                _sync(hidden)
+                sync(hidden)
                 hidden.rename(self._path(record.version))
-                _sync_directory(self.directory)
+                sync_directory(self.directory)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
@@ -167,9 +191,11 @@ class Store:
                 kept.append(record)
         needed = {each.version for each in kept} | {each.base for each in kept}
         dropped = [record for record in found if record.version not in needed]
-        with _reporting(f"{self.directory}: old versions were not dropped"):
-            for record in dropped:
-                shutil.rmtree(self._path(record.version))
+        with reporting(f"{self.directory}: old versions were not dropped"):
+            for record in dropped:  # renamed first: nobody lists what is half gone
+                hidden = self.directory / f".v{record.version:08d}"
+                self._path(record.version).rename(hidden)
+                shutil.rmtree(hidden)
         return dropped
 
     def export(self, version: int, target: Path) -> None:
@@ -178,24 +204,24 @@ class Store:
             raise StoreError(f"{target}: exists; name a new folder")
         self.check(version)
         hidden = target.parent / f".{target.name}.partial"
-        with _reporting(f"{target}: version {version} was not exported"):
+        with reporting(f"{target}: version {version} was not exported"):
             shutil.rmtree(hidden, ignore_errors=True)
             try:
                 hidden.mkdir(parents=True)
                 self._write_full(hidden, lambda index: self.read(version, index))
-                _sync(hidden)
+                sync(hidden)
                 hidden.rename(target)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
 
     def _path(self, version: int) -> Path:
-        return self.directory / f"v{version:08d}"
+        return _path(self.directory, version)
 
     def _base(self) -> StoredVersion | None:
         """The full version that the next one may be a delta against: the base of the last, or the last itself."""
         found = self.versions()
-        if not found or found[-1].fingerprint != f"{self._manifest.fingerprint:016x}":
+        if not found or found[-1].fingerprint != self.fingerprint:
             return None
         base = found[-1].base or found[-1].version
         deltas = sum(each.base == base for each in found)
@@ -213,23 +239,36 @@ class Store:
 
     def _write_full(self, folder: Path, tensor_bytes: TensorBytes) -> None:
         components = self._components()
-        _copy_configs(self._config_dir, folder)
-        for component, group in _by_component(self._manifest, components).items():
+        copy_configs(self._config_dir, folder)
+        for component, group in by_component(self._manifest, components).items():
             specs = {index: replace(spec, name=name) for index, (name, spec) in group.items()}
             (folder / component).mkdir(exist_ok=True)
-            _write_shards(folder / component, WEIGHTS[bool(components)], specs, tensor_bytes)
+            write_shards(folder / component, WEIGHTS[bool(components)], specs, tensor_bytes)
             rows = [
                 replace(row, name=row.name.removeprefix(f"{component}."))
                 for row in self._manifest.parameters
                 if not component or row.name.startswith(f"{component}.")
             ]
-            _write_quantization(folder / component, quantization_configs(rows))
+            write_quantization(folder / component, quantization_configs(rows))
 
     def _components(self) -> tuple[str, ...]:
         """Folders of a pipeline's transformers; none where the model is the folder itself."""
         index = self._config_dir / "model_index.json"
         names = {spec.name.partition(".")[0] for spec in self._manifest.tensors}
         return tuple(sorted(names & json.loads(index.read_text()).keys())) if index.is_file() else ()
+
+
+def stored_versions(directory: Path) -> list[StoredVersion]:
+    """Complete versions in a folder, of whatever model, oldest first."""
+    return [read_record(path) for path in sorted(directory.glob("v*")) if (path / RECORD).is_file()]
+
+
+def _path(directory: Path, version: int) -> Path:
+    return directory / f"v{version:08d}"
+
+
+def _manifest_path(directory: Path, fingerprint: str) -> Path:
+    return directory / f"manifest-{fingerprint}.json"
 
 
 def tensor_digest(spec: TensorSpec, data: Tensor) -> str:
@@ -245,131 +284,3 @@ def changed_bytes(name: str, old: Tensor, new: Tensor) -> dict[str, Tensor]:
     if len(positions) * (1 + POSITION_BYTES) >= new.numel():
         return {f"{name}@whole": new.contiguous()}
     return {f"{name}@positions": positions, f"{name}@values": new.reshape(-1)[positions]}
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_record(path: Path) -> StoredVersion:
-    with _reporting(f"{path}: its record cannot be read"):
-        fields: dict[str, Any] = json.loads((path / RECORD).read_text())
-        return StoredVersion(**fields | {"digests": tuple(fields["digests"])})
-
-
-def _read_full(path: Path, spec: TensorSpec, components: Sequence[str]) -> Tensor:
-    component, name = _placed(spec.name, components)
-    folder = path / component
-    stem = WEIGHTS[bool(components)]
-    files = json.loads((folder / f"{stem}.safetensors.index.json").read_text())["weight_map"]
-    with _reporting(f"{folder}: {name} cannot be read"), safe_open(folder / files[name], framework="pt") as file:
-        found: Tensor = file.get_tensor(name)
-        return found.reshape(-1).view(torch.uint8).reshape(spec.num_rows, spec.row_bytes)
-
-
-def _read_delta(path: Path, spec: TensorSpec, base: Callable[[], Tensor]) -> Tensor:
-    with _reporting(f"{path}: {spec.name} cannot be read"), safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if f"{spec.name}@whole" in names:
-            return torch.as_tensor(file.get_tensor(f"{spec.name}@whole"))
-        data = base()
-        if f"{spec.name}@positions" in names:
-            data = data.clone()
-            data.view(-1)[file.get_tensor(f"{spec.name}@positions")] = file.get_tensor(f"{spec.name}@values")
-        return data
-
-
-def _placed(name: str, components: Sequence[str]) -> tuple[str, str]:
-    """(component folder, name in it)."""
-    component, _, rest = name.partition(".")
-    return (component, rest) if component in components else ("", name)
-
-
-def _by_component(manifest: Manifest, components: Sequence[str]) -> Mapping[str, dict[int, tuple[str, TensorSpec]]]:
-    groups: dict[str, dict[int, tuple[str, TensorSpec]]] = {}
-    for index, spec in enumerate(manifest.tensors):
-        component, name = _placed(spec.name, components)
-        groups.setdefault(component, {})[index] = (name, spec)
-    return groups
-
-
-def _write_shards(folder: Path, stem: str, specs: Mapping[int, TensorSpec], tensor_bytes: TensorBytes) -> None:
-    """safetensors files of at most SHARD_BYTES (or one tensor) with their index; one shard in memory at a time."""
-    shards = list(_shards(specs))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            spec.name: tensor_bytes(index).contiguous().view(-1).view(DTYPES[spec.dtype]).reshape(spec.shape)
-            for index, spec in shard.items()
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    total = {"total_size": sum(spec.num_bytes for spec in specs.values())}
-    index_file = folder / f"{stem}.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=1))
-
-
-def _shards(specs: Mapping[int, TensorSpec]) -> Iterator[dict[int, TensorSpec]]:
-    shard: dict[int, TensorSpec] = {}
-    for index, spec in specs.items():
-        if shard and sum(each.num_bytes for each in shard.values()) + spec.num_bytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[index] = spec
-    yield shard
-
-
-def _copy_configs(source: Path, target: Path) -> None:
-    """Everything but weights and indices, tokenizer and scheduler folders included."""
-    unwanted = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf", "*.pt", RECORD, ".*")
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*unwanted))
-
-
-def _write_quantization(folder: Path, configs: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    config.pop("quantization_config", None)
-    (folder / "hf_quant_config.json").unlink(missing_ok=True)
-    if configs is not None:
-        config["quantization_config"] = configs[0]
-        (folder / "hf_quant_config.json").write_text(json.dumps(configs[1], indent=2))
-    path.write_text(json.dumps(config, indent=2))
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(folder: Path) -> None:
-    """Everything below is on the disk when this returns."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_directory(path)
-    _sync_directory(folder)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class _reporting:
-    """Turns what disks and files raise into StoreError: a full disk, a read-only one, a damaged file."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError | KeyError | json.JSONDecodeError) and not isinstance(
-            error, StoreError
-        ):
-            raise StoreError(f"{self._what}: {type(error).__name__}: {error}; nothing was changed") from error

@@ -1,26 +1,43 @@
-"""The one open transaction as the coordinator sees it: its phases, and which step leads from one to the next."""
+"""The one open transaction as the coordinator sees it: its kinds, its phases, and which round leads to which.
+
+push        a trainer's bytes become the next version
+rollback    bytes that every member keeps become the next version
+join        the committed version comes to a replica that lacks it; no new version
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .digest import Digests
+from .digest import Digests, total
 from .errors import WeightUpdateError
-from .messages import Decision, MemberId
+from .messages import Decision, Kept, MemberId, Source
+
+MAX_PROBLEMS = 20  # mismatching tensors named in one digest error
+
+
+class Kind(enum.Enum):
+    """What a transaction is for."""
+
+    PUSH = "push"
+    ROLLBACK = "rollback"
+    JOIN = "join"
 
 
 class Phase(enum.Enum):
     """Where the one open transaction stands."""
 
     IDLE = "idle"
+    JOINING = "joining"
     OPENING = "opening"
     OPEN = "open"
     PREPARING = "preparing"
     PREPARED = "prepared"
+    WAITING = "waiting"  # for fenced replicas to stop serving for certain
     INSTALLING = "installing"
     INSTALLED = "installed"
     CONFIRMING = "confirming"
@@ -32,18 +49,26 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, kw_only=True)
 class Transaction:
-    """The one open push, in the order of its `tensors`."""
+    """The one open transaction, in the order of its `tensors`.
+
+    base: digests of all that the members hold before it. digests: of the tensors that it brings.
+    """
 
     id: int
+    kind: Kind
+    members: tuple[MemberId, ...]
     version: int
     base_version: int
     push_id: str
     pushed_by: str
     since_s: float
-    lease_s: float
-    logical_bytes: int
     tensors: np.ndarray
+    base: Digests
+    lease_s: float = 60.0
+    logical_bytes: int = 0
     num_streams: int = 1
+    step: int = 0
+    source: Source = None
     digests: Digests | None = None
     wire_bytes: int = 0
     decide: bool = False  # go on to the decision once installed
@@ -52,35 +77,96 @@ class Transaction:
     decision: Decision | None = None
     callers: list[int] = field(default_factory=list)
     results: dict[str, dict[MemberId, object]] = field(default_factory=dict)
+    held: dict[MemberId, int] = field(default_factory=dict)  # of a join: the version of each rank, once resolved
+    undone: dict[MemberId, int] = field(default_factory=dict)  # of a join: what ranks hold open and nobody decided
+    stock: Digests | None = None  # of a join that found no donor: what the replica holds
+
+    @property
+    def replicas(self) -> set[int]:
+        return {member.replica for member in self.members}
+
+    def decided(self, now_s: float) -> Decision:
+        """The durable record of this transaction, everything that it does not bring carried over."""
+        assert self.digests is not None
+        digests = self.base.copy()
+        digests[self.tensors] = self.digests
+        return Decision(
+            version=self.version,
+            base_version=self.base_version,
+            transaction=self.id,
+            push_id=self.push_id,
+            pushed_by=self.pushed_by,
+            created_s=now_s,
+            digest=total(digests),
+            digests=digests,
+            num_tensors=len(self.tensors),
+            wire_bytes=self.wire_bytes,
+            logical_bytes=self.logical_bytes,
+            seconds=now_s - self.since_s,
+            step=self.step,
+            restores=self.source.version if isinstance(self.source, Kept) else 0,
+        )
+
+    def differing(self, round_name: str, names: Sequence[str]) -> list[str]:
+        """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`."""
+        assert self.digests is not None
+        problems = []
+        for replica, digests in replica_sums(self.results[round_name]).items():
+            differs = np.flatnonzero((digests != self.digests).any(axis=1))
+            problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
+        return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """The answer of every member to one step."""
 
-    step: str
+    name: str
+    id: int
     waiting: frozenset[MemberId]
     failed: Mapping[MemberId, WeightUpdateError]
 
 
-# step of a round -> phase while members answer, phase once all did
+# round -> phase while members answer, phase once all did; a join stays JOINING all along
 ROUNDS: Mapping[str, tuple[Phase, Phase]] = {
+    "reach": (Phase.OPENING, Phase.OPENING),
     "open": (Phase.OPENING, Phase.OPEN),
     "prepare": (Phase.PREPARING, Phase.PREPARED),
     "install": (Phase.INSTALLING, Phase.INSTALLED),
     "confirm": (Phase.CONFIRMING, Phase.INSTALLED),
     "publish": (Phase.PUBLISHING, Phase.IDLE),
+    "adopt": (Phase.JOINING, Phase.JOINING),
     "undo": (Phase.UNDOING, Phase.ABORTING),
     "abort": (Phase.ABORTING, Phase.IDLE),
+    "resolve": (Phase.JOINING, Phase.JOINING),
+    "settle": (Phase.JOINING, Phase.JOINING),
+    "digest": (Phase.JOINING, Phase.JOINING),
 }
 
-# request -> phases in which it makes sense
+# rounds after which there is no way but on: whoever fails is fenced
+ONE_WAY = frozenset({"publish", "undo", "abort"})
+
+# request -> phases in which it makes sense; what opens a transaction says by itself who is in the way
 ALLOWED: Mapping[str, frozenset[Phase]] = {
     "begin": frozenset(Phase),
+    "rollback": frozenset(Phase),
+    "reset": frozenset(Phase),
+    "add": frozenset(Phase),
+    "remove": frozenset(Phase),
     "prepare": frozenset({Phase.OPEN}),
     "install": frozenset({Phase.PREPARED}),
     "decide": frozenset({Phase.PREPARED, Phase.INSTALLED}),
-    "abort": frozenset({Phase.OPENING, Phase.OPEN, Phase.PREPARING, Phase.PREPARED, Phase.INSTALLING, Phase.INSTALLED}),
+    "abort": frozenset(
+        {
+            Phase.OPENING,
+            Phase.OPEN,
+            Phase.PREPARING,
+            Phase.PREPARED,
+            Phase.WAITING,
+            Phase.INSTALLING,
+            Phase.INSTALLED,
+        }
+    ),
 }
 
 # phases that a lapsed lease ends: nobody but the trainer can carry them on, and no decision was made

@@ -29,6 +29,7 @@ from .manifest import Manifest
 log = logging.getLogger(__name__)
 
 STAGE = "/transfuse.v1.Data/Stage"
+FETCH = "/transfuse.v1.Data/Fetch"
 ERROR_CODE_KEY = "transfuse-error-code"
 RETRY_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
 RETRY_DELAY_S = 0.2
@@ -300,6 +301,16 @@ class StageStream:
         with self._state:
             self._error = self._error or error
             self._state.notify_all()
+
+
+def fetch_stream(target: str, request: pb.FetchRequest) -> Iterator[bytes]:
+    """The rows that a rank gives away, as serialized chunks; raises the other end's error."""
+    with connect(target) as channel:
+        fetching = channel.unary_stream(FETCH, request_serializer=None, response_deserializer=None)
+        try:
+            yield from fetching(request.SerializeToString())
+        except grpc.RpcError as error:
+            raise error_of(error, f"fetch from {target}") from None
 
 
 # ---------------------------------------------------------------- the coordinator

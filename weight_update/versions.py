@@ -1,18 +1,23 @@
-"""Durable things that are not weights: decisions, epochs and the index of versions, in one SQLite file.
+"""Durable things that are not weights: decisions, epochs, members and the index of versions, in one SQLite file.
 
-WAL with synchronous=FULL: when `decide` returns, the decision survives a power cut. The coordinator is the only writer.
+WAL with synchronous=FULL: when `decide` returns, the decision survives a power cut. The coordinator is the only writer:
+whoever opened the file last, all others' writes are refused.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from .errors import VersionError
-from .messages import Decision
+from .messages import Decision, MemberId
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -21,12 +26,16 @@ CREATE TABLE IF NOT EXISTS versions (
     pushed_by TEXT NOT NULL, created_s REAL NOT NULL, digest TEXT NOT NULL, digests BLOB NOT NULL,
     fingerprint TEXT NOT NULL, num_tensors INTEGER NOT NULL, wire_bytes INTEGER NOT NULL, logical_bytes INTEGER NOT
     NULL, seconds REAL NOT NULL, pause_s REAL NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS members (
+    replica INTEGER NOT NULL, rank INTEGER NOT NULL, address TEXT NOT NULL, PRIMARY KEY (replica, rank));
 CREATE TABLE IF NOT EXISTS events (
     time_s REAL NOT NULL, kind TEXT NOT NULL, version INTEGER NOT NULL, txn INTEGER NOT NULL, text TEXT NOT NULL);
 """
+# columns of `versions` that files of earlier releases lack
+ADDED = {"step": "INTEGER NOT NULL DEFAULT 0", "restores": "INTEGER NOT NULL DEFAULT 0", "durable": "REAL"}
 COLUMNS = (
     'version, base_version, txn AS "transaction", push_id, pushed_by, created_s, digest, digests, num_tensors,'
-    " wire_bytes, logical_bytes, seconds"
+    " wire_bytes, logical_bytes, seconds, step, restores"
 )
 
 
@@ -38,38 +47,108 @@ class VersionIndex:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()  # guards the connection, which knows one transaction at a time
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(SCHEMA)
+        held = {row[1] for row in self._db.execute("PRAGMA table_info(versions)")}
+        for name in ADDED.keys() - held:
+            self._db.execute(f"ALTER TABLE versions ADD COLUMN {name} {ADDED[name]}")
         self._db.execute("INSERT INTO meta VALUES ('epoch', 1) ON CONFLICT (key) DO UPDATE SET value = value + 1")
         self.epoch: int = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
 
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction of the file, refused where another coordinator has opened it since."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self.require_epoch()
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def require_epoch(self) -> None:
+        """Raise VersionError where another coordinator has opened the file since."""
+        (epoch,) = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        if epoch != self.epoch:
+            raise VersionError(f"epoch {self.epoch} is over, a coordinator of epoch {epoch} took its place; stop")
+
     def decide(self, decision: Decision, fingerprint: int) -> None:
         """Make one decision durable."""
-        self._db.execute(
-            "INSERT INTO versions (version, base_version, txn, push_id, pushed_by, created_s, digest, digests,"
-            " fingerprint, num_tensors, wire_bytes, logical_bytes, seconds) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                decision.version,
-                decision.base_version,
-                decision.transaction,
-                decision.push_id,
-                decision.pushed_by,
-                decision.created_s,
-                decision.digest,
-                decision.digests.astype("<u8").tobytes(),
-                f"{fingerprint:016x}",
-                decision.num_tensors,
-                decision.wire_bytes,
-                decision.logical_bytes,
-                decision.seconds,
-            ),
+        row = (
+            decision.version,
+            decision.base_version,
+            decision.transaction,
+            decision.push_id,
+            decision.pushed_by,
+            decision.created_s,
+            decision.digest,
+            decision.digests.astype("<u8").tobytes(),
+            f"{fingerprint:016x}",
+            decision.num_tensors,
+            decision.wire_bytes,
+            decision.logical_bytes,
+            decision.seconds,
+            decision.step,
+            decision.restores,
         )
+        with self._writing() as db:
+            db.execute(
+                "INSERT INTO versions (version, base_version, txn, push_id, pushed_by, created_s, digest, digests,"
+                " fingerprint, num_tensors, wire_bytes, logical_bytes, seconds, step, restores)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                row,
+            )
+
+    def set_durable(self, version: int) -> None:
+        """The version store has this version."""
+        with self._writing() as db:
+            db.execute("UPDATE versions SET durable = ? WHERE version = ?", (time.time(), version))
+
+    def durable(self) -> list[int]:
+        """Versions that the store has had, oldest first; what it still has, it says itself."""
+        return [row[0] for row in self._db.execute("SELECT version FROM versions WHERE durable NOT NULL ORDER BY 1")]
+
+    def members(self) -> dict[MemberId, str]:
+        """Who takes part, and at which address."""
+        rows = self._db.execute("SELECT replica, rank, address FROM members ORDER BY replica, rank")
+        return {MemberId(replica=replica, rank=rank): address for replica, rank, address in rows}
+
+    def enroll(self, addresses: Mapping[MemberId, str]) -> None:
+        """These ranks are the members of their replicas from now on."""
+        with self._writing() as db:
+            for replica in {member.replica for member in addresses}:
+                db.execute("DELETE FROM members WHERE replica = ?", (replica,))
+            rows = [(member.replica, member.rank, address) for member, address in addresses.items()]
+            db.executemany("INSERT INTO members VALUES (?,?,?)", rows)
+
+    def dismiss(self, replica: int) -> None:
+        """A replica is no member any more."""
+        with self._writing() as db:
+            db.execute("DELETE FROM members WHERE replica = ?", (replica,))
+
+    def start_fleet(self, key: str) -> bool:
+        """Whether the processes of this key are new to the file; from now on they are not."""
+        number = xxhash.xxh3_64_intdigest(key.encode()) >> 1
+        known = self._db.execute("SELECT value FROM meta WHERE key = 'fleet'").fetchone()
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('fleet', ?)", (number,))
+        return known is None or known[0] != number
+
+    def fingerprint(self, version: int) -> int:
+        """Of the manifest that a version was decided for."""
+        (text,) = self._db.execute("SELECT fingerprint FROM versions WHERE version = ?", (version,)).fetchone()
+        return int(text, 16)
 
     def set_pause(self, version: int, pause_s: float) -> None:
         """Record how long serving stopped for a version; a measurement, not part of the decision."""
-        self._db.execute("UPDATE versions SET pause_s = ? WHERE version = ?", (pause_s, version))
+        with self._writing() as db:
+            db.execute("UPDATE versions SET pause_s = ? WHERE version = ?", (pause_s, version))
 
     def decisions(self) -> list[Decision]:
         """All decisions, oldest first."""
@@ -103,7 +182,8 @@ class VersionIndex:
     def record(self, kind: str, version: int, transaction: int, text: str) -> float:
         """Append one event; returns its time in Unix seconds."""
         now_s = time.time()
-        self._db.execute("INSERT INTO events VALUES (?,?,?,?,?)", (now_s, kind, version, transaction, text))
+        with self._lock:
+            self._db.execute("INSERT INTO events VALUES (?,?,?,?,?)", (now_s, kind, version, transaction, text))
         return now_s
 
     def close(self) -> None:

@@ -134,7 +134,7 @@ def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, lay
     memcpy, raw = memcpy_bytes_s(), raw_grpc_bytes_s()
     reports: list[PushReport] = []
     with actor_process(model_dir, format, layout) as (address, process, reserved_bytes):
-        pusher = Pusher(address)
+        pusher = Pusher(address, mode="full")
         idle = process.memory_info().rss - reserved_bytes  # the cold load has left its buffer for the pushes to come
         reset_peak(process)
         for _ in range(pushes + 1):

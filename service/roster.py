@@ -1,0 +1,154 @@
+"""The ranks as the coordinator knows them: where they are, what they hold, what they said last, how it meets them."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from protos import transfuse_pb2 as pb
+from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.digest import Digests, total
+from weight_update.errors import DigestError, MemberError, WeightUpdateError, raise_all
+from weight_update.manifest import Manifest
+from weight_update.messages import Decision, Donor, MemberId, Send
+from weight_update.transaction import replica_sums
+from weight_update.transport import call, connect
+
+from .members import SENDERS, STEP_TIMEOUT_S, MemberSpec
+
+MEET_RETRY_S = 0.5
+
+
+class Roster:
+    """Connections to the ranks, and what is known of each. epoch: of the coordinator."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._channels: dict[str, Any] = {}
+        self._stubs: dict[MemberId, Any] = {}
+        self._guard = threading.Lock()  # guards the channels and what is asked for; nothing blocks under it
+        self.states: dict[MemberId, pb.HelloReply] = {}
+        self.specs: dict[MemberId, MemberSpec] = {}
+        self.asked: set[int] = set()  # replicas that an operator wants and that are not here yet
+
+    def hello(self, address: str) -> pb.HelloReply | WeightUpdateError:
+        """Greet whoever has this address: its manifest and rows, or why there is no answer."""
+        stub = pb_grpc.MemberStub(self._channel(address))
+        request = pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
+        try:
+            reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
+        except WeightUpdateError as error:
+            return error
+        return reply
+
+    def meet(self, addresses: Sequence[str], pool: ThreadPoolExecutor, *, all_of_them: bool) -> list[pb.HelloReply]:
+        """Greet every member. A restart goes on with those that answer, once one does."""
+        while True:
+            found = dict(zip(addresses, pool.map(self.hello, addresses), strict=True))
+            replies = {address: each for address, each in found.items() if isinstance(each, pb.HelloReply)}
+            failed = [error for error in found.values() if isinstance(error, WeightUpdateError)]
+            if failed and all_of_them:
+                raise failed[0]
+            if replies:
+                break
+            time.sleep(MEET_RETRY_S)
+        specs = [self.learn(address, reply) for address, reply in replies.items()]
+        require_one_manifest(specs, [reply.manifest.fingerprint for reply in replies.values()])
+        return list(replies.values())
+
+    def learn(self, address: str, reply: pb.HelloReply) -> MemberSpec:
+        """What a member said in its first answer holds from now on."""
+        spec = MemberSpec.of(address, reply)
+        self.specs[spec.id], self.states[spec.id] = spec, reply
+        self.asked.discard(spec.id.replica)
+        self.connect(spec.id, address)
+        return spec
+
+    def connect(self, member: MemberId, address: str) -> None:
+        """From now on this member is at this address, whether it answers or not."""
+        self._stubs[member] = pb_grpc.MemberStub(self._channel(address))
+
+    def ask(self, taken: Iterable[int]) -> int:
+        """The number of one more replica, which is to be started."""
+        with self._guard:
+            number = max({*taken, *self.asked}, default=-1) + 1
+            self.asked.add(number)
+            return number
+
+    def stub(self, member: MemberId) -> Any:
+        """The process that has the member's address now, and none that comes after it."""
+        return self._stubs[member]
+
+    def donors(self, send: Send) -> list[pb.RankSpec]:
+        """The ranks that a member fills itself from."""
+        if not isinstance(send.source, Donor):
+            return []
+        return [spec.spec for member, spec in self.specs.items() if member.replica == send.source.replica]
+
+    def step(self, member: MemberId, step: str, version: int = 0) -> Any:
+        """One step beside the protocol, in the caller's thread."""
+        send = Send(
+            member=member,
+            step=step,
+            epoch=self._epoch,
+            round=self._epoch << 32,
+            transaction=0,
+            version=version,
+            token=self.states[member].token,
+        )
+        return SENDERS[step](self._stubs[member], send, []).result
+
+    def close(self) -> None:
+        """Close all connections."""
+        for channel in self._channels.values():
+            channel.close()
+
+    def _channel(self, address: str) -> Any:
+        with self._guard:
+            if address not in self._channels:
+                self._channels[address] = connect(address)
+            return self._channels[address]
+
+
+def require_one_manifest(members: Sequence[MemberSpec], fingerprints: Sequence[int]) -> None:
+    """All ranks hold the same manifest, or MemberError names those that do not."""
+    first = fingerprints[0]
+    problems = [
+        f"{member.id} holds another manifest than {members[0].id}"
+        for member, fingerprint in zip(members, fingerprints, strict=True)
+        if fingerprint != first
+    ]
+    raise_all(MemberError, "the ranks do not serve one model", problems)
+
+
+def first_version(
+    digests: Mapping[MemberId, Digests], manifest: Manifest, source: str, last_version: int, epoch: int
+) -> Decision:
+    """Number what the members loaded, if all replicas agree on its digests."""
+    (first, agreed), *others = replica_sums(digests).items()
+    problems = [
+        f"{manifest.tensors[i].name}: replica {replica} differs from replica {first}"
+        for replica, each in others
+        for i in np.flatnonzero((each != agreed).any(axis=1))
+    ]
+    raise_all(DigestError, f"the replicas loaded different bytes of {source}", problems)
+    return Decision(
+        version=last_version + 1,
+        base_version=0,
+        transaction=0,
+        push_id=f"load-{epoch}",
+        pushed_by=f"loaded from {source}",
+        created_s=time.time(),
+        digest=total(agreed),
+        digests=agreed,
+        num_tensors=len(manifest.tensors),
+        wire_bytes=0,
+        logical_bytes=sum(2 * math.prod(row.shape) for row in manifest.parameters),
+        seconds=0.0,
+    )
