@@ -172,7 +172,12 @@ class Fleet:
     @property
     def ranks(self) -> list[Any]:
         """The actors of all ranks, by replica and rank; others after a rebuild."""
-        return [] if self._supervisor is None else self._supervisor.ranks
+        return [actor for actors in self.replicas.values() for actor in actors]
+
+    @property
+    def replicas(self) -> dict[int, list[Any]]:
+        """Replica -> the actors of its ranks; none while it is being built anew."""
+        return {} if self._supervisor is None else self._supervisor.replicas
 
     def wait(self) -> None:
         """Block until interrupted."""

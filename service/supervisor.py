@@ -160,9 +160,9 @@ class Supervisor:
         self._thread: threading.Thread | None = None
 
     @property
-    def ranks(self) -> list[Any]:
-        """The actors of all ranks, in the order of replicas and ranks."""
-        return [actor for _, each in sorted(self._replicas.items()) for actor in each.actors]
+    def replicas(self) -> dict[int, list[Any]]:
+        """Replica -> the actors of its ranks; none while it is being built anew."""
+        return {number: list(each.actors) for number, each in sorted(self._replicas.items())}
 
     def start(self, replicas: int) -> list[str]:
         """Build the first replicas, all at once; returns the addresses of their ranks, or raises what one failed
@@ -171,7 +171,7 @@ class Supervisor:
         for number in range(replicas):
             self._replicas[number] = Processes(number, self._configs(number), self._share)
             self._replicas[number].start(source)
-        total = len(self.ranks)
+        total = sum(map(len, self.replicas.values()))
         self._on_progress("ranks", 0, total)
         while any(each.state == "starting" for each in self._replicas.values()):
             for _, error in self._hear(None):
