@@ -62,6 +62,7 @@ class Processes:
         self.addresses: dict[int, str] = {}
         self.source: str | None = None
         self.served = False
+        self.announced = False  # the coordinator knows it, by these addresses or by earlier ones
         self.fenced_s = float("inf")  # since when the coordinator calls it fenced
         self.since_s = float("-inf")
         self.former: list[str] = []  # addresses before the rebuild
@@ -157,6 +158,7 @@ class Supervisor:
         self._on_progress = on_progress
         self._replicas: dict[int, Processes] = {}
         self._stopped = threading.Event()
+        self.failure: BaseException | None = None  # why nobody watches any more
         self._thread: threading.Thread | None = None
 
     @property
@@ -179,7 +181,7 @@ class Supervisor:
             built = sum(len(each.addresses) for each in self._replicas.values())
             self._on_progress("ranks", built, total)
         for each in self._replicas.values():
-            each.state = "running"
+            each.state, each.announced = "running", True
         return [address for each in self._replicas.values() for _, address in sorted(each.addresses.items())]
 
     def watch(self, coordinator: str) -> None:
@@ -203,6 +205,13 @@ class Supervisor:
     # -- one turn
 
     def _run(self, coordinator: str) -> None:
+        try:
+            self._watch(coordinator)
+        except BaseException as error:  # Ray itself is gone
+            self.failure = error
+            log.exception("nobody watches the replicas any more")
+
+    def _watch(self, coordinator: str) -> None:
         with connect(coordinator) as channel:
             control = pb_grpc.ControlStub(channel)
             while not self._stopped.is_set():
@@ -250,7 +259,7 @@ class Supervisor:
             if number not in self._replicas:
                 log.info("replica %d was asked for", number)
                 self._replicas[number] = Processes(number, self._configs(number), self._share)
-        gone = [number for number, each in self._replicas.items() if each.state == "running" and number not in told]
+        gone = [number for number, each in self._replicas.items() if each.announced and number not in told]
         for number in gone:
             log.info("replica %d was taken away", number)
             self._replicas.pop(number).remove()
@@ -277,7 +286,7 @@ class Supervisor:
         addresses = [address for _, address in sorted(replica.addresses.items())]
         request = pb.ReplicaAddRequest(addresses=addresses, dead=replica.former_is_dead())
         call(control.ReplicaAdd, request, timeout_s=CONTROL_TIMEOUT_S, where="coordinator")
-        replica.state = "running"
+        replica.state, replica.announced = "running", True
 
 
 def value_of(reference: Any, who: str) -> Any:

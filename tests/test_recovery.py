@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
@@ -163,8 +164,8 @@ def test_a_clock_that_jumps_by_a_day_ends_no_lease_and_no_push(
         pusher = Pusher(service.address, lease_s=30.0)
         prepare = pusher._control.prepare
 
-        def jumping(*args: object) -> None:
-            prepare(*args)  # type: ignore[arg-type]
+        def jumping(transaction: int, digests: np.ndarray, wire_bytes: int) -> None:
+            prepare(transaction, digests, wire_bytes)
             monkeypatch.setattr(time, "time", lambda: real() + jump_s)
 
         pusher._control.prepare = jumping  # type: ignore[method-assign]
