@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from quant.checkpoint import open_checkpoint
-from weight_update.errors import PlanError
+from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .supervisor import Progress, Supervisor, value_of
@@ -180,9 +180,10 @@ class Fleet:
         return {} if self._supervisor is None else self._supervisor.replicas
 
     def wait(self) -> None:
-        """Block until interrupted."""
-        while True:
+        """Block until interrupted, or until nobody watches the ranks any more."""
+        while self._supervisor is not None and self._supervisor.failure is None:
             time.sleep(1.0)
+        raise MemberError("the ranks are not watched any more; see the logs of Ray under /tmp/ray, then start again")
 
     def stop(self) -> None:
         """Stop every process that this fleet started."""
