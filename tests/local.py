@@ -17,6 +17,7 @@ from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
+from service.keeper import keep_versions
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
@@ -82,19 +83,28 @@ def start_rank(model_dir: Path, replica: int, layout: str, format: str) -> tuple
 
 @contextmanager
 def local_service(
-    model_dir: Path, state_dir: Path, layouts: Sequence[str] = ("trtllm",), format: str = "nvfp4"
+    model_dir: Path,
+    state_dir: Path,
+    layouts: Sequence[str] = ("trtllm",),
+    format: str = "nvfp4",
+    *,
+    store_dir: Path | None = None,
+    keep: int = 4,
 ) -> Iterator[LocalService]:
-    """Replicas with these layouts behind one coordinator."""
+    """Replicas with these layouts behind one coordinator. store_dir: of the version store."""
     torch.set_num_threads(1)
     started = [start_rank(model_dir, replica, layout, format) for replica, layout in enumerate(layouts)]
     ranks = [rank for rank, _ in started]
     shell = CoordinatorShell(
         addresses=[rank.address for rank in ranks], state_file=state_dir / "state.sqlite", source=str(model_dir)
     )
-    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir)
+    keeper = store_dir and keep_versions(shell, store_dir, config_dir=model_dir, keep=keep, keep_bytes=None)
+    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper)
     try:
         yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
     finally:
+        if keeper:
+            keeper.stop()
         server.stop()
         shell.stop()
         for rank in ranks:
