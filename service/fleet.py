@@ -18,11 +18,14 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from quant.checkpoint import open_checkpoint
 from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, RankConfig
+from .keeper import StoreConfig
+from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class FleetConfig:
     ray_address: an existing cluster; None starts a local one. state_dir: where decisions are kept (default: a
     temporary folder, for trials). min_replicas: how many must serve for a push, 0 for all. rebuild_after_s: how long a
     replica may stay fenced beside others that serve before its processes are replaced, even though they live.
+    store: where committed versions are kept; its newest one is what a start serves.
     """
 
     model: str
@@ -57,6 +61,7 @@ class FleetConfig:
     memory_budget_bytes: int | None = None
     min_replicas: int = 0
     rebuild_after_s: float = 120.0
+    store: StoreConfig | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -100,17 +105,22 @@ class Fleet:
         self._on_progress("ray", 0, 1)
         self._connect()
         self._on_progress("ray", 1, 1)
+        self._weights = Weights(str(config_dir), None if config.store is None else config.store.directory)
         self._supervisor = self._supervise(str(config_dir))
         addresses = self._supervisor.start(config.replicas)
         self._on_progress("coordinator", 0, 1)
         state_dir = self._state_dir()
-        self.coordinator = REMOTE_COORDINATOR.options(num_cpus=0).remote(
+        # Its address and its state file are of this node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.coordinator = REMOTE_COORDINATOR.options(num_cpus=0, scheduling_strategy=here).remote(
             addresses,
             str(state_dir / "transfuse.sqlite"),
             self._listen(),
             config.model,
             str(config_dir),
             min_replicas=config.min_replicas,
+            loaded=self._weights.loaded,
+            store=config.store,
         )
         self.address = value_of(self.coordinator.address.remote(), "the coordinator")
         self._supervisor.watch(self.address)
@@ -146,7 +156,7 @@ class Fleet:
         threads = max(1, cores // (config.replicas * config.ranks)) if local else cores
         return Supervisor(
             lambda replica: [self._rank_config(replica, rank, model, threads) for rank in range(config.ranks)],
-            lambda: model,
+            self._weights.source,
             share=LOCAL_SHARE if local else 1.0,
             rebuild_after_s=config.rebuild_after_s,
             on_progress=self._on_progress,
@@ -167,6 +177,7 @@ class Fleet:
             max_batch=config.max_batch,
             max_tokens=config.max_tokens,
             memory_budget_bytes=config.memory_budget_bytes,
+            store_dir=None if config.store is None else config.store.directory,
         )
 
     @property
