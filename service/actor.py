@@ -46,8 +46,8 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """All that one rank needs to build itself. host: of the coordinator; ranks listen there where that is loopback, else
-    at the addresses of their nodes."""
+    """All that one rank needs to build itself. host: of the coordinator; ranks listen there where that is loopback,
+    else at the addresses of their nodes."""
 
     replica: int
     rank: int
