@@ -121,7 +121,7 @@ class CoordinatorShell:
         self._thread.start()
         self._ticker.start()
         deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while self.protocol.fenced and time.monotonic() < deadline_s:
+        while self.protocol.fenced and not lost(self.protocol) and time.monotonic() < deadline_s:
             time.sleep(0.02)
 
     def _number(self, loaded: StoredVersion | None) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -210,10 +211,17 @@ class Keeper:
         )
 
 
-def keep_versions(
-    shell: CoordinatorShell, directory: Path, *, config_dir: Path, keep: int, keep_bytes: int | None
-) -> Keeper:
-    """The keeper of what a coordinator commits, running. keep, keep_bytes: of `Store`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """Where versions are kept, and how many: see `Store`."""
+
+    directory: Path
+    keep: int = 4
+    keep_bytes: int | None = None
+
+
+def keep_versions(shell: CoordinatorShell, config_dir: Path, config: StoreConfig) -> Keeper:
+    """The keeper of what a coordinator commits, running. config_dir: of the model that is served."""
 
     def donors() -> list[list[pb.RankSpec]]:
         serving = shell.protocol.membership.serving()
@@ -222,7 +230,13 @@ def keep_versions(
     def told(kind: str, version: int, text: str) -> None:
         shell.notify(Notify(kind=kind, version=version, transaction=0, text=text))
 
-    store = Store(directory, config_dir=config_dir, manifest=shell.manifest, keep=keep, keep_bytes=keep_bytes)
+    store = Store(
+        config.directory,
+        config_dir=config_dir,
+        manifest=shell.manifest,
+        keep=config.keep,
+        keep_bytes=config.keep_bytes,
+    )
     keeper = Keeper(
         store, shell.manifest, newest=shell.index.decision, donors=donors, told=told, durable=shell.index.set_durable
     )
