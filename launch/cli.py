@@ -323,6 +323,36 @@ def conformance(
         raise typer.Exit(1)
 
 
+@app.command()
+def chaos(
+    seed: Annotated[int, typer.Option(min=0, help="Draws the schedules.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Schedules of one to three failures each.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Break a local fleet on purpose and check that nothing is lost.
+
+    Trainers, ranks and the coordinator are killed at random steps of pushes, streams cut, chunks spoiled, bits flipped.
+    After each round all bytes must be those of a cold load. Exit code 1 where anything is lost. With --json one object
+    a round.
+    """
+    from dataclasses import asdict
+
+    with _loading():
+        from .chaos import Round, run, summary
+
+    played: list[Round] = []
+
+    def show(each: Round) -> None:
+        played.append(each)
+        emit(asdict(each), each.as_text(), as_json)
+
+    kept = run(seed, rounds, show)
+    if not as_json:
+        emit(None, summary(seed, played), as_json)
+    if not kept:
+        raise typer.Exit(1)
+
+
 # ---------------------------------------------------------------- what has a module of its own
 
 

@@ -107,7 +107,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, fingerprint: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes", "fingerprint")
+    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes", "fingerprint", "stores")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class DescribeReply(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     ranks: _containers.RepeatedCompositeFieldContainer[RankSpec]
     version: int
@@ -122,7 +123,8 @@ class DescribeReply(_message.Message):
     epoch: int
     max_message_bytes: int
     fingerprint: int
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ...) -> None: ...
+    stores: bool
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ..., stores: _Optional[bool] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
     __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step")
@@ -225,10 +227,12 @@ class InstallReply(_message.Message):
     def __init__(self, seconds: _Optional[float] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
-    __slots__ = ("transaction",)
+    __slots__ = ("transaction", "durable")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     transaction: int
-    def __init__(self, transaction: _Optional[int] = ...) -> None: ...
+    durable: bool
+    def __init__(self, transaction: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class RankTiming(_message.Message):
     __slots__ = ("replica", "rank", "stage_start_s", "stage_stop_s", "pause_start_s", "install_stop_s", "pause_stop_s", "planned_bytes", "staged_bytes")
@@ -303,7 +307,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas")
+    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +321,7 @@ class StatusReply(_message.Message):
     LOST_FIELD_NUMBER: _ClassVar[int]
     DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     epoch: int
@@ -330,7 +335,18 @@ class StatusReply(_message.Message):
     lost: str
     durable_version: int
     min_replicas: int
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ...) -> None: ...
+    store: str
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ..., store: _Optional[str] = ...) -> None: ...
+
+class WaitDurableRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class WaitDurableReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class VersionsRequest(_message.Message):
     __slots__ = ()

@@ -71,6 +71,11 @@ class ControlStub:
                 request_serializer=protos_dot_transfuse__pb2.StatusRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.WaitDurable = channel.unary_unary(
+                '/transfuse.v1.Control/WaitDurable',
+                request_serializer=protos_dot_transfuse__pb2.WaitDurableRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.WaitDurableReply.FromString,
+                _registered_method=True)
         self.Versions = channel.unary_unary(
                 '/transfuse.v1.Control/Versions',
                 request_serializer=protos_dot_transfuse__pb2.VersionsRequest.SerializeToString,
@@ -160,6 +165,12 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WaitDurable(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +267,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protos_dot_transfuse__pb2.StatusRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.StatusReply.SerializeToString,
+            ),
+            'WaitDurable': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitDurable,
+                    request_deserializer=protos_dot_transfuse__pb2.WaitDurableRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.WaitDurableReply.SerializeToString,
             ),
             'Versions': grpc.unary_unary_rpc_method_handler(
                     servicer.Versions,
@@ -494,6 +510,33 @@ class Control:
             '/transfuse.v1.Control/Status',
             protos_dot_transfuse__pb2.StatusRequest.SerializeToString,
             protos_dot_transfuse__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitDurable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/WaitDurable',
+            protos_dot_transfuse__pb2.WaitDurableRequest.SerializeToString,
+            protos_dot_transfuse__pb2.WaitDurableReply.FromString,
             options,
             channel_credentials,
             insecure,

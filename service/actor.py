@@ -24,11 +24,13 @@ from quant.modules import layouts_of, mark_all_applied, quantized_modules
 from sharding.fsdp import reshard_all, shard_model
 from weight_update.inplace import seal
 from weight_update.receiver import Receiver
+from weight_update.store import Store, StoredVersion
 
 from .control import ControlServer
 from .coordinator import CoordinatorShell
 from .engine import Engine
 from .faults import Faults
+from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
 from .refresh import Refresher
@@ -39,13 +41,15 @@ log = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 ENGINE_POLL_S = 0.2
+LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
     """All that one rank needs to build itself.
 
-    host: address that its peers and trainers dial. components: of a pipeline, component -> where its weights are.
+    host: of the coordinator; ranks listen there where that is loopback, else at the addresses of their nodes.
+    components: of a pipeline, component -> where its weights are.
     """
 
     replica: int
@@ -59,6 +63,7 @@ class RankConfig:
     serving: Serving = field(default_factory=Serving)
     components: Mapping[str, str] = field(default_factory=dict)
     memory_budget_bytes: int | None = None
+    store_dir: Path | None = None
 
 
 class RankActor:
@@ -70,11 +75,17 @@ class RankActor:
         self._faults = Faults()
         self._server: RankServer | None = None
 
+    @property
+    def _host(self) -> str:
+        """The address that peers and trainers dial."""
+        host = self._config.host
+        return host if host in LOOPBACK else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
     def rendezvous(self) -> str:
         """host:port where the ranks of this replica meet; asked of rank 0 only."""
         with socket.socket() as probe:
-            probe.bind((self._config.host, 0))
-            return f"{self._config.host}:{probe.getsockname()[1]}"
+            probe.bind((self._host, 0))
+            return f"{self._host}:{probe.getsockname()[1]}"
 
     def build(self, rendezvous: str, source: str | None) -> str:
         """Build, shard and fill the model, start its engine and its door; returns the door's host:port.
@@ -113,8 +124,12 @@ class RankActor:
             reshard=lambda: reshard_all(model),
             foresee=refresher.foresee,
             faults=self._faults,
-            listen=f"{config.host}:0",
+            listen=f"{self._host}:0",
         )
+        if config.store_dir is not None:
+            self._server.sources.store = Store(
+                config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True
+            )
         return self._server.address
 
     def _join(self, rendezvous: str, device_type: str) -> DeviceMesh:
@@ -205,12 +220,15 @@ class CoordinatorActor:
         config_dir: str,
         *,
         min_replicas: int,
+        loaded: StoredVersion | None,
+        store: StoreConfig | None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._shell = CoordinatorShell(
-            addresses=addresses, state_file=Path(state_file), source=model, min_replicas=min_replicas
+            addresses=addresses, state_file=Path(state_file), source=model, loaded=loaded, min_replicas=min_replicas
         )
-        self._server = ControlServer(self._shell, listen=listen, tokenizer_dir=Path(config_dir))
+        self._keeper = keep_versions(self._shell, Path(config_dir), store) if store is not None else None
+        self._server = ControlServer(self._shell, listen=listen, tokenizer_dir=Path(config_dir), keeper=self._keeper)
 
     def address(self) -> str:
         """host:port of Control and Generation."""
@@ -235,6 +253,8 @@ class CoordinatorActor:
     def stop(self) -> None:
         """End the server and the loop; the ranks go on serving."""
         self._server.stop()
+        if self._keeper is not None:
+            self._keeper.stop()
         self._shell.stop()
 
 

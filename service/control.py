@@ -11,7 +11,7 @@ import grpc
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.errors import BusyError, MemberError, VersionError
+from weight_update.errors import BusyError, MemberError, StoreError, VersionError
 from weight_update.messages import Decision
 from weight_update.transaction import Phase
 from weight_update.transport import (
@@ -23,6 +23,7 @@ from weight_update.transport import (
 )
 
 from .coordinator import CoordinatorShell
+from .keeper import Keeper
 from .router import GenerationRouter
 from .text import TextCodec
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
@@ -31,14 +32,17 @@ SERVICES = ("Control", "Generation")
 
 
 class ControlServer:
-    """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator."""
+    """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
+    version store, where there is one."""
 
-    def __init__(self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path) -> None:
+    def __init__(
+        self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path, keeper: Keeper | None = None
+    ) -> None:
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
         self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES)
         self._names = [service.full_name for service in services]
         codec = TextCodec(tokenizer_dir)
-        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell), self._server)
+        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper), self._server)
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec), self._server)
         self.address = bind(self._server, listen)
         set_serving(self._checks, self._names, True)
@@ -76,8 +80,9 @@ def version_info(
 class ControlServicer(pb_grpc.ControlServicer):
     """Translates calls to requests of the protocol, and their answers back."""
 
-    def __init__(self, shell: CoordinatorShell) -> None:
+    def __init__(self, shell: CoordinatorShell, keeper: Keeper | None) -> None:
         self._shell = shell
+        self._keeper = keeper
         self._manifest = to_manifest_proto(shell.manifest)
 
     @refusing
@@ -98,10 +103,12 @@ class ControlServicer(pb_grpc.ControlServicer):
             digest=decision.digest,
             epoch=shell.index.epoch,
             max_message_bytes=CONTROL_MESSAGE_BYTES,
+            stores=self._keeper is not None,
         )
 
     @refusing
     def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginReply:
+        self._admit(request.push_id)
         result = self._shell.request(
             "begin",
             push_id=request.push_id,
@@ -116,6 +123,14 @@ class ControlServicer(pb_grpc.ControlServicer):
             step=request.step,
         )
         return pb.BeginReply(epoch=self._shell.index.epoch, **result)
+
+    def _admit(self, push_id: str) -> None:
+        """Let a new transaction begin; one that is known already only asks how it stands."""
+        protocol = self._shell.protocol
+        open_ = protocol.transaction
+        known = push_id in protocol.committed or (open_ is not None and open_.push_id == push_id)
+        if self._keeper is not None and not known:
+            self._keeper.admit()
 
     @refusing
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> pb.PrepareReply:
@@ -133,7 +148,7 @@ class ControlServicer(pb_grpc.ControlServicer):
     @refusing
     def Decide(self, request: pb.DecideRequest, context: grpc.ServicerContext) -> pb.DecideReply:
         shell = self._shell
-        result = shell.request("decide", transaction=request.transaction)
+        result = self._durably(request) if request.durable else shell.request("decide", transaction=request.transaction)
         timings: list[pb.RankTiming] = list(result["timings"].values())
         pause_s = max((timing.pause_stop_s - timing.pause_start_s for timing in timings), default=0.0)
         shell.index.set_pause(result["version"], pause_s)
@@ -149,6 +164,23 @@ class ControlServicer(pb_grpc.ControlServicer):
             digest_verified=result["digest_verified"],
             replicas=states,
         )
+
+    def _durably(self, request: pb.DecideRequest) -> Any:
+        """A commit that its trainer will see stored before it is replaced."""
+        with self._kept().deciding():
+            result = self._shell.request("decide", transaction=request.transaction)
+            self._kept().want(result["version"])
+        return result
+
+    def _kept(self) -> Keeper:
+        if self._keeper is None:
+            raise StoreError("this service has no version store; start it with --store DIR")
+        return self._keeper
+
+    @refusing
+    def WaitDurable(self, request: pb.WaitDurableRequest, context: grpc.ServicerContext) -> pb.WaitDurableReply:
+        self._kept().wait(request.version, context.is_active)
+        return pb.WaitDurableReply()
 
     @refusing
     def Abort(self, request: pb.AbortRequest, context: grpc.ServicerContext) -> pb.AbortReply:
@@ -186,6 +218,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             lost=shell.lost(),
             durable_version=max(shell.index.durable(), default=0),
             min_replicas=protocol.min_replicas,
+            store="" if self._keeper is None else self._keeper.status(),
         )
 
     def _replica(self, replica: int) -> pb.ReplicaStatus:
@@ -244,6 +277,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         return self._restored("reset", version, request)
 
     def _restored(self, op: str, version: int, request: Any) -> pb.RollbackReply:
+        self._admit(request.push_id)
         result = self._shell.restore(op, version, request.push_id, request.pushed_by)
         return pb.RollbackReply(version=version_info(self._shell.index.decision(result["version"]), 0.0))
 

@@ -14,8 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from protos import transfuse_pb2 as pb
 from weight_update.digest import Digests
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
@@ -37,13 +35,15 @@ from weight_update.messages import (
 )
 from weight_update.opening import lost
 from weight_update.protocol import Coordinator
-from weight_update.transaction import Phase, replica_sums
+from weight_update.store import StoredVersion
+from weight_update.transaction import Phase
 from weight_update.transport import from_manifest_proto
 from weight_update.versions import VersionIndex
 
 from .faults import Faults
 from .members import SENDERS, MemberSpec, state_of
-from .roster import Roster, first_version, require_one_manifest
+from .roster import Roster, differing, first_version, require_one_manifest, stored_version
+from .watching import Watchers
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,19 @@ class CoordinatorShell:
     """Owns the event loop, the version index and the connections to the members.
 
     addresses: host:port of every rank; a restart finds those that came later in state_file, an SQLite file that
-    outlives this process. source: what the members loaded. min_replicas: replicas that a push needs, 0 for all.
+    outlives this process. source: what the members loaded; loaded: the version that this is, where it comes from a
+    version store. min_replicas: replicas that a push needs, 0 for all.
     """
 
-    def __init__(self, *, addresses: Sequence[str], state_file: Path, source: str, min_replicas: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        addresses: Sequence[str],
+        state_file: Path,
+        source: str,
+        loaded: StoredVersion | None = None,
+        min_replicas: int = 0,
+    ) -> None:
         self.source = source
         self.started_s = time.time()
         self._clock_s = self.started_s - time.monotonic()  # Unix time that never jumps
@@ -74,17 +83,17 @@ class CoordinatorShell:
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, Future[Any]] = {}
         self._timers: dict[str, threading.Timer] = {}
-        self._watchers: set[queue.SimpleQueue[pb.Event | None]] = set()
+        self._watchers = Watchers()
         self._next_request = 0
-        self._guard = threading.Lock()  # guards _next_request, _futures, _watchers, _greeting; nothing blocks under it
+        self._guard = threading.Lock()  # guards _next_request, _futures, _greeting; nothing blocks under it
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
-        self._start(addresses, min_replicas)
+        self._start(addresses, loaded, min_replicas)
 
     # -- start
 
-    def _start(self, addresses: Sequence[str], min_replicas: int) -> None:
+    def _start(self, addresses: Sequence[str], loaded: StoredVersion | None, min_replicas: int) -> None:
         is_new = self.index.start_fleet(",".join(sorted(addresses)))
         recorded = {} if is_new else self.index.members()
         replies = self.roster.meet(list(recorded.values()) or addresses, self._pool, all_of_them=is_new)
@@ -93,7 +102,7 @@ class CoordinatorShell:
             for replica in {member.replica for member in self.index.members()}:
                 self.index.dismiss(replica)
             self.index.enroll({member: spec.address for member, spec in self.roster.specs.items()})
-            self._number()
+            self._number(loaded)
         decisions = self.index.decisions()
         members = self.index.members()
         for member, address in members.items():
@@ -112,13 +121,19 @@ class CoordinatorShell:
         self._thread.start()
         self._ticker.start()
         deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while self.protocol.fenced and time.monotonic() < deadline_s:
+        while self.protocol.fenced and not lost(self.protocol) and time.monotonic() < deadline_s:
             time.sleep(0.02)
 
-    def _number(self) -> None:
-        """Freshly loaded members become the next version."""
+    def _number(self, loaded: StoredVersion | None) -> None:
+        """Freshly loaded members become the next version. What a store says to be a version comes in under its old
+        number, once its digests are compared."""
         roster = self.roster
         if any(state.version for state in roster.states.values()):
+            return
+        if loaded is not None:
+            decision = stored_version(loaded, self.manifest)
+            if decision.version > self.index.last_version():
+                self.index.decide(decision, self.manifest.fingerprint)
             return
         found = self._pool.map(lambda member: roster.step(member, "digest"), roster.specs)
         digests = dict(zip(roster.specs, found, strict=True))
@@ -256,15 +271,13 @@ class CoordinatorShell:
         self._timers[action.name] = timer
         timer.start()
 
-    def _notify(self, notify: Notify) -> None:
+    def notify(self, notify: Notify) -> None:
         now_s = self.index.record(notify.kind, notify.version, notify.transaction, notify.text)
         log.info("%s version=%d transaction=%d %s", notify.kind, notify.version, notify.transaction, notify.text)
         event = pb.Event(
             time_s=now_s, kind=notify.kind, version=notify.version, transaction=notify.transaction, text=notify.text
         )
-        with self._guard:
-            for watcher in self._watchers:
-                watcher.put(event)
+        self._watchers.tell(event)
 
     def _dismiss(self, dismiss: Dismiss) -> None:
         self.index.dismiss(dismiss.replica)
@@ -335,14 +348,9 @@ class CoordinatorShell:
         version, digests = self.between_events(expected)
         live = self.live_members()
         replies = self._pool.map(lambda member: self.roster.step(member.id, "digest"), live)
-        sums = replica_sums(dict(zip((member.id for member in live), replies, strict=True)))
-        problems = [
-            f"replica {replica}: {self.manifest.tensors[i].name}"
-            for replica, each in sums.items()
-            for i in np.flatnonzero((each != digests).any(axis=1))
-        ]
-        num_bytes = len(sums) * sum(spec.num_bytes for spec in self.manifest.tensors)
-        return version, num_bytes, problems
+        found = dict(zip((member.id for member in live), replies, strict=True))
+        num_bytes = sum(spec.num_bytes for spec in self.manifest.tensors)
+        return version, num_bytes * len({member.replica for member in found}), differing(found, digests, self.manifest)
 
     def all_members(self, step: str) -> None:
         """One plain step on every live member."""
@@ -365,20 +373,7 @@ class CoordinatorShell:
 
     def watch(self, alive: Callable[[], bool]) -> Iterator[pb.Event]:
         """Events from now on, while the watcher is there."""
-        events: queue.SimpleQueue[pb.Event | None] = queue.SimpleQueue()
-        with self._guard:
-            self._watchers.add(events)
-        try:
-            while alive() and not self._stopped.is_set():
-                try:
-                    event = events.get(timeout=0.5)
-                except queue.Empty:
-                    continue
-                if event is not None:
-                    yield event
-        finally:
-            with self._guard:
-                self._watchers.discard(events)
+        return self._watchers.watch(lambda: alive() and not self._stopped.is_set())
 
     def stop(self) -> None:
         """Stop the loop; the members go on serving."""
@@ -397,6 +392,6 @@ ACTIONS: Mapping[type, Callable[[CoordinatorShell, Any], None]] = {
     Reply: CoordinatorShell._reply,
     Persist: CoordinatorShell._persist,
     SetTimer: CoordinatorShell._set_timer,
-    Notify: CoordinatorShell._notify,
+    Notify: CoordinatorShell.notify,
     Dismiss: CoordinatorShell._dismiss,
 }

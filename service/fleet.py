@@ -19,13 +19,16 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from quant.checkpoint import open_checkpoint
 from quant.pipelines import PipelineCheckpoint
-from weight_update.errors import PlanError
+from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
+from .keeper import StoreConfig
+from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
 from .workers import Serving, check_serving
 
@@ -47,7 +50,8 @@ class FleetConfig:
     of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
-    even though they live. For the rest see Serving.
+    even though they live. store: where committed versions are kept; its newest one is what a start serves. For the rest
+    see Serving.
     """
 
     model: str
@@ -67,6 +71,7 @@ class FleetConfig:
     memory_budget_bytes: int | None = None
     min_replicas: int = 0
     rebuild_after_s: float = 120.0
+    store: StoreConfig | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -129,17 +134,22 @@ class Fleet:
         self._on_progress("ray", 0, 1)
         self._connect()
         self._on_progress("ray", 1, 1)
+        self._weights = Weights(str(config_dir), None if config.store is None else config.store.directory)
         self._supervisor = self._supervise(str(config_dir))
         addresses = self._supervisor.start(config.replicas)
         self._on_progress("coordinator", 0, 1)
         state_dir = self._state_dir()
-        self.coordinator = REMOTE_COORDINATOR.options(num_cpus=0).remote(
+        # Its address and its state file are of this node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.coordinator = REMOTE_COORDINATOR.options(num_cpus=0, scheduling_strategy=here).remote(
             addresses,
             str(state_dir / "transfuse.sqlite"),
             self._listen(),
             config.model,
             str(config_dir),
             min_replicas=config.min_replicas,
+            loaded=self._weights.loaded,
+            store=config.store,
         )
         self.address = value_of(self.coordinator.address.remote(), "the coordinator")
         self._supervisor.watch(self.address)
@@ -175,7 +185,7 @@ class Fleet:
         threads = max(1, cores // (config.replicas * config.ranks)) if local else cores
         return Supervisor(
             lambda replica: [self._rank_config(replica, rank, model, threads) for rank in range(config.ranks)],
-            lambda: model,
+            self._weights.source,
             share=LOCAL_SHARE if local else 1.0,
             rebuild_after_s=config.rebuild_after_s,
             on_progress=self._on_progress,
@@ -196,17 +206,24 @@ class Fleet:
             serving=config.serving,
             components=dict(config.components),
             memory_budget_bytes=config.memory_budget_bytes,
+            store_dir=None if config.store is None else config.store.directory,
         )
 
     @property
     def ranks(self) -> list[Any]:
         """The actors of all ranks, by replica and rank; others after a rebuild."""
-        return [] if self._supervisor is None else self._supervisor.ranks
+        return [actor for actors in self.replicas.values() for actor in actors]
+
+    @property
+    def replicas(self) -> dict[int, list[Any]]:
+        """Replica -> the actors of its ranks; none while it is being built anew."""
+        return {} if self._supervisor is None else self._supervisor.replicas
 
     def wait(self) -> None:
-        """Block until interrupted."""
-        while True:
+        """Block until interrupted, or until nobody watches the ranks any more."""
+        while self._supervisor is not None and self._supervisor.failure is None:
             time.sleep(1.0)
+        raise MemberError("the ranks are not watched any more; see the logs of Ray under /tmp/ray, then start again")
 
     def stop(self) -> None:
         """Stop every process that this fleet started."""

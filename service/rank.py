@@ -79,6 +79,7 @@ class RankServer:
         self.engine = engine
         self.faults = faults
         self.member = Member(version=0)
+        receiver.version = 0  # what was loaded is nobody's version before it is adopted
         self.sources = Sources(receiver)
         self._lease = ServingLease(self)
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)

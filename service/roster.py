@@ -14,9 +14,10 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.digest import Digests, total
-from weight_update.errors import DigestError, MemberError, WeightUpdateError, raise_all
+from weight_update.errors import DigestError, MemberError, VersionError, WeightUpdateError, raise_all
 from weight_update.manifest import Manifest
 from weight_update.messages import Decision, Donor, MemberId, Send
+from weight_update.store import StoredVersion
 from weight_update.transaction import replica_sums
 from weight_update.transport import call, connect
 
@@ -127,6 +128,15 @@ def require_one_manifest(members: Sequence[MemberSpec], fingerprints: Sequence[i
     raise_all(MemberError, "the ranks do not serve one model", problems)
 
 
+def differing(found: Mapping[MemberId, Digests], committed: Digests, manifest: Manifest) -> list[str]:
+    """Tensors, by replica, whose digests are not the committed ones."""
+    return [
+        f"replica {replica}: {manifest.tensors[i].name}"
+        for replica, each in replica_sums(found).items()
+        for i in np.flatnonzero((each != committed).any(axis=1))
+    ]
+
+
 def first_version(
     digests: Mapping[MemberId, Digests], manifest: Manifest, source: str, last_version: int, epoch: int
 ) -> Decision:
@@ -151,4 +161,29 @@ def first_version(
         wire_bytes=0,
         logical_bytes=sum(2 * math.prod(row.shape) for row in manifest.parameters),
         seconds=0.0,
+    )
+
+
+def stored_version(stored: StoredVersion, manifest: Manifest) -> Decision:
+    """The decision of a version that only its store remembers."""
+    if stored.fingerprint != f"{manifest.fingerprint:016x}":
+        raise VersionError(
+            f"version {stored.version} of the store is of another model, format or tensor list; name another --store"
+        )
+    lanes = [[int(digest[:16], 16), int(digest[16:], 16)] for digest in stored.digests]
+    digests = np.array(lanes, np.uint64).reshape(-1, 2)
+    return Decision(
+        version=stored.version,
+        base_version=0,
+        transaction=0,
+        push_id=f"store-{stored.version}",
+        pushed_by=stored.pushed_by,
+        created_s=stored.created_s,
+        digest=stored.digest,
+        digests=digests,
+        num_tensors=len(manifest.tensors),
+        wire_bytes=0,
+        logical_bytes=sum(2 * math.prod(row.shape) for row in manifest.parameters),
+        seconds=0.0,
+        step=stored.step,
     )

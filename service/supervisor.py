@@ -63,6 +63,7 @@ class Processes:
         self.addresses: dict[int, str] = {}
         self.source: str | None = None
         self.served = False
+        self.announced = False  # the coordinator knows it, by these addresses or by earlier ones
         self.fenced_s = float("inf")  # since when the coordinator calls it fenced
         self.since_s = float("-inf")
         self.former: list[str] = []  # addresses before the rebuild
@@ -168,12 +169,13 @@ class Supervisor:
         self._on_progress = on_progress
         self._replicas: dict[int, Processes] = {}
         self._stopped = threading.Event()
+        self.failure: BaseException | None = None  # why nobody watches any more
         self._thread: threading.Thread | None = None
 
     @property
-    def ranks(self) -> list[Any]:
-        """The actors of all ranks, in the order of replicas and ranks."""
-        return [actor for _, each in sorted(self._replicas.items()) for actor in each.actors]
+    def replicas(self) -> dict[int, list[Any]]:
+        """Replica -> the actors of its ranks; none while it is being built anew."""
+        return {number: list(each.actors) for number, each in sorted(self._replicas.items())}
 
     def start(self, replicas: int) -> list[str]:
         """Build the first replicas, all at once; returns the addresses of their ranks, or raises what one failed
@@ -182,7 +184,7 @@ class Supervisor:
         for number in range(replicas):
             self._replicas[number] = Processes(number, self._configs(number), self._share)
             self._replicas[number].start(source)
-        total = len(self.ranks)
+        total = sum(map(len, self.replicas.values()))
         self._on_progress("ranks", 0, total)
         while any(each.state != "ready" for each in self._replicas.values()):
             for _, error in self._hear(None):
@@ -192,7 +194,7 @@ class Supervisor:
             if built == total:
                 self._on_progress("warm-up", sum(each.num_warm for each in self._replicas.values()), total)
         for each in self._replicas.values():
-            each.state = "running"
+            each.state, each.announced = "running", True
         return [address for each in self._replicas.values() for _, address in sorted(each.addresses.items())]
 
     def watch(self, coordinator: str) -> None:
@@ -216,6 +218,13 @@ class Supervisor:
     # -- one turn
 
     def _run(self, coordinator: str) -> None:
+        try:
+            self._watch(coordinator)
+        except BaseException as error:  # Ray itself is gone
+            self.failure = error
+            log.exception("nobody watches the replicas any more")
+
+    def _watch(self, coordinator: str) -> None:
         with connect(coordinator) as channel:
             control = pb_grpc.ControlStub(channel)
             while not self._stopped.is_set():
@@ -263,7 +272,7 @@ class Supervisor:
             if number not in self._replicas:
                 log.info("replica %d was asked for", number)
                 self._replicas[number] = Processes(number, self._configs(number), self._share)
-        gone = [number for number, each in self._replicas.items() if each.state == "running" and number not in told]
+        gone = [number for number, each in self._replicas.items() if each.announced and number not in told]
         for number in gone:
             log.info("replica %d was taken away", number)
             self._replicas.pop(number).remove()
@@ -290,7 +299,7 @@ class Supervisor:
         addresses = [address for _, address in sorted(replica.addresses.items())]
         request = pb.ReplicaAddRequest(addresses=addresses, dead=replica.former_is_dead())
         call(control.ReplicaAdd, request, timeout_s=CONTROL_TIMEOUT_S, where="coordinator")
-        replica.state = "running"
+        replica.state, replica.announced = "running", True
 
 
 def value_of(reference: Any, who: str) -> Any:

@@ -20,6 +20,7 @@ from weight_update.errors import (
     ManifestError,
     MemberError,
     PlanError,
+    StoreError,
     TransferError,
     VersionError,
     WeightUpdateError,
@@ -37,6 +38,7 @@ STATUS_CODES: Mapping[type[WeightUpdateError], grpc.StatusCode] = {
     VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     BusyError: grpc.StatusCode.ABORTED,
     MemberError: grpc.StatusCode.INTERNAL,
+    StoreError: grpc.StatusCode.INTERNAL,
     WeightUpdateError: grpc.StatusCode.INTERNAL,
 }
 MAX_WORKERS = 64

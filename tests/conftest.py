@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from launch.drill import Drill
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run beside the processes that they start; on two cores more threads only take turns."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    """A fleet of two replicas that tests break and that recovers."""
+    from launch.drill import Drill
+
+    with Drill(tmp_path_factory.mktemp("drill")) as running:
+        yield running

@@ -17,11 +17,14 @@ from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
+from service.keeper import StoreConfig, keep_versions
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
+from service.restart import Weights
 from service.workers import Serving, make_worker, offload_of
 from weight_update.receiver import Receiver
+from weight_update.store import Store
 
 SERVING = Serving(max_tokens=512)
 
@@ -55,10 +58,10 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
 
 
 def start_rank(
-    model_dir: Path, replica: int, layout: str, format: str, serving: Serving
+    model_dir: Path, replica: int, layout: str, format: str, serving: Serving, source: Path | None = None
 ) -> tuple[RankServer, nn.Module]:
-    """One replica of one rank, serving."""
-    model, receiver = cold(model_dir, layout, format)
+    """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
+    model, receiver = cold(source or model_dir, layout, format)
     refresher = Refresher(model, receiver, sharded=False, offload=offload_of(model, serving))
     worker = make_worker(model, model_dir, serving, refresher)
     engine = Engine(worker, group=None, rank=0, world=1, version=0, commit_between=serving.commit_between)
@@ -84,18 +87,35 @@ def local_service(
     layouts: Sequence[str] = ("trtllm",),
     format: str = "nvfp4",
     serving: Serving = SERVING,
+    *,
+    store_dir: Path | None = None,
+    keep: int = 4,
 ) -> Iterator[LocalService]:
-    """Replicas with these layouts behind one coordinator."""
+    """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
+    is served, as after a restart."""
     torch.set_num_threads(1)
-    started = [start_rank(model_dir, replica, layout, format, serving) for replica, layout in enumerate(layouts)]
+    weights = Weights(str(model_dir), store_dir)
+    source = Path(weights.source())
+    started = [
+        start_rank(model_dir, replica, layout, format, serving, source) for replica, layout in enumerate(layouts)
+    ]
     ranks = [rank for rank, _ in started]
+    for rank in ranks:
+        manifest = rank.receiver.manifest
+        rank.sources.store = store_dir and Store(store_dir, config_dir=model_dir, manifest=manifest, read_only=True)
     shell = CoordinatorShell(
-        addresses=[rank.address for rank in ranks], state_file=state_dir / "state.sqlite", source=str(model_dir)
+        addresses=[rank.address for rank in ranks],
+        state_file=state_dir / "state.sqlite",
+        source=str(model_dir),
+        loaded=weights.loaded,
     )
-    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir)
+    keeper = store_dir and keep_versions(shell, model_dir, StoreConfig(directory=store_dir, keep=keep))
+    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper)
     try:
         yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
     finally:
+        if keeper:
+            keeper.stop()
         server.stop()
         shell.stop()
         for rank in ranks:

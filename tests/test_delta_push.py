@@ -216,8 +216,8 @@ def test_an_answer_to_a_commit_that_got_lost_is_asked_for_by_id(
     pusher.push(model)
     decide = ControlClient.decide
 
-    def deaf(self: ControlClient, transaction: int) -> Any:
-        decide(self, transaction)
+    def deaf(self: ControlClient, *args: Any, **options: Any) -> Any:
+        decide(self, *args, **options)
         raise TransferError("the connection is gone")
 
     monkeypatch.setattr(ControlClient, "decide", deaf)
@@ -237,11 +237,11 @@ def test_a_push_whose_outcome_stays_unknown_is_settled_by_the_next_one(
     pusher.push(model)
     decide = ControlClient.decide
 
-    def gone(*_: object) -> Any:
+    def gone(*_: object, **__: object) -> Any:
         raise TransferError("the connection is gone")
 
-    def deaf(self: ControlClient, transaction: int) -> Any:
-        decide(self, transaction)
+    def deaf(self: ControlClient, *args: Any, **options: Any) -> Any:
+        decide(self, *args, **options)
         monkeypatch.setattr(ControlClient, "status", gone)
         raise TransferError("the connection is gone")
 

@@ -50,6 +50,7 @@ class Attempt:
     push_id: str
     base_version: int
     step: int
+    durable: bool
     on_busy: str
     lease_s: float
     retry_s: float
@@ -106,6 +107,21 @@ class Attempt:
         if error is not None:
             raise error
         return pb.DecideReply.FromString(reply)
+
+    def wait_durable(self, version: int) -> None:
+        """Return once the committed version is stored; a coordinator that is away meanwhile is waited for."""
+        self.ranks.from_first(lambda: self._wait_durable(version))
+
+    def _wait_durable(self, version: int) -> None:
+        deadline_s = time.monotonic() + self.retry_s
+        while True:
+            try:
+                return self.control.wait_durable(version)
+            except TransferError as error:
+                if time.monotonic() > deadline_s:
+                    raise
+                log.info("version %d is committed, waiting for the store: %s", version, error)
+                time.sleep(OUTCOME_POLL_S)
 
     def abort(self, transaction: int, error: BaseException) -> None:
         """Tell the service to give up; where it cannot be told, the lease does it."""
@@ -218,7 +234,7 @@ class Attempt:
         try:
             self._raise_cancelled()
             self._deciding = True
-            return self.control.decide(transaction).SerializeToString(), False, None
+            return self.control.decide(transaction, durable=self.durable).SerializeToString(), False, None
         except WeightUpdateError as error:
             if not self._deciding:
                 return b"", False, error

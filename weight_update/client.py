@@ -32,7 +32,7 @@ from quant.names import IDENTITY, NameMap
 from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
 from .encoder import global_scales, largest_bits, nonfinite_index
-from .errors import BusyError, DigestError, ManifestError, VersionError, raise_all
+from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
 from .handle import PushHandle
 from .manifest import Manifest
 from .ranks import Ranks
@@ -104,6 +104,7 @@ class Pusher:
         base_version: int | None = None,
         push_id: str | None = None,
         step: int = 0,
+        durable: bool = False,
         on_busy: OnBusy = "error",
     ) -> PushReport:
         """Push a model's weights as the next version; returns once every replica serves it, or raises with nothing
@@ -113,11 +114,12 @@ class Pusher:
         iterable of (name, tensor or DTensor). FP32 and FP16 weights are cast to BF16, ties to even. scope: "all" (every
         parameter of the service must be there), "trainable", or name patterns; widened to whole fused groups, the rest
         is carried over. base_version: refuse unless it is current. push_id: pushing the same id again returns the first
-        outcome instead of a second version. step: the trainer's own count, stored beside the version. on_busy: where
-        another push is open, raise BusyError, wait until it is over, or abort it.
+        outcome instead of a second version. step: the trainer's own count, stored beside the version. durable: return
+        once the version is in the version store, too; StoreError where it is served and cannot be stored. on_busy:
+        where another push is open, raise BusyError, wait until it is over, or abort it.
         """
         self._give_way(on_busy)
-        attempt = self._planned(self._ranks, model, scope, base_version, push_id, step, on_busy)
+        attempt = self._planned(self._ranks, model, scope, base_version, push_id, step, durable, on_busy)
         return self._run(attempt)
 
     def push_async(
@@ -128,13 +130,14 @@ class Pusher:
         base_version: int | None = None,
         push_id: str | None = None,
         step: int = 0,
+        durable: bool = False,
         on_busy: OnBusy = "error",
     ) -> PushHandle:
         """The same, but returns as soon as everything to be sent is encoded: the optimizer may step during the
         transfer. on_busy also says what becomes of a push of this trainer that still runs."""
         self._give_way(on_busy)
         self._apart = self._apart or self._ranks.apart()
-        attempt = self._planned(self._apart, model, scope, base_version, push_id, step, on_busy)
+        attempt = self._planned(self._apart, model, scope, base_version, push_id, step, durable, on_busy)
         if isinstance(attempt.content, Whole):
             attempt.content.take()
         self._running = PushHandle(lambda: self._run(attempt), attempt.cancel)
@@ -186,11 +189,14 @@ class Pusher:
         base_version: int | None,
         push_id: str | None,
         step: int,
+        durable: bool,
         on_busy: OnBusy,
     ) -> Attempt:
         clock = Clock()
         self._settle()
         described = self._describe()
+        if durable and not described.stores:
+            raise StoreError("durable push: the service has no version store; start it with --store DIR")
         manifest = self._manifest_of(described)
         clock.stop("describe")
         plan = self._plan(manifest, model, scope)
@@ -212,6 +218,7 @@ class Pusher:
             push_id=chosen_id,
             base_version=base_version or 0,
             step=step,
+            durable=durable,
             on_busy=on_busy,
             lease_s=self._lease_s,
             retry_s=self._retry_s,
@@ -285,6 +292,12 @@ class Pusher:
     # -- on the way
 
     def _run(self, attempt: Attempt) -> PushReport:
+        report = self._committed(attempt)
+        if attempt.durable:
+            attempt.wait_durable(report.version)
+        return report
+
+    def _committed(self, attempt: Attempt) -> PushReport:
         try:
             return self._carried_out(attempt)
         except (VersionError, DigestError) as error:

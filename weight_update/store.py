@@ -125,7 +125,7 @@ class Store:
 
     def record(self, version: int) -> StoredVersion:
         """One version; raises VersionError naming what there is."""
-        path = self._path(version)
+        path = self.path(version)
         if not (path / RECORD).is_file():
             held = ", ".join(str(each.version) for each in self.versions()) or "nothing"
             raise VersionError(f"version {version}: not in the store {self.directory}, which holds {held}")
@@ -140,14 +140,14 @@ class Store:
             raise VersionError(f"version {version} in {self.directory}: of another model, format or tensor list")
         spec = self._manifest.tensors[index]
         if not record.base:
-            return read_full(self._path(version), spec, self._components())
-        return read_delta(self._path(version) / DELTA, spec, lambda: self.read(record.base, index))
+            return read_full(self.path(version), spec, self._components())
+        return read_delta(self.path(version) / DELTA, spec, lambda: self.read(record.base, index))
 
     def check(self, version: int) -> None:
         """Read all of a version; DigestError names every tensor whose bytes are not what was committed."""
         record = self.record(version)
         problems = [
-            f"{spec.name}: {self._path(version)} holds {found}, committed was {wanted}"
+            f"{spec.name}: {self.path(version)} holds {found}, committed was {wanted}"
             for index, (spec, wanted) in enumerate(zip(self._manifest.tensors, record.digests, strict=True))
             if (found := tensor_digest(spec, self.read(version, index))) != wanted
         ]
@@ -172,7 +172,7 @@ class Store:
                 record = replace(record, num_bytes=bytes_in(hidden))
                 (hidden / RECORD).write_text(json.dumps(asdict(record)))
                 sync(hidden)
-                hidden.rename(self._path(record.version))
+                hidden.rename(self.path(record.version))
                 sync_directory(self.directory)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -194,7 +194,7 @@ class Store:
         with reporting(f"{self.directory}: old versions were not dropped"):
             for record in dropped:  # renamed first: nobody lists what is half gone
                 hidden = self.directory / f".v{record.version:08d}"
-                self._path(record.version).rename(hidden)
+                self.path(record.version).rename(hidden)
                 shutil.rmtree(hidden)
         return dropped
 
@@ -215,7 +215,8 @@ class Store:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
 
-    def _path(self, version: int) -> Path:
+    def path(self, version: int) -> Path:
+        """The folder of a version."""
         return _path(self.directory, version)
 
     def _base(self) -> StoredVersion | None:

@@ -346,11 +346,15 @@ class ControlClient:
         """Pause, write in place, keep the undo. `decide` does this by itself where it was not called."""
         call(self._stub.Install, pb.InstallRequest(transaction=transaction), timeout_s=600, where=self.target)
 
-    def decide(self, transaction: int) -> pb.DecideReply:
-        """The commit point."""
-        request = pb.DecideRequest(transaction=transaction)
+    def decide(self, transaction: int, *, durable: bool = False) -> pb.DecideReply:
+        """The commit point. durable: the version will be waited for, none may take its place before it is stored."""
+        request = pb.DecideRequest(transaction=transaction, durable=durable)
         reply: pb.DecideReply = call(self._stub.Decide, request, timeout_s=600, where=self.target)
         return reply
+
+    def wait_durable(self, version: int) -> None:
+        """Return once a version is in the version store."""
+        call(self._stub.WaitDurable, pb.WaitDurableRequest(version=version), where=self.target)
 
     def abort(self, transaction: int, reason: str) -> None:
         """Give up: every rank goes back to the old version."""

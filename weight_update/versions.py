@@ -105,13 +105,13 @@ class VersionIndex:
                 row,
             )
 
-    def set_durable(self, version: int) -> None:
-        """The version store has this version."""
+    def set_durable(self, version: int, durable: bool = True) -> None:
+        """The version store has this version, or has it no more."""
         with self._writing() as db:
-            db.execute("UPDATE versions SET durable = ? WHERE version = ?", (time.time(), version))
+            db.execute("UPDATE versions SET durable = ? WHERE version = ?", (time.time() if durable else None, version))
 
     def durable(self) -> list[int]:
-        """Versions that the store has had, oldest first; what it still has, it says itself."""
+        """Versions that the store has, oldest first."""
         return [row[0] for row in self._db.execute("SELECT version FROM versions WHERE durable NOT NULL ORDER BY 1")]
 
     def members(self) -> dict[MemberId, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weight_update.membership import Membership
-from weight_update.messages import Action, Send
+from weight_update.messages import Action
 from weight_update.protocol import Coordinator
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def check_outcome(world: World, push_id: str, version: int | None) -> None:
 
 
 class DecidesEarly(Coordinator):
-    """Goes on once one member has installed."""
+    """Goes on once the first replica has installed."""
 
     def ask(self, name: str, sends: Any) -> list[Action]:
-        actions = super().ask(name, sends[:1] if name == "install" else sends)
-        return [*actions, *sends[1:]] if name == "install" else actions
+        first = [send for send in sends if name != "install" or send.member.replica == sends[0].member.replica]
+        return [*super().ask(name, first), *(send for send in sends if send not in first)]
 
 
 class Unfenced(Membership):
@@ -82,4 +82,4 @@ def planted(bugs: Bugs) -> type[Coordinator]:
     return LeaseIsNotFenced if bugs.lease_is_not_fenced else Coordinator
 
 
-__all__ = ["Broken", "Send", "check", "check_outcome", "planted"]
+__all__ = ["Broken", "check", "check_outcome", "planted"]

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from weight_update.errors import TransferError
+from weight_update.errors import WeightUpdateError
 from weight_update.messages import Send
 
-from .ranks import SimRank
-from .world import LATENCY_S, STEP_TIMEOUT_S, Host, Node, World
+from .ranks import Answer, SimRank
+from .world import LATENCY_S, Host, Node, World
 
 SLOW = 100  # times slower than the others
 CRASHES = ("before", "after", "superseded")
@@ -31,6 +31,14 @@ class NoFaults:
 
     def damages_live(self, world: World, rank: SimRank, send: Send) -> None:
         pass
+
+    def refuses(self, rank: SimRank, send: Send) -> WeightUpdateError | None:
+        """Instead of doing a step."""
+        return None
+
+    def answers(self, rank: SimRank, answer: Answer | None) -> Answer | None:
+        """What becomes of a rank's answer."""
+        return answer
 
     def damages(self, world: World, payload: bytes) -> bytes:
         return payload
@@ -156,6 +164,3 @@ def _replica(node: Any) -> int:
 
 def _kind(node: Any) -> str:
     return "rank" if isinstance(node, SimRank) else "coordinator" if isinstance(node, Host) else str(node)
-
-
-__all__ = ["STEP_TIMEOUT_S", "Faults", "NoFaults", "TransferError"]

@@ -86,6 +86,7 @@ class Engine:
 class SimRank:
     """Real bytes, the real `Member`; time and messages come from the world.
 
+    clock_s: this rank's clock is its own.
     fetch: asks a donor for its rows, which come back through `filled`. stored: what the version store holds.
     """
 
@@ -96,6 +97,7 @@ class SimRank:
         loaded: Content,
         *,
         engine: Engine,
+        clock_s: float,
         stored: dict[int, Content],
         fetch: Callable[[SimRank, Send], None],
         undo_is_dropped: bool = False,
@@ -110,6 +112,7 @@ class SimRank:
         self.filling: int | None = None  # transaction whose bytes a donor gives
         self.held: Send | None = None  # a prepare that waits for them
         self.engine = engine
+        self._clock_s = clock_s  # what this rank's own clock shows more than the world's
         self._stored, self._fetch, self._undo_is_dropped = stored, fetch, undo_is_dropped
 
     def __str__(self) -> str:
@@ -120,7 +123,7 @@ class SimRank:
         return self.member.state
 
     def serves(self, now_s: float) -> bool:
-        return self.alive and not self.broken and not self.engine.paused and self.member.serves(now_s)
+        return self.alive and not self.broken and not self.engine.paused and self.member.serves(now_s + self._clock_s)
 
     # -- the coordinator's messages
 
@@ -129,9 +132,9 @@ class SimRank:
         try:
             result = self._hello(send, now_s) if send.step == "hello" else self._step(send)
         except WeightUpdateError as error:
-            return Answer(send=send, token=now_s, error=error)
+            return Answer(send=send, token=now_s + self._clock_s, error=error)
         later = self.held is send or (self, send) in self.engine.waiting
-        return None if later else Answer(send=send, token=now_s, result=result)
+        return None if later else Answer(send=send, token=now_s + self._clock_s, result=result)
 
     def _hello(self, send: Send, now_s: float) -> MemberState:
         member = self.member

@@ -85,6 +85,9 @@ class Schedule:
         """Faults, then their end, then health; a push that follows commits."""
         world = self.world
         world.run(lambda: world.now_s >= world.faults.end_s)
+        world.disk.failing_writes = 0
+        if not world.num_crashes:
+            world.kill(self.draw.choice([world.host, *world.ranks.values()]))
         if not self._until(lambda: (world.is_healthy and not self.is_pushing) or self.is_lost()):
             raise checks.Broken(f"not healthy {HEAL_S:.0f} s after the last fault: {world.host.protocol.fenced}")
         # Where the committed version is lost nothing goes on silently: it takes this full push.

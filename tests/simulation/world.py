@@ -241,6 +241,7 @@ class World:
     keeps_log: bool = False
     now_s: float = 0.0
     events: int = 0
+    num_crashes: int = 0
     log: list[str] = field(default_factory=list)
     coverage: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     pushed: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -279,6 +280,7 @@ class World:
             self.num_ranks,
             self.loaded,
             engine=Engine() if member.rank == 0 else self.ranks[MemberId(replica=member.replica, rank=0)].engine,
+            clock_s=self.random.uniform(-1e6, 1e6),
             stored=self.disk.stored,
             fetch=self._fetch,
             undo_is_dropped=self.bugs.undo_is_dropped,
@@ -336,7 +338,9 @@ class World:
 
     def serve_step(self, host: Host, rank: SimRank, send: Send) -> None:
         """A rank takes one message of a coordinator."""
-        answer = rank.receive(send, self.now_s)
+        error = self.faults.refuses(rank, send)
+        answer = rank.receive(send, self.now_s) if error is None else Answer(send=send, token=0.0, error=error)
+        answer = self.faults.answers(rank, answer)
         if answer is not None:
             self.faults.damages_live(self, rank, send)
             self.send(rank, host, host.answered, answer, name=f"{send.step} done")
@@ -367,6 +371,7 @@ class World:
     def kill(self, node: Any) -> None:
         """The process is gone, and so is all that it held in memory."""
         node.alive = False
+        self.num_crashes += 1
         self.note(f"{node} dies")
         if isinstance(node, Host):
             if node is self.host:

@@ -1,0 +1,40 @@
+"""Events for whoever watches: `transfuse watch`, tests, a supervisor."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from protos import transfuse_pb2 as pb
+
+POLL_S = 0.5
+
+
+class Watchers:
+    """Those who watch, each with what it has not seen yet."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()  # guards the set; nothing blocks under it
+        self._queues: set[queue.SimpleQueue[pb.Event]] = set()
+
+    def tell(self, event: pb.Event) -> None:
+        """All who watch now get it."""
+        with self._guard:
+            for each in self._queues:
+                each.put(event)
+
+    def watch(self, alive: Callable[[], bool]) -> Iterator[pb.Event]:
+        """Events from now on, while the watcher is there."""
+        events: queue.SimpleQueue[pb.Event] = queue.SimpleQueue()
+        with self._guard:
+            self._queues.add(events)
+        try:
+            while alive():
+                try:
+                    yield events.get(timeout=POLL_S)
+                except queue.Empty:
+                    continue
+        finally:
+            with self._guard:
+                self._queues.discard(events)

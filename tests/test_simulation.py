@@ -1,0 +1,47 @@
+"""The protocol under deterministic simulation, with every fault there is; `python -m tests.simulation` runs more."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import fields
+
+import pytest
+
+from tests.simulation.checks import Broken
+from tests.simulation.schedule import Schedule
+from tests.simulation.world import Bugs
+
+NUM_SCHEDULES = 300
+MAX_SEEDS = 1500  # until a planted bug is found
+FIRST = {"lease_is_not_fenced": 0, "epoch_is_ignored": 100}  # where the search begins; the others are found at once
+
+
+def test_random_schedules_with_faults_keep_every_invariant_and_end_in_health() -> None:
+    worlds = [Schedule(seed).run() for seed in range(NUM_SCHEDULES)]
+    faults = {fault for world in worlds for _, _, fault in world.coverage}
+    assert statistics.median(world.events for world in worlds) >= 200
+    assert min(world.num_crashes for world in worlds) >= 1
+    assert faults >= {*CRASHES, "drop", "double", "late", "partition", "flip", "failed write"}
+    assert {world.replicas for world in worlds} >= {1, 2, 3}
+
+
+CRASHES = {"crash before", "crash after", "crash superseded", "torn write"}
+
+
+def test_a_seed_replays_exactly() -> None:
+    first, second = (Schedule(21, keeps_log=True) for _ in range(2))
+    first.run()
+    second.run()
+    assert len(first.world.log) > 200
+    assert first.world.log == second.world.log
+
+
+@pytest.mark.parametrize("bug", [field.name for field in fields(Bugs)])
+def test_a_planted_bug_is_found(bug: str) -> None:
+    bugs = Bugs(**{bug: True})
+    for seed in range(FIRST.get(bug, 0), MAX_SEEDS):
+        try:
+            Schedule(seed, bugs).run()
+        except (Broken, AssertionError):
+            return
+    pytest.fail(f"{bug}: not found in {MAX_SEEDS} schedules")
