@@ -31,6 +31,7 @@ from .engine import Engine
 from .faults import Faults
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
+from .witness import Witness
 from .work import Worker
 from .workers import Serving, make_worker
 
@@ -88,6 +89,7 @@ class RankActor:
             shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
+            witness = Witness(receiver, checkpoint)
             config_dir = checkpoint.config_dir
         mark_all_applied(model)
         seal(model)
@@ -100,6 +102,7 @@ class RankActor:
             reshard=lambda: reshard_all(model),
             faults=self._faults,
             listen=f"{config.host}:0",
+            witness=witness,
         )
         return self._server.address
 

@@ -29,6 +29,7 @@ from .engine import Engine
 from .faults import Faults
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .wire import bind, make_server, refuse, refusing, set_serving
+from .witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class RankServer:
     """Serves Data, Member and Generation for one rank.
 
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
-    audited (the engine's refresh gathers them again). listen: host:port, port 0 for any.
+    audited (the engine's refresh gathers them again). listen: host:port, port 0 for any. witness: of how the
+    checkpoint was read.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class RankServer:
         reshard: Callable[[], None],
         faults: Faults,
         listen: str,
+        witness: Witness,
     ) -> None:
         self.identity = identity
         self.receiver = receiver
         self.engine = engine
         self.faults = faults
+        self.witness = witness
         self.member = Member(version=0)
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
@@ -125,6 +129,7 @@ class RankServer:
 
     def prepare(self, request: Any) -> np.ndarray:
         digests = self.receiver.prepare()
+        self.witness.hear()
         self.timing.stage_stop_s = time.time()
         return digests
 
@@ -251,6 +256,7 @@ class MemberServicer(pb_grpc.MemberServicer):
             pid=os.getpid(),
             num_sequences=rank.engine.num_sequences,
             paused=rank.engine.state != "serving",
+            checkpoint=rank.witness.status,
         )
 
     @refusing

@@ -19,6 +19,7 @@ from service.engine import Engine
 from service.faults import Faults
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
+from service.witness import Witness
 from service.workers import Serving, make_worker
 from weight_update.receiver import Receiver
 
@@ -58,6 +59,8 @@ def start_rank(
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving."""
     model, receiver = cold(model_dir, layout, format)
+    with open_checkpoint(model_dir) as checkpoint:
+        witness = Witness(receiver, checkpoint)
     worker = make_worker(model, model_dir, serving)
     engine = Engine(worker, group=None, rank=0, world=1, version=0, commit_between=serving.commit_between)
     engine.warm_up()
@@ -70,6 +73,7 @@ def start_rank(
         reshard=lambda: None,
         faults=Faults(),
         listen="127.0.0.1:0",
+        witness=witness,
     )
     return rank, model
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from quant.layouts import Derived, Placement, apply_rows, invert_rows
 
-from .digest import MASK, digest_rows, name_key
+from .digest import MASK, Digests, digest_rows, name_key
 from .errors import PlanError, raise_all
 from .inplace import local_of
+from .staging import ALIGN_BYTES
 
 BLOCK_BYTES = 1 << 20  # rows go in blocks of about this size: what a core's cache holds, and bounded scratch
 MAX_WORD_BYTES = 8  # padding is looked at in words of up to this size
@@ -50,6 +51,10 @@ class Write:
         """Write the rows, uint8 [num_rows, row_bytes], in place."""
         for start, stop in self.blocks:
             apply_rows(self.placement, rows[start:stop], self.row0 + start, self.local, self.base)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor, read back through the layout: uint8 [n, row_bytes]."""
+        return invert_rows(self.placement, start, stop - start, self.local, self.base)
 
     def digest(self, scratch: Tensor) -> tuple[int, int]:
         """The digest of the rows as they lie in the storage, read back through the layout."""
@@ -126,6 +131,17 @@ def bytes_of(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         raise PlanError(f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}; expected contiguous memory")
     return tensor.detach().view(-1).view(torch.uint8)
+
+
+def digests_of(writes: Sequence[Write], scratch: Tensor) -> Digests:
+    """Of each write, as its rows lie in the storage: [n, 2]."""
+    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
+
+
+def block_bytes_of(writes: Sequence[Write]) -> int:
+    """Scratch for one block of rows, in whole cache lines."""
+    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
+    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
 
 
 # ---------------------------------------------------------------- plans

@@ -41,20 +41,21 @@ from .errors import (
 )
 from .inplace import AddressAudit, Storages, local_of
 from .live import (
-    BLOCK_BYTES,
     Padding,
     Recompute,
     Shards,
     Span,
     Write,
+    block_bytes_of,
     bytes_of,
+    digests_of,
     merge_spans,
     plan_padding,
     plan_recomputes,
     plan_writes,
 )
 from .manifest import Manifest
-from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
+from .staging import Arena, StagingBuffer, plan_staging
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
@@ -251,9 +252,19 @@ class Receiver:
         """Digests of the live bytes of these tensors, all by default, [n, 2]."""
         with self._lock:
             writes = self._writes if tensors is None else [self._writes[int(i)] for i in tensors]
-            return _digests(writes, torch.empty(_block_bytes(writes), dtype=torch.uint8))
+            return digests_of(writes, torch.empty(block_bytes_of(writes), dtype=torch.uint8))
 
     # -- what is there
+
+    def staged(self) -> dict[str, Tensor]:
+        """This rank's rows of the open transaction by tensor, uint8 [n, row_bytes], views; whole once prepared."""
+        push = self._push
+        return {} if push is None else {w.placement.tensor.name: r for w, r in zip(push.writes, push.rows, strict=True)}
+
+    def live(self, tensor: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, which this rank holds, as they are served: uint8 [n, row_bytes], a copy."""
+        with self._lock:
+            return self._writes[tensor].read(start, stop)
 
     @property
     def staged_bytes(self) -> int:
@@ -308,7 +319,7 @@ class Receiver:
             [write.placement.tensor for write in writes], self.row_start[indices], self.row_stop[indices]
         )
         undo_bytes = sum(stop - first for _, first, stop in spans)
-        block_bytes = _block_bytes(writes)
+        block_bytes = block_bytes_of(writes)
         memory = MemoryPlan(
             staging_bytes=layout.num_bytes,
             undo_bytes=undo_bytes,
@@ -363,7 +374,7 @@ class Receiver:
             write.apply(rows)
         for each in push.recomputes:
             each.apply()
-        installed = _digests(push.writes, push.scratch)
+        installed = digests_of(push.writes, push.scratch)
         self._verify(push, installed)
         return installed
 
@@ -381,16 +392,6 @@ class Receiver:
     def _end(self, push: _Push) -> None:
         push.staging.close()
         self._push, self.state = None, State.IDLE
-
-
-def _digests(writes: Sequence[Write], scratch: Tensor) -> Digests:
-    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
-
-
-def _block_bytes(writes: Sequence[Write]) -> int:
-    """Scratch for one block of rows, in whole cache lines."""
-    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
-    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def _hex(digest: npt.NDArray[np.uint64]) -> str:
