@@ -287,7 +287,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids")
+    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids", "checkpoint")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +296,7 @@ class ReplicaStatus(_message.Message):
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     replica: int
     state: str
     version: int
@@ -304,7 +305,8 @@ class ReplicaStatus(_message.Message):
     num_sequences: int
     reason: str
     pids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ...) -> None: ...
+    checkpoint: str
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store")
@@ -531,7 +533,7 @@ class HelloRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., token: _Optional[float] = ..., brief: _Optional[bool] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept")
+    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept", "checkpoint")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -545,6 +547,7 @@ class HelloReply(_message.Message):
     SERVES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     spec: RankSpec
     version: int
@@ -558,7 +561,8 @@ class HelloReply(_message.Message):
     serves: bool
     token: float
     kept: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
+    checkpoint: str
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors")

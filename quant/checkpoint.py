@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import inference, modelslim
-from .configs import Quantization
+from .configs import NVFP4_ROWS, Quantization
 from .excludes import ConfigError
 from .formats import TensorSpec
+from .probe import Hypothesis, ProbeError, Reading, verify
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -48,7 +49,12 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint:
-    """The tensors of one directory. Files are mapped, so that rows are read when asked for, not before."""
+    """The tensors of one directory. Files are mapped, so that rows are read when asked for, not before.
+
+    readings: of what was opened in NVFP4, whether its bytes are known to be as they are read.
+    """
+
+    readings: tuple[Reading, ...] = ()
 
     def __init__(self, config_dir: Path, *, swap_nibbles: bool | None = None) -> None:
         self.config_dir = config_dir
@@ -181,12 +187,31 @@ def open_checkpoint(
     if components:
         raise CheckpointError(f"{path}: not a pipeline folder, and components are given: {', '.join(components)}")
     if path.is_dir():
-        return Checkpoint(path)
+        return _open_directory(path)
     if path.is_file() and path.suffix == ".gguf":
         cache = Path.home() / ".cache" / "transfuse" if cache_dir is None else cache_dir
         return Checkpoint(convert_gguf(path, cache, progress))
     names = ", ".join(sorted(PACKAGED))
     raise CheckpointError(f"{path_or_name}: expected a directory with safetensors, a .gguf file, or one of: {names}")
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    """In checkpoint form, and what metadata and padding say of its nibbles and scales; raises where they contradict."""
+    from .views import CheckpointView  # it is a checkpoint, and so imports this module
+
+    stored = Checkpoint(path)
+    declared = stored.quantization
+    if declared is None or declared.format not in NVFP4_ROWS:
+        return stored
+    reading = Hypothesis.declared_by(declared)
+    try:
+        verdict = verify(stored, quantization=declared, metadata=stored.metadata())
+    except ProbeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    is_canonical = not reading.swap_nibbles and reading.scale_layout == "linear"
+    opened = stored if is_canonical else CheckpointView(stored)
+    opened.readings = (Reading(declared=reading, verdict=verdict),)
+    return opened
 
 
 def _packaged(name: str) -> Path:

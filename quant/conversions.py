@@ -56,10 +56,24 @@ def linear_scales(swizzled: Tensor, num_rows: int, num_columns: int) -> Tensor:
             f"swizzled scales of {swizzled.numel()} x {swizzled.element_size()} bytes; expected {expected} bytes for "
             f"[{num_rows}, {num_columns}] padded to 128 x 4"
         )
-    located = Swizzle128x4().locate(np.arange(num_rows, dtype=np.int64), num_rows, num_columns)
-    at = located.rows[:, None] + (located.runs[:, None] + np.arange(located.run_bytes)).ravel()
     flat = swizzled.contiguous().view(-1).view(torch.uint8)
-    return flat[torch.from_numpy(at)].view(swizzled.dtype)
+    return flat[_swizzled_at(num_rows, num_columns)].view(swizzled.dtype)
+
+
+def swizzled_scales(linear: Tensor) -> Tensor:
+    """The inverse for whole tiles: rows of a multiple of 128, columns of 4; the same shape, the bytes swizzled."""
+    rows = linear.contiguous().view(torch.uint8)
+    if rows.ndim != 2 or rows.shape[0] % 128 or rows.shape[1] % 4:
+        raise ValueError(f"linear scales of {list(rows.shape)} bytes; expected whole tiles of 128 x 4")
+    flat = torch.empty_like(rows).view(-1)
+    flat[_swizzled_at(*rows.shape)] = rows
+    return flat.view(rows.shape).view(linear.dtype)
+
+
+def _swizzled_at(num_rows: int, num_columns: int) -> Tensor:
+    """Where the byte of each scale lies: [num_rows, num_columns]."""
+    located = Swizzle128x4().locate(np.arange(num_rows, dtype=np.int64), num_rows, num_columns)
+    return torch.from_numpy(located.rows[:, None] + (located.runs[:, None] + np.arange(located.run_bytes)).ravel())
 
 
 def swap_nibbles(packed: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointError, read_quantization
-from .configs import Quantization
+from .configs import NVFP4_ROWS, Quantization
 from .excludes import Excludes
 from .families import Family, Repository, family_of, is_served, nearest, repository_at
 from .formats import TensorSpec
 from .name_maps import COMFY_PREFIX, NAME_MAPS
 from .names import IDENTITY, NameMap, NameMapError
-from .probe import ProbeError, rows_of, verify
+from .probe import Hypothesis, ProbeError, Reading, rows_of, verify
 from .views import CheckpointView
 
 log = logging.getLogger(__name__)
@@ -71,12 +71,19 @@ class Component:
     def has_weights(self) -> bool:
         return self.weights.is_file() or any(self.weights.glob("*.safetensors"))
 
-    def open(self) -> Checkpoint:
-        """Its checkpoint in the names of the class and in checkpoint form, whatever the files have."""
+    def open(self, model: nn.Module | None = None) -> Checkpoint:
+        """Its checkpoint in the names of the class and in checkpoint form, whatever the files have.
+
+        model: of its class, not yet quantized, where that is at hand: weights are cut to its shapes.
+        """
         stored = self.stored()
         names = self._names_of(stored)
-        is_canonical = names is IDENTITY and stored.quantization is None
-        return stored if is_canonical else CheckpointView(stored, name_map=names)
+        if names is IDENTITY and stored.quantization is None:
+            return stored
+        is_padded = stored.quantization is not None and stored.quantization.format in NVFP4_ROWS  # it may be
+        shaped = (model or _transformer(self)).named_parameters() if is_padded else ()
+        shapes = {name: tuple(parameter.shape) for name, parameter in shaped}
+        return CheckpointView(stored, name_map=names, shapes=shapes)
 
     def stored(self) -> Checkpoint:
         """Its checkpoint as the files have it."""
@@ -92,21 +99,26 @@ class Component:
         is_original = any(self.family.is_original(name.removeprefix(COMFY_PREFIX)) for name in stored.names())
         return NAME_MAPS[self.family.name_map] if is_original else IDENTITY
 
-    def verify(self) -> None:
+    def verify(self) -> Reading | None:
         """Compare sampled rows with the pipeline's own BF16 weights: are nibbles and scales in the order stated?
 
-        Logs what is certain. Raises PipelineError where another order fits better.
+        Logs and returns what is certain; None where there is nothing to be. Raises PipelineError where another order
+        fits better.
         """
         with self.stored() as stored, ExitStack() as opened:
             if stored.quantization is None:
-                return
+                return None
             names = self._names_of(stored)
             base = None if self.base is None else opened.enter_context(Checkpoint(self.base))
             plain = None if base is None else rows_of(base, lambda name: names.forward(name)[0].target.name)
             try:
-                verify(stored, plain, quantization=stored.quantization, metadata=stored.metadata())
+                verdict = verify(stored, plain, quantization=stored.quantization, metadata=stored.metadata())
             except ProbeError as error:
                 raise PipelineError(f"{self.name} ({self.weights}): {error}") from error
+            if stored.quantization.format not in NVFP4_ROWS:
+                return None
+            declared = Hypothesis.declared_by(stored.quantization)
+            return Reading(component=self.name, declared=declared, verdict=verdict)
 
 
 def is_pipeline(path: Path) -> bool:
@@ -239,9 +251,10 @@ class PipelineCheckpoint(Checkpoint):
 def open_pipeline(path: Path, overrides: Mapping[str, str | Path] | None = None) -> PipelineCheckpoint:
     """Open the checkpoints of a pipeline folder's transformers; files are mapped, and only sampled rows are read."""
     components = components_of(path, overrides)
-    for component in components.values():
-        component.verify()
-    return PipelineCheckpoint(path, {name: each.open() for name, each in components.items()})
+    readings = [component.verify() for component in components.values()]
+    opened = PipelineCheckpoint(path, {name: each.open() for name, each in components.items()})
+    opened.readings = tuple(filter(None, readings))
+    return opened
 
 
 def resolved_formats(
@@ -298,7 +311,7 @@ def proved_quantization(component: Component, model: nn.Module) -> Quantization 
     if not component.has_weights:
         return read_quantization(component.weights)
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    with component.open() as checkpoint:
+    with component.open(model) as checkpoint:
         names = [name for name in checkpoint.names() if not any(pattern.search(name) for pattern in ignored)]
         try:
             IDENTITY.prove_bijective(names, [name for name, _ in model.named_parameters()])

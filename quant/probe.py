@@ -62,6 +62,11 @@ class Hypothesis:
     swap_nibbles: bool
     scale_layout: ScaleLayout
 
+    @classmethod
+    def declared_by(cls, quantization: Quantization) -> Hypothesis:
+        """How a checkpoint says that it is to be read."""
+        return cls(swap_nibbles=quantization.swap_nibbles, scale_layout=quantization.scale_layout)
+
     def __str__(self) -> str:
         return f"{'high' if self.swap_nibbles else 'low'} nibble first, {self.scale_layout} scales"
 
@@ -105,6 +110,15 @@ class Verdict:
         return f"{self.status}{f' ({open_fields})' if open_fields else ''}: {self.reason}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How an NVFP4 checkpoint is read, and how certain that is. component: of a pipeline, "" of a language model."""
+
+    component: str = ""
+    declared: Hypothesis
+    verdict: Verdict
+
+
 def verify(
     checkpoint: Rows, base: Base | None = None, *, quantization: Quantization, metadata: Metadata = ()
 ) -> Verdict:
@@ -115,7 +129,7 @@ def verify(
     """
     if quantization.format not in NVFP4_ROWS:
         return Verdict(verified=frozenset(FIELDS), reason=f"{quantization.format} has neither")
-    declared = Hypothesis(swap_nibbles=quantization.swap_nibbles, scale_layout=quantization.scale_layout)
+    declared = Hypothesis.declared_by(quantization)
     verdict = check(
         declared,
         () if base is None else samples(checkpoint, base, quantization.format),

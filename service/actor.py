@@ -34,6 +34,7 @@ from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
 from .rank import RankIdentity, RankServer
 from .refresh import Refresher
+from .witness import Witness
 from .work import Worker
 from .workers import Serving, make_worker, offload_of
 
@@ -108,10 +109,12 @@ class RankActor:
                 shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             config_dir = checkpoint.config_dir
+        witness = Witness(receiver, None)
         if source is not None:
             overrides = config.components if source == config.model else {}  # a stored version has its own weights
             with open_checkpoint(source, components=overrides) as checkpoint:
                 cold_load(receiver, checkpoint, dist.group.WORLD, owners_of(model))
+                witness = Witness(receiver, checkpoint)
         mark_all_applied(model)
         seal(model)
         refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
@@ -125,6 +128,7 @@ class RankActor:
             foresee=refresher.foresee,
             faults=self._faults,
             listen=f"{self._host}:0",
+            witness=witness,
         )
         if config.store_dir is not None:
             self._server.sources.store = Store(

@@ -27,6 +27,7 @@ from .keeper import Keeper
 from .router import GenerationRouter
 from .text import TextCodec
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
+from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
 
@@ -238,6 +239,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             num_sequences=states[0].num_sequences,
             reason=reason,
             pids=[state.pid for state in states],
+            checkpoint=of_replica([state.checkpoint for state in states]),
         )
 
     @refusing

@@ -34,6 +34,7 @@ from .leases import ServingLease
 from .sources import Sources
 from .steps import MemberServicer
 from .wire import bind, make_server, refuse, set_serving
+from .witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class RankServer:
 
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
-    written. listen: host:port, port 0 for any.
+    written. listen: host:port, port 0 for any. witness: of how the checkpoint was read.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class RankServer:
         foresee: Callable[[], None] = lambda: None,
         faults: Faults,
         listen: str,
+        witness: Witness,
     ) -> None:
         self.identity = identity
         self.receiver = receiver
         self.engine = engine
         self.faults = faults
+        self.witness = witness
         self.member = Member(version=0)
         receiver.version = 0  # what was loaded is nobody's version before it is adopted
         self.sources = Sources(receiver)
@@ -87,6 +90,7 @@ class RankServer:
         self._reshard = reshard
         self._foresee = foresee
         self._stale = False  # resharded since the last refresh
+        self._is_pushed = False  # the open transaction comes from a trainer
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
@@ -128,8 +132,9 @@ class RankServer:
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
             self.receiver.version = 0
-        begin = self.sources.begin if request.restores or request.donors else self._begin
-        plan = begin(request)
+            self.witness.forget()
+        self._is_pushed = not (request.restores or request.donors)
+        plan = self._begin(request) if self._is_pushed else self.sources.begin(request)
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
             rank=self.identity.rank,
@@ -155,6 +160,8 @@ class RankServer:
         self.sources.wait()
         digests = self.receiver.prepare()
         self._foresee()
+        if self._is_pushed:
+            self.witness.hear()
         self.timing.stage_stop_s = time.time()
         return digests
 

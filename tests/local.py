@@ -22,6 +22,7 @@ from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
 from service.restart import Weights
+from service.witness import Witness
 from service.workers import Serving, make_worker, offload_of
 from weight_update.receiver import Receiver
 from weight_update.store import Store
@@ -62,6 +63,8 @@ def start_rank(
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
     model, receiver = cold(source or model_dir, layout, format)
+    with open_checkpoint(source or model_dir) as checkpoint:
+        witness = Witness(receiver, checkpoint)
     refresher = Refresher(model, receiver, sharded=False, offload=offload_of(model, serving))
     worker = make_worker(model, model_dir, serving, refresher)
     engine = Engine(worker, group=None, rank=0, world=1, version=0, commit_between=serving.commit_between)
@@ -76,6 +79,7 @@ def start_rank(
         foresee=refresher.foresee,
         faults=Faults(),
         listen="127.0.0.1:0",
+        witness=witness,
     )
     return rank, model
 

@@ -290,7 +290,8 @@ def test_swapped_nibbles_are_written_down_when_they_are_there(export: Path, base
     name = f"{BLOCK}.mlp.up_proj.weight"
     assert same(contents(out)[name], turned[name])
     with open_checkpoint(out) as checkpoint:
-        assert checkpoint.quantization is not None and checkpoint.quantization.swap_nibbles
+        assert [each.declared.swap_nibbles for each in checkpoint.readings] == [True]
+        assert same(checkpoint.rows(name), tensors[name])  # in checkpoint form again
     for source, swap in ((swapped, False), (swapped, None), (export, True)):
         with pytest.raises(ToolError, match="nibble first, linear scales fits the BF16 rows better"):
             plan_mixed(source, base, keep=["*.down_proj"], swap_nibbles=swap)

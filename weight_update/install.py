@@ -69,6 +69,9 @@ class Install(Protocol):
     def prepare(self) -> Digests:
         """All has arrived: digests of the rank's rows as they will be, [n, 2]. Takes the undo copy."""
 
+    def arrived(self) -> dict[str, Tensor]:
+        """The rows of tensors that come whole, uint8 [n, row_bytes] each; none of those that come as changed bytes."""
+
     def write(self) -> Digests:
         """In place; digests of the rank's rows as they are read back. Raises where they are not what was staged."""
 
@@ -134,6 +137,10 @@ class FullInstall:
         for live, copy in self._undo:
             copy.copy_(live)
         return self._staged
+
+    def arrived(self) -> dict[str, Tensor]:
+        names = [write.placement.tensor.name for write in self._writes]
+        return dict(zip(names, self._rows, strict=True))
 
     def write(self) -> Digests:
         for write, rows in zip(self._writes, self._rows, strict=True):

@@ -113,14 +113,14 @@ class Dense:
         row0, row1 = patch.first // row_bytes, patch.stop // row_bytes
         self.index, self.write = index, part_of(write, row0, row1 - row0)
         self._scratch = scratch
-        self._new = torch.from_numpy(patch.values).view(row1 - row0, row_bytes)
+        self.rows = torch.from_numpy(patch.values).view(row1 - row0, row_bytes)
         self._old = invert_rows(write.placement, row0, row1 - row0, write.local, write.base)
         if patch.relative:
-            self._new += self._old.cpu()
-        self.out, self.into = (digest_rows(write.key, rows, row0) for rows in (self._old, self._new))
+            self.rows += self._old.cpu()
+        self.out, self.into = (digest_rows(write.key, rows, row0) for rows in (self._old, self.rows))
 
     def apply(self) -> Lanes:
-        self.write.apply(self._new)
+        self.write.apply(self.rows)
         return self.write.digest(self._scratch)
 
     def undo(self) -> None:
@@ -223,6 +223,20 @@ class DeltaInstall:
             moved = [(new - old) & MASK for new, old in zip(lanes, part.out, strict=True)]
             digests[position[part.index]] += np.array(moved, np.uint64)
         return digests
+
+    def arrived(self) -> dict[str, Tensor]:
+        parts: dict[int, list[Dense]] = {}
+        for part in self._prepared().parts:
+            if isinstance(part, Dense):
+                parts.setdefault(part.index, []).append(part)
+        found = {}
+        for index, write in zip(self.indices, self._writes, strict=True):
+            ordered = sorted(parts.get(index, ()), key=lambda part: part.write.row0)
+            if sum(part.write.num_rows for part in ordered) == write.num_rows:
+                none = torch.empty(0, write.placement.tensor.row_bytes, dtype=torch.uint8)
+                rows = [part.rows for part in ordered] or [none]
+                found[write.placement.tensor.name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return found
 
     def write(self) -> Digests:
         planned = self._prepared()

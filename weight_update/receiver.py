@@ -265,6 +265,12 @@ class Receiver:
         with self._lock:
             return self._expect("changes", State.PREPARED).changes()
 
+    def arrived(self) -> dict[str, Tensor]:
+        """This rank's rows of the tensors that the prepared transaction brings whole, by name: uint8 [n, row_bytes],
+        views."""
+        with self._lock:
+            return self._expect("arrived", State.PREPARED).arrived()
+
     def take_stale(self) -> dict[str, Positions | None]:
         """Tensors whose live bytes were written since the last call, and which bytes of them; None for any of them."""
         with self._lock:
