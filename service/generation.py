@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from .work import Stream
 
 # Largest message that a rank takes: a chunk of a push, or a request with its conditioning.
 MESSAGE_BYTES = {"Generate": MAX_MESSAGE_BYTES, "Denoise": MAX_MESSAGE_BYTES + MAX_CONDITIONING_BYTES}
+RIGHT_WAIT_S, RIGHT_POLL_S = 5.0, 0.05  # a replica that came in serves from the coordinator's next greeting on
 SERVED = {"Generate": "a language model", "Denoise": "a diffusion pipeline"}
 
 
@@ -46,13 +48,19 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             raise ManifestError(f"{rpc}: this service holds {SERVED[served]}, not {SERVED[rpc]}; call {served}")
         if self._version() == 0:
             raise BusyError(f"{rpc}: no version is published on this replica yet; wait for health SERVING")
-        if not self._may_serve():
+        if not self._has_right():
             raise BusyError(f"{rpc}: this replica has no right to serve now; see 'transfuse status'")
         if self._paused():
             raise BusyError(f"{rpc}: serving is paused by an operator; 'transfuse resume' ends it")
         stream = self._engine.submit(*args, **kwargs)
         context.add_callback(stream.cancel)
         return stream
+
+    def _has_right(self) -> bool:
+        deadline_s = time.monotonic() + RIGHT_WAIT_S
+        while not (has := self._may_serve()) and time.monotonic() < deadline_s:
+            time.sleep(RIGHT_POLL_S)
+        return has
 
     @refusing_stream
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.Token]:
