@@ -162,7 +162,7 @@ class RankServer:
 
     def publish(self, request: Any) -> None:
         installed = self.member.state == "installed"
-        if installed:
+        if self.receiver.state is State.INSTALLED:  # not so where serving did not go on at the first attempt
             self.receiver.publish()
         self.receiver.version = request.version
         self._resume(request.version, refresh=True)
