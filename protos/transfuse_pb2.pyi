@@ -531,7 +531,7 @@ class HelloRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., token: _Optional[float] = ..., brief: _Optional[bool] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept")
+    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept", "damage")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -545,6 +545,7 @@ class HelloReply(_message.Message):
     SERVES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     spec: RankSpec
     version: int
@@ -558,7 +559,8 @@ class HelloReply(_message.Message):
     serves: bool
     token: float
     kept: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
+    damage: str
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., damage: _Optional[str] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors")

@@ -33,7 +33,7 @@ from .engine import Engine
 from .faults import Faults
 from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
-from .rank import RankIdentity, RankServer
+from .rank import SCRUB_S, RankIdentity, RankServer
 from .refresh import Refresher
 from .text import eos_ids
 
@@ -61,6 +61,7 @@ class RankConfig:
     max_tokens: int
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
+    scrub_s: float = SCRUB_S
 
 
 class RankActor:
@@ -119,6 +120,7 @@ class RankActor:
             foresee=refresher.foresee,
             faults=self._faults,
             listen=f"{self._host}:0",
+            scrub_s=config.scrub_s,
         )
         if config.store_dir is not None:
             self._server.sources.store = Store(

@@ -25,6 +25,7 @@ from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .keeper import StoreConfig
+from .rank import SCRUB_S
 from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
 
@@ -45,7 +46,8 @@ class FleetConfig:
     ray_address: an existing cluster; None starts a local one. state_dir: where decisions are kept (default: a
     temporary folder, for trials). min_replicas: how many must serve for a push, 0 for all. rebuild_after_s: how long a
     replica may stay fenced beside others that serve before its processes are replaced, even though they live.
-    store: where committed versions are kept; its newest one is what a start serves.
+    store: where committed versions are kept; its newest one is what a start serves. scrub_s: within which
+    every installed byte is read again and compared, 0 for never.
     """
 
     model: str
@@ -62,6 +64,7 @@ class FleetConfig:
     min_replicas: int = 0
     rebuild_after_s: float = 120.0
     store: StoreConfig | None = None
+    scrub_s: float = SCRUB_S
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -178,6 +181,7 @@ class Fleet:
             max_tokens=config.max_tokens,
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
+            scrub_s=config.scrub_s,
         )
 
     @property

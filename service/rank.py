@@ -30,6 +30,7 @@ from .engine import Engine
 from .faults import Faults
 from .fetching import fetched
 from .leases import ServingLease
+from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
 from .wire import bind, make_server, refuse, refusing_stream, set_serving
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
 PAUSE_TIMEOUT_S = 60.0
+SCRUB_S = 600.0
 PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")
 
@@ -58,7 +60,7 @@ class RankServer:
 
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
-    written. listen: host:port, port 0 for any.
+    written. listen: host:port, port 0 for any. scrub_s: within which every installed byte is read again, 0 for never.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RankServer:
         foresee: Callable[[], None] = lambda: None,
         faults: Faults,
         listen: str,
+        scrub_s: float = SCRUB_S,
     ) -> None:
         self.identity = identity
         self.receiver = receiver
@@ -80,6 +83,8 @@ class RankServer:
         receiver.version = 0  # what was loaded is nobody's version before it is adopted
         self.sources = Sources(receiver)
         self._lease = ServingLease(self)
+        self._scrubber = Scrubber(self, scrub_s)
+        self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
         self._reshard = reshard
@@ -95,6 +100,7 @@ class RankServer:
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
         self.address = bind(self._server, listen)
         self._lease.start()
+        self._scrubber.start()
 
     def serves(self) -> bool:
         """Whether it answers requests, or may begin to by itself."""
@@ -107,6 +113,7 @@ class RankServer:
     def stop(self) -> None:
         """End all calls and stop generating."""
         self._lease.stop()
+        self._scrubber.stop()
         self._server.stop(grace=0.5).wait()
         self.engine.stop()
 
@@ -116,7 +123,7 @@ class RankServer:
         self.given_up.clear()
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
-            self.receiver.version = 0
+            self.receiver.version, self.damage = 0, ""
         begin = self.sources.begin if request.restores or request.donors else self._begin
         plan = begin(request)
         self.timing = pb.RankTiming(
@@ -164,7 +171,7 @@ class RankServer:
         installed = self.member.state == "installed"
         if self.receiver.state is State.INSTALLED:  # not so where serving did not go on at the first attempt
             self.receiver.publish()
-        self.receiver.version = request.version
+        self.receiver.version, self.damage = request.version, ""
         self._resume(request.version, refresh=True)
         self.timing.pause_stop_s = time.time()
         if installed:

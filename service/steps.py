@@ -97,6 +97,7 @@ class MemberServicer(pb_grpc.MemberServicer):
             paused=rank.engine.state != "serving",
             serves=rank.serves(),
             kept=rank.sources.kept(),
+            damage=rank.damage,
             token=time.monotonic(),
         )
 
