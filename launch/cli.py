@@ -15,7 +15,20 @@ import typer
 from weight_update.errors import PlanError, WeightUpdateError
 
 from . import exits, replicas
-from .options import DEFAULT_TARGET, Json, Target, address_of, emit
+from . import store as stores
+from .options import (
+    DEFAULT_TARGET,
+    Json,
+    Keep,
+    KeepBytes,
+    MinReplicas,
+    Scrub,
+    StateFolder,
+    StoreFolder,
+    Target,
+    address_of,
+    emit,
+)
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
@@ -32,6 +45,8 @@ app = typer.Typer(
 
 
 app.add_typer(replicas.app, name="replica")
+for command in (stores.export, stores.rollback, stores.reset):
+    app.command()(command)
 
 # ---------------------------------------------------------------- what runs processes
 
@@ -66,12 +81,12 @@ def serve(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
     ] = DEFAULT_TARGET,
-    min_replicas: Annotated[
-        int, typer.Option(min=0, metavar="K", help="How many replicas a push needs; 0 means all of them.")
-    ] = 0,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
-    ] = None,
+    min_replicas: MinReplicas = 0,
+    state: StateFolder = None,
+    store: StoreFolder = None,
+    keep: Keep = 4,
+    keep_bytes: KeepBytes = None,
+    scrub: Scrub = 600.0,
     as_json: Json = False,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM.
@@ -82,6 +97,7 @@ def serve(
 
     with _loading():
         from service.fleet import FleetConfig
+        from service.keeper import StoreConfig
 
         from .serve import run
 
@@ -98,6 +114,8 @@ def serve(
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
             min_replicas=min_replicas,
+            store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
+            scrub_s=scrub,
         )
         run(config, ready)
 
@@ -111,6 +129,7 @@ def push(
     ] = ["all"],  # noqa: B006 - typer copies it
     base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
     push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
+    durable: Annotated[bool, typer.Option("--durable", help="Return once the version is stored, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Push a checkpoint as the next version."""
@@ -124,11 +143,11 @@ def push(
     from .tables import mebibytes
 
     bars = Bars()
-    pusher = Pusher(target, on_progress=lambda phase, done, total: bars.update("push", done, total))
+    pusher = Pusher(target, mode="full", on_progress=lambda phase, done, total: bars.update("push", done, total))
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
-        report = pusher.push(items, one, base_version=base_version, push_id=push_id)
+        report = pusher.push(items, one, base_version=base_version, push_id=push_id, durable=durable)
     verified = "digest verified" if report.digest_verified else "digest not verified"
     emit(
         asdict(report),
