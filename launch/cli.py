@@ -14,10 +14,27 @@ import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits, replicas, tools
+from . import exits, proofs, replicas, tools
+from . import store as stores
 from .compare import compare
 from .denoise import denoise
-from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, Target, address_of, emit
+from .options import (
+    DEFAULT_TARGET,
+    CommitBetween,
+    Compile,
+    Components,
+    Json,
+    Keep,
+    KeepBytes,
+    MinReplicas,
+    Offload,
+    Scrub,
+    StateFolder,
+    StoreFolder,
+    Target,
+    address_of,
+    emit,
+)
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
@@ -34,6 +51,8 @@ app = typer.Typer(
 
 
 app.add_typer(replicas.app, name="replica")
+for command in (stores.export, stores.rollback, stores.reset):
+    app.command()(command)
 
 # ---------------------------------------------------------------- what runs processes
 
@@ -89,12 +108,12 @@ def serve(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
     ] = DEFAULT_TARGET,
-    min_replicas: Annotated[
-        int, typer.Option(min=0, metavar="K", help="How many replicas a push needs; 0 means all of them.")
-    ] = 0,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
-    ] = None,
+    min_replicas: MinReplicas = 0,
+    state: StateFolder = None,
+    store: StoreFolder = None,
+    keep: Keep = 4,
+    keep_bytes: KeepBytes = None,
+    scrub: Scrub = 600.0,
     component: Components = [],  # noqa: B006 - typer copies it
     commit_between: CommitBetween = "steps",
     offload: Offload = "none",
@@ -108,6 +127,8 @@ def serve(
     from tempfile import TemporaryDirectory
 
     with _loading():
+        from service.keeper import StoreConfig
+
         from .serve import configured, run
 
     def ready(address: str) -> None:
@@ -127,6 +148,8 @@ def serve(
             offload=offload,
             compile=compile,
             min_replicas=min_replicas,
+            store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
+            scrub_s=scrub,
         )
         run(config, ready)
 
@@ -140,6 +163,7 @@ def push(
     ] = ["all"],  # noqa: B006 - typer copies it
     base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
     push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
+    durable: Annotated[bool, typer.Option("--durable", help="Return once the version is stored, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Push a checkpoint as the next version."""
@@ -153,11 +177,11 @@ def push(
     from .tables import mebibytes
 
     bars = Bars()
-    pusher = Pusher(target, on_progress=lambda phase, done, total: bars.update("push", done, total))
+    pusher = Pusher(target, mode="full", on_progress=lambda phase, done, total: bars.update("push", done, total))
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
-        report = pusher.push(items, one, base_version=base_version, push_id=push_id)
+        report = pusher.push(items, one, base_version=base_version, push_id=push_id, durable=durable)
     verified = "digest verified" if report.digest_verified else "digest not verified"
     emit(
         asdict(report),
@@ -304,59 +328,18 @@ def formats(
     emit(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
-@app.command()
-def conformance(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a manifest.json.")],
-    as_list: Annotated[bool, typer.Option("--list", help="Also what is covered, and what no row covers.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compare with what other libraries wrote.
-
-    Golden fixtures hold tensors of third-party libraries: every one that a row of 'transfuse formats' follows must be
-    reproduced, byte for byte. Exit code 1 on any difference, naming its first byte.
-    """
-    from .conformance import run
-
-    value, text, equal = run(directories, as_list, as_json)
-    emit(value, text, as_json)
-    if not equal:
-        raise typer.Exit(1)
-
-
-@app.command()
-def chaos(
-    seed: Annotated[int, typer.Option(min=0, help="Draws the schedules.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Schedules of one to three failures each.")] = 20,
-    as_json: Json = False,
-) -> None:
-    """Break a local fleet on purpose and check that nothing is lost.
-
-    Trainers, ranks and the coordinator are killed at random steps of pushes, streams cut, chunks spoiled, bits flipped.
-    After each round all bytes must be those of a cold load. Exit code 1 where anything is lost. With --json one object
-    a round.
-    """
-    from dataclasses import asdict
-
-    with _loading():
-        from .chaos import Round, run, summary
-
-    played: list[Round] = []
-
-    def show(each: Round) -> None:
-        played.append(each)
-        emit(asdict(each), each.as_text(), as_json)
-
-    kept = run(seed, rounds, show)
-    if not as_json:
-        emit(None, summary(seed, played), as_json)
-    if not kept:
-        raise typer.Exit(1)
-
-
 # ---------------------------------------------------------------- what has a module of its own
 
 
-for command in (denoise, compare, tools.calibrate, tools.build_mixed, tools.convert_fp8):
+for command in (
+    denoise,
+    compare,
+    tools.calibrate,
+    tools.build_mixed,
+    tools.convert_fp8,
+    proofs.conformance,
+    proofs.chaos,
+):
     app.command()(command)
 
 

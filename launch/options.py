@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,24 @@ Offload = Annotated[
     str, typer.Option(metavar="none|component", help="'component' keeps only the one in use in memory; slower.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the blocks of a pipeline.")]
+
+# ---------------------------------------------------------------- of a service that lasts
+
+MinReplicas = Annotated[
+    int, typer.Option(min=0, metavar="K", help="How many replicas a push needs; 0 means all of them.")
+]
+StateFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the decision record, for restarts. Default: none is kept.")
+]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the version store: versions become durable, a restart serves the last one."),
+]
+Keep = Annotated[int, typer.Option(min=1, metavar="N", help="How many of the newest versions the store keeps.")]
+KeepBytes = Annotated[int | None, typer.Option(min=1, metavar="B", help="And how many bytes of them.")]
+Scrub = Annotated[
+    float, typer.Option(min=0.0, metavar="S", help="Re-read every installed byte within S seconds; 0 is never.")
+]
 
 
 def emit(value: Any, text: str, as_json: bool) -> None:

@@ -41,7 +41,16 @@ def status_text(reply: Row) -> str:
     rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
     since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
     push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
-    return "\n".join([head, aligned(rows), push if reply["transaction_state"] else "no push is open"])
+    lines = [head, aligned(rows), push if reply["transaction_state"] else "no push is open"]
+    lines += [_store_text(reply)] if reply["store_dir"] else []
+    lines += [f"LOST: {reply['lost']}"] if reply["lost"] else []
+    return "\n".join(lines)
+
+
+def _store_text(reply: Row) -> str:
+    """What is durable, and why the rest is not."""
+    durable = f"version {reply['durable_version']} is durable" if reply["durable_version"] else "nothing is durable yet"
+    return f"store {reply['store_dir']}: {durable}" + (f"; {reply['store']}" if reply["store"] else "")
 
 
 def version_row(info: Row) -> Row:
@@ -49,7 +58,9 @@ def version_row(info: Row) -> Row:
     return {
         "version": info["version"],
         "base": info["base_version"],
+        "step": info["step"],
         "state": info["state"],
+        "rollback": "yes" if info["reachable"] else "no",
         "committed": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["created_s"])),
         "wire": mebibytes(info["wire_bytes"]),
         "seconds": round(info["seconds"], 2),

@@ -32,7 +32,7 @@ from .engine import Engine
 from .faults import Faults
 from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
-from .rank import RankIdentity, RankServer
+from .rank import SCRUB_S, RankIdentity, RankServer
 from .refresh import Refresher
 from .witness import Witness
 from .work import Worker
@@ -65,6 +65,7 @@ class RankConfig:
     components: Mapping[str, str] = field(default_factory=dict)
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
+    scrub_s: float = SCRUB_S
 
 
 class RankActor:
@@ -128,6 +129,7 @@ class RankActor:
             foresee=refresher.foresee,
             faults=self._faults,
             listen=f"{self._host}:0",
+            scrub_s=config.scrub_s,
             witness=witness,
         )
         if config.store_dir is not None:

@@ -220,6 +220,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             durable_version=max(shell.index.durable(), default=0),
             min_replicas=protocol.min_replicas,
             store="" if self._keeper is None else self._keeper.status(),
+            store_dir="" if self._keeper is None else str(self._keeper.directory.resolve()),
         )
 
     def _replica(self, replica: int) -> pb.ReplicaStatus:

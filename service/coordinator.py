@@ -1,5 +1,4 @@
-"""The coordinator's shell: one thread that feeds the protocol and carries out its actions over gRPC, SQLite and
-clocks."""
+"""The coordinator's shell: one thread feeds the protocol, and carries out its actions over gRPC, SQLite and clocks."""
 
 from __future__ import annotations
 
@@ -9,8 +8,9 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from weight_update.digest import Digests
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
 from weight_update.membership import shared
 from weight_update.messages import (
+    Action,
     Dismiss,
     Event,
     MemberId,
@@ -83,10 +84,11 @@ class CoordinatorShell:
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
         self._futures: dict[int, Future[Any]] = {}
         self._timers: dict[str, threading.Timer] = {}
-        self._watchers = Watchers()
         self._next_request = 0
         self._guard = threading.Lock()  # guards _next_request, _futures, _greeting; nothing blocks under it
         self._stopped = threading.Event()
+        self._watchers = Watchers(self._stopped)
+        self.watch = self._watchers.watch
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._start(addresses, loaded, min_replicas)
@@ -181,8 +183,7 @@ class CoordinatorShell:
                 if callable(event):
                     event()
                     continue
-                for action in self.protocol.handle(event):
-                    ACTIONS[type(action)](self, action)
+                self._do(self.protocol.handle(event))
             except VersionError as error:  # another coordinator took over; members refuse this one, too
                 log.error("%s", error)
                 self._stopped.set()
@@ -195,8 +196,15 @@ class CoordinatorShell:
 
     def _tick_once(self) -> None:
         self.index.require_epoch()
-        for action in self.protocol.handle(Tick(now_s=self.now_s())):
+        self._do(self.protocol.handle(Tick(now_s=self.now_s())))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
             ACTIONS[type(action)](self, action)
+
+    def _fence(self, member: MemberId, why: str) -> None:
+        if member.replica in self.protocol.membership.serving():
+            self._do(self.protocol.fence(member, why))
 
     def _send(self, send: Send) -> None:
         self.faults.reached(send.step)
@@ -223,6 +231,8 @@ class CoordinatorShell:
             with self._guard:
                 self._greeting.discard(send.member)
             if isinstance(result, pb.HelloReply):
+                if result.damage:
+                    self._events.put(partial(self._fence, send.member, result.damage))
                 self.roster.states[send.member], result = result, state_of(result)
         self._events.put(
             MemberReply(
@@ -278,9 +288,6 @@ class CoordinatorShell:
             time_s=now_s, kind=notify.kind, version=notify.version, transaction=notify.transaction, text=notify.text
         )
         self._watchers.tell(event)
-
-    def _dismiss(self, dismiss: Dismiss) -> None:
-        self.index.dismiss(dismiss.replica)
 
     # -- members that come and go
 
@@ -354,8 +361,7 @@ class CoordinatorShell:
 
     def all_members(self, step: str) -> None:
         """One plain step on every live member."""
-        for _ in self._pool.map(lambda member: self.roster.step(member.id, step), self.live_members()):
-            pass
+        list(self._pool.map(lambda member: self.roster.step(member.id, step), self.live_members()))
 
     def live_members(self) -> list[MemberSpec]:
         """Members of replicas that are not fenced."""
@@ -370,10 +376,6 @@ class CoordinatorShell:
     def leader_addresses(self) -> dict[int, str]:
         """Replica -> address of the rank that answers Generate, serving replicas only."""
         return {member.id.replica: member.address for member in self.live_members() if member.id.rank == 0}
-
-    def watch(self, alive: Callable[[], bool]) -> Iterator[pb.Event]:
-        """Events from now on, while the watcher is there."""
-        return self._watchers.watch(lambda: alive() and not self._stopped.is_set())
 
     def stop(self) -> None:
         """Stop the loop; the members go on serving."""
@@ -393,5 +395,5 @@ ACTIONS: Mapping[type, Callable[[CoordinatorShell, Any], None]] = {
     Persist: CoordinatorShell._persist,
     SetTimer: CoordinatorShell._set_timer,
     Notify: CoordinatorShell.notify,
-    Dismiss: CoordinatorShell._dismiss,
+    Dismiss: lambda shell, dismiss: shell.index.dismiss(dismiss.replica),
 }

@@ -28,6 +28,7 @@ from weight_update.errors import MemberError, PlanError
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
 from .keeper import StoreConfig
+from .rank import SCRUB_S
 from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
 from .workers import Serving, check_serving
@@ -50,8 +51,8 @@ class FleetConfig:
     of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
-    even though they live. store: where committed versions are kept; its newest one is what a start serves. For the rest
-    see Serving.
+    even though they live. store: where committed versions are kept; its newest one is what a start serves. scrub_s:
+    within which every installed byte is read again and compared, 0 for never. For the rest see Serving.
     """
 
     model: str
@@ -72,6 +73,7 @@ class FleetConfig:
     min_replicas: int = 0
     rebuild_after_s: float = 120.0
     store: StoreConfig | None = None
+    scrub_s: float = SCRUB_S
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -207,6 +209,7 @@ class Fleet:
             components=dict(config.components),
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
+            scrub_s=config.scrub_s,
         )
 
     @property

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 RETRY_S = 5.0  # after a failure of the disk, or of whoever was asked
+STOP_S = 10.0
 HOLD_S = 60.0  # how long one Begin waits for the store; a trainer's calls last 120 s
 
 Donors = Callable[[], Sequence[Sequence[pb.RankSpec]]]  # the ranks of every serving replica
@@ -63,6 +64,7 @@ class Keeper:
         told: Callable[[str, int, str], None],
         durable: Callable[[int, bool], None],
     ) -> None:
+        self.directory = store.directory
         self._store, self._manifest = store, manifest
         self._newest, self._donors, self._told, self._mark = newest, donors, told, durable
         self._changed = threading.Condition()  # guards all below; nothing slow is done under it
@@ -84,10 +86,11 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; a version that is being written is given up as a whole."""
+        """End the thread, before the version index is closed; a version that takes long is left to the next start."""
         self._stopped.set()
         with self._changed:
             self._changed.notify_all()
+        self._thread.join(STOP_S)
 
     def status(self) -> str:
         """What an operator should know; "" while all is well."""

@@ -31,6 +31,7 @@ from .faults import Faults
 from .fetching import fetched
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .leases import ServingLease
+from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
 from .wire import bind, make_server, refuse, set_serving
@@ -42,6 +43,7 @@ WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
 PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last, or what is left of a sample
 RESUME_TIMEOUT_S = 60.0
+SCRUB_S = 600.0
 PAUSE_POLL_S = 0.1
 SERVICES = ("Data", "Member", "Generation")
 
@@ -61,7 +63,8 @@ class RankServer:
 
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
-    written. listen: host:port, port 0 for any. witness: of how the checkpoint was read.
+    written. listen: host:port, port 0 for any. scrub_s: within which every installed byte is read again, 0 for never.
+    witness: of how the checkpoint was read.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RankServer:
         foresee: Callable[[], None] = lambda: None,
         faults: Faults,
         listen: str,
+        scrub_s: float = SCRUB_S,
         witness: Witness,
     ) -> None:
         self.identity = identity
@@ -85,6 +89,8 @@ class RankServer:
         receiver.version = 0  # what was loaded is nobody's version before it is adopted
         self.sources = Sources(receiver)
         self._lease = ServingLease(self)
+        self._scrubber = Scrubber(self, scrub_s)
+        self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
         self._reshard = reshard
@@ -110,6 +116,7 @@ class RankServer:
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
         self.address = bind(self._server, listen)
         self._lease.start()
+        self._scrubber.start()
 
     def serves(self) -> bool:
         """Whether it answers requests, or may begin to by itself."""
@@ -122,6 +129,7 @@ class RankServer:
     def stop(self) -> None:
         """End all calls and stop generating."""
         self._lease.stop()
+        self._scrubber.stop()
         self._server.stop(grace=0.5).wait()
         self.engine.stop()
 
@@ -131,7 +139,7 @@ class RankServer:
         self.given_up.clear()
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
-            self.receiver.version = 0
+            self.receiver.version, self.damage = 0, ""
             self.witness.forget()
         self._is_pushed = not (request.restores or request.donors)
         plan = self._begin(request) if self._is_pushed else self.sources.begin(request)
@@ -180,9 +188,9 @@ class RankServer:
 
     def publish(self, request: Any) -> None:
         installed = self.member.state == "installed"
-        if installed:
+        if self.receiver.state is State.INSTALLED:  # not so where serving did not go on at the first attempt
             self.receiver.publish()
-        self.receiver.version = request.version
+        self.receiver.version, self.damage = request.version, ""
         self._resume(request.version, refresh=True)
         self.timing.pause_stop_s = time.time()
         if installed:

@@ -97,6 +97,7 @@ class MemberServicer(pb_grpc.MemberServicer):
             paused=rank.engine.state != "serving",
             serves=rank.serves(),
             kept=rank.sources.kept(),
+            damage=rank.damage,
             checkpoint=rank.witness.status,
             token=time.monotonic(),
         )

@@ -12,9 +12,10 @@ POLL_S = 0.5
 
 
 class Watchers:
-    """Those who watch, each with what it has not seen yet."""
+    """Those who watch, each with what it has not seen yet, until `stopped`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
         self._guard = threading.Lock()  # guards the set; nothing blocks under it
         self._queues: set[queue.SimpleQueue[pb.Event]] = set()
 
@@ -30,7 +31,7 @@ class Watchers:
         with self._guard:
             self._queues.add(events)
         try:
-            while alive():
+            while alive() and not self._stopped.is_set():
                 try:
                     yield events.get(timeout=POLL_S)
                 except queue.Empty:

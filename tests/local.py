@@ -59,7 +59,13 @@ def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module
 
 
 def start_rank(
-    model_dir: Path, replica: int, layout: str, format: str, serving: Serving, source: Path | None = None
+    model_dir: Path,
+    replica: int,
+    layout: str,
+    format: str,
+    serving: Serving,
+    source: Path | None = None,
+    scrub_s: float = 0.0,
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
     model, receiver = cold(source or model_dir, layout, format)
@@ -79,6 +85,7 @@ def start_rank(
         foresee=refresher.foresee,
         faults=Faults(),
         listen="127.0.0.1:0",
+        scrub_s=scrub_s,
         witness=witness,
     )
     return rank, model
@@ -94,6 +101,7 @@ def local_service(
     *,
     store_dir: Path | None = None,
     keep: int = 4,
+    scrub_s: float = 0.0,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
     is served, as after a restart."""
@@ -101,7 +109,8 @@ def local_service(
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
     started = [
-        start_rank(model_dir, replica, layout, format, serving, source) for replica, layout in enumerate(layouts)
+        start_rank(model_dir, replica, layout, format, serving, source, scrub_s)
+        for replica, layout in enumerate(layouts)
     ]
     ranks = [rank for rank, _ in started]
     for rank in ranks:

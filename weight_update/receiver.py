@@ -28,7 +28,7 @@ from quant.parameters import ParameterRow
 
 from .chunks import Chunk, check
 from .delta import BlobSize, Patch, Positions
-from .digest import Digests
+from .digest import Digests, Lanes
 from .errors import BusyError, ManifestError, VersionError, raise_all
 from .inplace import Storages, local_of
 from .install import Changes, FullInstall, Install, MemoryPlan, read_back
@@ -241,9 +241,7 @@ class Receiver:
         """Live rows [first, stop) of a tensor of the manifest in checkpoint form, uint8 [n, row_bytes], copied to host
         memory; VersionError unless they are this version's."""
         with self._lock:
-            if version != self.version or self.state is State.INSTALLED:
-                held = f"{self.version}" + (", and its next is being installed" if version == self.version else "")
-                raise VersionError(f"rows of version {version}: this rank holds {held}; ask for the current version")
+            self._require_version(version)
             write = self._live.writes[tensor]
             if not write.row0 <= first <= stop <= write.row0 + write.num_rows:
                 raise VersionError(
@@ -251,6 +249,14 @@ class Receiver:
                     f" [{write.row0}, {write.row0 + write.num_rows}); describe the service again"
                 )
             return invert_rows(write.placement, first, stop - first, write.local, write.base).cpu()
+
+    def installed_digest(self, version: int, tensor: int) -> Lanes | None:
+        """Digest of this rank's rows of a tensor as they were read back when they were installed; None where nothing
+        was; VersionError unless they are this version's."""
+        with self._lock:
+            self._require_version(version)
+            lane0, lane1 = self._known[tensor].tolist()
+            return (lane0, lane1) if self._is_known[tensor] else None
 
     def last_undo(self) -> Reverse | None:
         """The reverse delta of the last publish, in memory of its own; None once the next transaction began."""
@@ -311,6 +317,11 @@ class Receiver:
             by = f" by transaction {self._install.transaction}" if self._install else ""
             raise BusyError(f"{what}: this rank is {self.state.value}{by}, expected {state.value}; abort, or wait")
         return self._install  # type: ignore[return-value]
+
+    def _require_version(self, version: int) -> None:
+        if version != self.version or self.state is State.INSTALLED:
+            held = f"{self.version}" + (", and its next is being installed" if version == self.version else "")
+            raise VersionError(f"rows of version {version}: this rank holds {held}; ask for the current version")
 
     def _checked(self, tensors: Indices) -> list[int]:
         indices = [int(i) for i in tensors]

@@ -202,6 +202,7 @@ class StageStream:
         self._unsent: deque[bytes] = deque()
         self._sent_bytes = 0
         self._credit_bytes = 0
+        self._heard_s = 0.0  # when the rank last answered
         self._closing = False
         self._error: WeightUpdateError | None = None
         self._call: Any = None
@@ -246,13 +247,15 @@ class StageStream:
             raise self._error
 
     def _run(self) -> None:
-        deadline_s = time.monotonic() + self._retry_s
+        broken_s = float("-inf")
         while not self._done():
             try:
                 self._connect()
-                deadline_s = time.monotonic() + self._retry_s
             except grpc.RpcError as error:
-                if error.code() not in RETRY_CODES or time.monotonic() > deadline_s:
+                now_s = time.monotonic()
+                if self._heard_s > broken_s:  # it had worked until now
+                    broken_s = now_s
+                if error.code() not in RETRY_CODES or now_s > broken_s + self._retry_s:
                     self._fail(error_of(error, f"stream to {self._target}"))
                     return
                 log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
@@ -292,6 +295,7 @@ class StageStream:
 
     def _acknowledge(self, reply: pb.StageReply) -> None:
         with self._state:
+            self._heard_s = time.monotonic()
             while self._unacked and self._unacked[0][0] <= reply.sequence:
                 self._unacked.popleft()
             self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)

@@ -163,9 +163,10 @@ class VersionIndex:
         return found[0]
 
     def _decisions(self, where: str) -> list[Decision]:
-        cursor = self._db.execute(f"SELECT {COLUMNS} FROM versions {where}")
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, row, strict=True)) for row in cursor]
+        with self._lock:
+            cursor = self._db.execute(f"SELECT {COLUMNS} FROM versions {where}")
+            names = [column[0] for column in cursor.description]
+            rows = [dict(zip(names, row, strict=True)) for row in cursor]
         return [
             Decision(**row | {"digests": np.frombuffer(row["digests"], "<u8").astype(np.uint64).reshape(-1, 2)})
             for row in rows
@@ -187,5 +188,6 @@ class VersionIndex:
         return now_s
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the file; nobody is reading it then."""
+        with self._lock:
+            self._db.close()

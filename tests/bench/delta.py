@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoTokenizer
@@ -28,7 +29,7 @@ from launch.rpc import generate
 from launch.trainer import Sample, Trainer, load_policy, short_words
 from protos import transfuse_pb2 as pb
 from quant.checkpoint import open_checkpoint
-from tests.bench.push import actor_process
+from tests.bench.push import actor_process, peak_bytes, reset_peak
 from weight_update.client import Pusher
 
 LEARNING_RATE = 1e-6
@@ -45,13 +46,15 @@ class Step:
     linear_wire_share: float
     pause_ms: float
     full_pause_ms: float
+    memory_over_planned: float
     kept_bytes: int
 
 
 class Run:
     """A trainer and two services: one takes the whole model, one only the linears of every step."""
 
-    def __init__(self, config_dir: Path, whole: str, linears: str) -> None:
+    def __init__(self, config_dir: Path, whole: str, linears: str, actor: psutil.Process) -> None:
+        self._actor = actor
         tokenizer: Any = AutoTokenizer.from_pretrained(config_dir)
         self._prompts = [tuple(tokenizer(prompt).input_ids) for prompt in PROMPTS]
         self._address = whole
@@ -66,7 +69,10 @@ class Run:
         """Sample, learn, push."""
         self._trainer.step(self._samples(number))
         linear = self._linears.push(self.model, scope=LINEARS)
+        idle = self._actor.memory_info().rss
+        reset_peak(self._actor)
         pushed = self.whole.push(self.model)
+        above = peak_bytes(self._actor) - idle
         full = self.full.push(self.model)
         assert full.digest == pushed.digest
         return Step(
@@ -76,6 +82,7 @@ class Run:
             linear_wire_share=linear.wire_bytes / linear.logical_bytes,
             pause_ms=pushed.pause_s * 1e3,
             full_pause_ms=full.pause_s * 1e3,
+            memory_over_planned=above / pushed.planned_bytes,
             kept_bytes=pushed.kept_bytes,
         )
 
@@ -126,10 +133,10 @@ def main() -> None:
     with open_checkpoint("smollm2") as checkpoint:
         config_dir = checkpoint.config_dir
     with (
-        actor_process(config_dir, "nvfp4", "trtllm") as (whole, _, _),
+        actor_process(config_dir, "nvfp4", "trtllm") as (whole, actor, _),
         actor_process(config_dir, "nvfp4", "trtllm") as (linears, _, _),
     ):
-        run = Run(config_dir, whole, linears)
+        run = Run(config_dir, whole, linears, actor)
         steps = []
         for number in range(1, options.steps + 1):
             steps.append(run.step(number))
@@ -143,6 +150,7 @@ def main() -> None:
         "linear_wire_percent": 100 * median(steps, "linear_wire_share"),
         "wire_percent": 100 * median(steps, "wire_share"),
         "pause_over_full": median(steps, "pause_ms") / median(steps, "full_pause_ms"),
+        "memory_over_planned": max(step.memory_over_planned for step in steps),
         "worst_over_full": worst.wire_bytes / full.wire_bytes,
     }
     if options.json:
@@ -153,6 +161,7 @@ def main() -> None:
     print(f"  wire, whole model:       {result['wire_percent']:.4f} % of its BF16 bytes (at most 0.35)")
     print(f"  pause: {median(steps, 'pause_ms'):.1f} ms, full {median(steps, 'full_pause_ms'):.1f} ms", end="")
     print(f" = {result['pause_over_full']:.3f} (at most 0.1)")
+    print(f"  actor memory above idle: {result['memory_over_planned']:.2f} of what was planned, at most")
     print(f"  weights without likeness: {result['worst_over_full']:.4f} of a full push's bytes (at most 1.02)")
 
 
