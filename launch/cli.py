@@ -51,8 +51,8 @@ app = typer.Typer(
 
 
 app.add_typer(replicas.app, name="replica")
-for command in (stores.export, stores.rollback, stores.reset):
-    app.command()(command)
+for about_store in (stores.export, stores.rollback, stores.reset):
+    app.command()(about_store)
 
 # ---------------------------------------------------------------- what runs processes
 

@@ -153,3 +153,23 @@ def test_more_changes_than_a_delta_is_good_for_go_whole_part_by_part(tmp_path: P
         _, expected = cold(save(other, tmp_path / "other"), "trtllm")
         assert service.bytes() == [expected.storage_bytes()]
         pusher.close()
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "bf16"])
+def test_a_pipeline_starts_again_from_what_was_stored_of_a_push_of_changes(format: str, tmp_path: Path) -> None:
+    trained, store = components("wan", 10), tmp_path / "store"
+    folder = write_tiny_pipeline(tmp_path / "old", "wan", seed=0)
+    with (
+        local_service(folder, tmp_path, format=format, store_dir=store) as service,
+        closing(Pusher(service.address)) as pusher,
+    ):
+        pusher.push(trained, durable=True)
+        nudge(trained.values(), 1)
+        report = pusher.push(trained, durable=True)
+        assert report.mode == "delta"
+        expected, answer = service.bytes(), latents(service.address, request("wan", 1))
+    (tmp_path / "again").mkdir()
+    with local_service(folder, tmp_path / "again", format=format, store_dir=store) as service:
+        assert service.shell.protocol.version == report.version
+        assert service.bytes() == expected
+        assert latents(service.address, request("wan", 1)) == answer
