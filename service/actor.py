@@ -122,6 +122,7 @@ class RankActor:
             listen=f"{self._host}:0",
             scrub_s=config.scrub_s,
         )
+        self._server.empty = source is None
         if config.store_dir is not None:
             self._server.sources.store = Store(
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True

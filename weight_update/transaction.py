@@ -79,6 +79,7 @@ class Transaction:
     results: dict[str, dict[MemberId, object]] = field(default_factory=dict)
     held: dict[MemberId, int] = field(default_factory=dict)  # of a join: the version of each rank, once resolved
     undone: dict[MemberId, int] = field(default_factory=dict)  # of a join: what ranks hold open and nobody decided
+    is_empty: bool = False  # of a join: a rank was built to be filled, its bytes are nobody's
     stock: Digests | None = None  # of a join that found no donor: what the replica holds
 
     @property
