@@ -24,7 +24,7 @@ import ray
 from weight_update.client import Mode
 from weight_update.errors import WeightUpdateError
 
-from .drill import RETRY_S, Drill, DrillPusher, end
+from .drill import RETRY_S, SCRUB_S, Drill, DrillPusher, end
 from .relays import SPOILS, Proxy, Relay
 
 # in the order of a push; `decide` and `decided` are the coordinator's, before and after the record is durable
@@ -239,7 +239,7 @@ def _cut_once_under_way(ways: Mapping[str, Any], refuse_s: float) -> None:
 
 
 def _flip(receiver: Any, where: str) -> None:
-    """Runs in the rank's process: one bit of what is staged, or of what it serves."""
+    """Runs in the rank's process: one bit of what is staged, or of what is served."""
     if where == "staging":
         memory = receiver._install.staging._memory
     else:
@@ -247,14 +247,26 @@ def _flip(receiver: Any, where: str) -> None:
     memory[len(memory) // 2] ^= 8
 
 
-def flip_memory(drill: Drill, step: str, where: str, rank: int) -> str:
-    """A bit of a rank's memory changes while a push stands at a step."""
+def flip_served(drill: Drill, rank: int) -> str:
+    """A bit of what a rank serves changes; its scrub finds it, and a donor fills the replica anew."""
+    actor = drill.rank(1, rank)
+    ray.get(actor.__ray_call__.remote(lambda self: _flip(self._server.receiver, "served")))
+    deadline_s = time.monotonic() + 4 * SCRUB_S
+    while drill.state_of(1) == "serving":
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"a flipped bit was not found within {4 * SCRUB_S:.0f} s")
+        time.sleep(0.05)
+    return "found"
+
+
+def flip_staged(drill: Drill, step: str, rank: int) -> str:
+    """A bit of what is staged changes while a push stands before a step."""
     stalling = drill.rank(1, rank)
     ray.get(stalling.arm.remote(step, "stall"))
     trainer = Trainer(drill, apart=False, confirms=False, mode="full")
     try:
         _await_stall(stalling, step, trainer)
-        ray.get(stalling.__ray_call__.remote(lambda actor: _flip(actor._server.receiver, where)))
+        ray.get(stalling.__ray_call__.remote(lambda actor: _flip(actor._server.receiver, "staging")))
     finally:
         _release(stalling)
         outcome = trainer.outcome()
@@ -297,9 +309,8 @@ SPOILED: Mapping[str, Breakage] = {
     for how in SPOILS
 }
 FLIPS: Mapping[str, Breakage] = {
-    f"flip a staged bit before {step}": lambda drill, chance, step=step: flip_memory(  # type: ignore[misc]
-        drill, step, "staging", chance.randrange(2)
-    )
-    for step in ("prepare", "install")
+    "flip a staged bit before prepare": lambda drill, chance: flip_staged(drill, "prepare", chance.randrange(2)),
+    "flip a staged bit before install": lambda drill, chance: flip_staged(drill, "install", chance.randrange(2)),
+    "flip a served bit": lambda drill, chance: flip_served(drill, chance.randrange(2)),
 }
 BREAKAGES: Mapping[str, Breakage] = {**KILLS, **FAILURES, **OTHERS, **SPOILED, **FLIPS}

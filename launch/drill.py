@@ -38,6 +38,7 @@ RANKS = 2
 LEASE_S = 4.0
 RETRY_S = 8.0
 SETTLE_S = 120.0
+SCRUB_S = 5.0
 SLACK_S = 3.0  # between a token's making and its arrival here, on a machine that does much else
 STEPS_A_BASE = 4  # seeds in a row that differ in a few weights only, so that deltas are pushed
 
@@ -115,6 +116,7 @@ class Drill:
                 state_dir=scratch / "state",
                 min_replicas=1,
                 rebuild_after_s=rebuild_after_s,
+                scrub_s=SCRUB_S,
             )
         )
         self._expected: dict[tuple[int, str], list[Bytes]] = {}
@@ -181,6 +183,10 @@ class Drill:
                 if time.monotonic() > deadline_s:
                     raise TimeoutError(f"no status within {SETTLE_S:.0f} s: {error}") from None
                 time.sleep(0.2)
+
+    def state_of(self, replica: int) -> str:
+        """What the coordinator calls a replica; "" where it knows none."""
+        return next((each.state for each in self.status().replicas if each.replica == replica), "")
 
     def settle(self, timeout_s: float = SETTLE_S) -> float:
         """Seconds until no transaction is open and every replica serves the same version."""

@@ -132,6 +132,7 @@ class RankActor:
             scrub_s=config.scrub_s,
             witness=witness,
         )
+        self._server.empty = source is None
         if config.store_dir is not None:
             self._server.sources.store = Store(
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True

@@ -34,7 +34,7 @@ from weight_update.messages import (
     Tick,
     Timeout,
 )
-from weight_update.opening import lost
+from weight_update.opening import loss, lost
 from weight_update.protocol import Coordinator
 from weight_update.store import StoredVersion
 from weight_update.transaction import Phase
@@ -43,7 +43,7 @@ from weight_update.versions import VersionIndex
 
 from .faults import Faults
 from .members import SENDERS, MemberSpec, state_of
-from .roster import Roster, differing, first_version, require_one_manifest, stored_version
+from .roster import Roster, differing, first_version, key_of, require_one_manifest, stored_version
 from .watching import Watchers
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class CoordinatorShell:
     # -- start
 
     def _start(self, addresses: Sequence[str], loaded: StoredVersion | None, min_replicas: int) -> None:
-        is_new = self.index.start_fleet(",".join(sorted(addresses)))
+        fleet = ",".join(sorted(addresses))
+        is_new = not self.index.is_fleet(fleet)
         recorded = {} if is_new else self.index.members()
         replies = self.roster.meet(list(recorded.values()) or addresses, self._pool, all_of_them=is_new)
         self.manifest = from_manifest_proto(replies[0].manifest)
@@ -105,6 +106,7 @@ class CoordinatorShell:
                 self.index.dismiss(replica)
             self.index.enroll({member: spec.address for member, spec in self.roster.specs.items()})
             self._number(loaded)
+            self.index.set_fleet(fleet)  # only now: a start that was cut short begins anew
         decisions = self.index.decisions()
         members = self.index.members()
         for member, address in members.items():
@@ -119,6 +121,7 @@ class CoordinatorShell:
             committed={each.push_id: each.version for each in decisions},
             decided={each.transaction: each.version for each in decisions if each.transaction},
             min_replicas=min_replicas,
+            keys={member.replica: key_of(members, member.replica) for member in members},
         )
         self._thread.start()
         self._ticker.start()
@@ -310,8 +313,9 @@ class CoordinatorShell:
                 self.roster.learn(address, reply)
 
         self.between_events(enroll)
-        self.request("add", members=[spec.id for spec in specs], key=",".join(addresses), dead=dead)
-        return specs[0].id.replica
+        members, replica = {spec.id: spec.address for spec in specs}, specs[0].id.replica
+        self.request("add", members=list(members), key=key_of(members, replica), dead=dead)
+        return replica
 
     # -- going back
 
@@ -335,11 +339,7 @@ class CoordinatorShell:
 
     def lost(self) -> str:
         """What no replica holds any more, in words; "" while nothing is lost."""
-        if not lost(self.protocol):
-            return ""
-        durable = max(self.index.durable(), default=0)
-        back = f"'transfuse reset --to durable' goes back to version {durable}" if durable else "none is durable"
-        return f"version {self.protocol.version} is held by no replica; push in full, or: {back}"
+        return loss(self.protocol, max(self.index.durable(), default=0))
 
     # -- what operators ask
 

@@ -93,6 +93,7 @@ class RankServer:
         self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
+        self.empty = False  # built to be filled: nothing was loaded
         self._reshard = reshard
         self._foresee = foresee
         self._stale = False  # resharded since the last refresh
@@ -117,6 +118,11 @@ class RankServer:
         self.address = bind(self._server, listen)
         self._lease.start()
         self._scrubber.start()
+
+    @property
+    def state(self) -> str:
+        """Of its member; "empty" while it holds neither a version nor what anybody loaded."""
+        return "empty" if self.empty and (self.member.state, self.member.version) == ("idle", 0) else self.member.state
 
     def serves(self) -> bool:
         """Whether it answers requests, or may begin to by itself."""

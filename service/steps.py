@@ -88,7 +88,7 @@ class MemberServicer(pb_grpc.MemberServicer):
                 row_stop=rank.receiver.row_stop.tolist() if in_full else (),
             ),
             version=rank.member.version,
-            state=rank.member.state,
+            state=rank.state,
             transaction=rank.member.transaction,
             layout=rank.identity.layout,
             format=rank.identity.format,

@@ -42,7 +42,7 @@ TURN_S = 0.5
 CONTROL_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # before a replica whose build failed is built again
 DYING_S = 10.0  # for a killed rank to leave its port
-LONELY_S = 20.0  # an empty replica that no donor has filled for so long, and none serves, loads by itself
+LONELY_S = 5.0  # an empty replica that no donor has filled for so long, and none serves, loads by itself
 
 RankConfigs = Callable[[int], Sequence[RankConfig]]  # of the ranks of a replica, by its number
 Progress = Callable[[str, int, int], None]
@@ -243,7 +243,9 @@ class Supervisor:
         )
         told = {each.replica: each for each in status.replicas}
         self._follow(told)
-        lonely = not any(each.state == "serving" for each in told.values())
+        # The coordinator learns later than this thread that a rank died.
+        donors = [number for number, each in told.items() if each.state == "serving" and self._is_running(number)]
+        lonely = not donors
         for number, replica in list(self._replicas.items()):
             self._judge(replica, told.get(number), lonely)
             if replica.state == "pausing" and replica.since_s <= time.monotonic():
@@ -276,6 +278,10 @@ class Supervisor:
         for number in gone:
             log.info("replica %d was taken away", number)
             self._replicas.pop(number).remove()
+
+    def _is_running(self, number: int) -> bool:
+        replica = self._replicas.get(number)
+        return replica is None or replica.state == "running"  # others' ranks are not ours to watch
 
     def _judge(self, replica: Processes, told: pb.ReplicaStatus | None, lonely: bool) -> None:
         """Rebuild a running replica that does not come back by itself."""

@@ -25,7 +25,7 @@ def require_healthy(drill: Drill) -> None:
     assert drill.problems() == []
 
 
-@pytest.mark.parametrize(("step", "victim"), product(STEPS, VICTIMS))
+@pytest.mark.parametrize(("step", "victim"), list(product(STEPS, VICTIMS)))
 def test_a_process_killed_at_any_step_leaves_one_version_everywhere(step: str, victim: str, drill: Drill) -> None:
     require_healthy(drill)
     before, tokens = drill.status().version, drill.traffic.num_tokens
@@ -43,7 +43,7 @@ def test_a_process_killed_at_any_step_leaves_one_version_everywhere(step: str, v
     require_healthy(drill)
 
 
-@pytest.mark.parametrize("name", BREAKAGES.keys() - KILLS.keys())
+@pytest.mark.parametrize("name", sorted(BREAKAGES.keys() - KILLS.keys()))
 def test_whatever_breaks_the_next_push_lands_and_every_byte_is_that_of_a_cold_load(name: str, drill: Drill) -> None:
     require_healthy(drill)
     BREAKAGES[name](drill, random.Random(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 
-from launch.breakage import cut_streams, flip_memory
+from launch.breakage import cut_streams
 from launch.cli import main
 from launch.drill import RANKS, Drill, end
 from protos import transfuse_pb2 as pb
@@ -112,19 +113,6 @@ def spec_bytes(spec: pb.TensorSpec) -> int:
 
 
 @pytest.mark.slow
-def test_a_bit_that_flips_in_what_is_served_is_named_by_verify_and_gone_with_the_next_full_push(drill: Drill) -> None:
-    drill.settle()
-    assert flip_memory(drill, "installed", "live", rank=1).startswith("version")
-    reply = drill.control.Verify(pb.VerifyRequest(), timeout=60)
-    assert [each for each in reply.mismatches if "down_proj.weight" in each and "replica 1" in each]
-    drill.pusher.mode = "full"
-    drill.pusher.push_seed(drill.new_seed())
-    drill.pusher.mode = "auto"
-    drill.settle()
-    assert drill.problems() == []
-
-
-@pytest.mark.slow
 def test_a_commit_that_no_replica_survived_is_said_to_be_lost_and_the_next_full_push_goes_on(drill: Drill) -> None:
     drill.settle()
     report = drill.pusher.push_seed(drill.new_seed())
@@ -145,7 +133,7 @@ def test_a_commit_that_no_replica_survived_is_said_to_be_lost_and_the_next_full_
 @pytest.mark.slow
 def test_a_memory_budget_that_is_too_small_refuses_the_push_and_changes_nothing(tmp_path: Path) -> None:
     model = save(tiny_llama(seed=0), tmp_path / "model")
-    with Fleet(FleetConfig(model=str(model), memory_budget_bytes=8 << 20)) as fleet:
+    with Fleet(FleetConfig(model=str(model), memory_budget_bytes=32 << 20)) as fleet:
         before = ray.get([rank.stored_bytes.remote() for rank in fleet.ranks])
         pusher = Pusher(fleet.address)
         with pytest.raises(PlanError, match="budget"):
@@ -154,23 +142,40 @@ def test_a_memory_budget_that_is_too_small_refuses_the_push_and_changes_nothing(
         assert ray.get([rank.stored_bytes.remote() for rank in fleet.ranks]) == before
 
 
+class JumpingClock:
+    """The module `time`, whose wall clock jumps."""
+
+    def __init__(self) -> None:
+        self.jump_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.jump_s
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
 @pytest.mark.parametrize("jump_s", [86400.0, -86400.0])
 def test_a_clock_that_jumps_by_a_day_ends_no_lease_and_no_push(
     jump_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = JumpingClock()
+    # gRPC counts its deadlines by the same clock, in Python and in C at once; only the first can be turned here.
+    ours = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("service", "weight_update")]
+    for module in ours:
+        if getattr(module, "time", None) is time:
+            monkeypatch.setattr(module, "time", clock)
     model = save(tiny_llama(seed=0), tmp_path / "model")
-    real = time.time
     with local_service(model, tmp_path / "state") as service:
         pusher = Pusher(service.address, lease_s=30.0)
         prepare = pusher._control.prepare
 
         def jumping(transaction: int, digests: np.ndarray, wire_bytes: int) -> None:
             prepare(transaction, digests, wire_bytes)
-            monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+            clock.jump_s = jump_s
 
-        pusher._control.prepare = jumping  # type: ignore[method-assign]
+        monkeypatch.setattr(pusher._control, "prepare", jumping)
         assert pusher.push(tiny_llama(seed=1)).version == 2
-        pusher._control.prepare = prepare  # type: ignore[method-assign]
         assert pusher.push(tiny_llama(seed=2)).version == 3
         pusher.close()
         assert {rank.engine.state for rank in service.ranks} == {"serving"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from torch import nn
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import keeper as keeping
+from service.fleet import Fleet, FleetConfig
+from service.keeper import StoreConfig
 from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
@@ -154,6 +158,8 @@ def test_a_store_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
+from service.fleet import Fleet, FleetConfig
+from service.keeper import StoreConfig
 from tests.local import local_service
 from tests.tiny import tiny_llama
 from weight_update import store_files
@@ -176,6 +182,7 @@ with local_service(model, place / "state", store_dir=place / "store") as service
 """
 
 
+@pytest.mark.slow
 def test_a_service_killed_while_it_stores_a_version_leaves_a_store_that_opens(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path)]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -188,3 +195,43 @@ def test_a_service_killed_while_it_stores_a_version_leaves_a_store_that_opens(ch
         assert not (tmp_path / "store" / ".v00000002").exists()
         assert push(service, tiny_llama(seed=1), durable=True) == 3
     Store.existing(tmp_path / "store").check(3)
+
+
+@pytest.mark.slow
+def test_a_sharded_fleet_starts_again_from_its_store_and_so_does_its_last_replica(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two ranks in processes of their own; the second version is stored as changes."""
+    config = FleetConfig(
+        model=str(checkpoint),
+        layout="trtllm",
+        ranks=2,
+        state_dir=tmp_path / "state",
+        store=StoreConfig(directory=tmp_path / "store"),
+        scrub_s=2.0,
+    )
+
+    def stored(fleet: Fleet) -> list[dict[str, bytes]]:
+        return ray.get([rank.stored_bytes.remote() for rank in fleet.ranks])  # type: ignore[no-any-return]
+
+    def state(fleet: Fleet) -> tuple[int, list[str]]:
+        with connect(fleet.address) as channel:
+            told = pb_grpc.ControlStub(channel).Status(pb.StatusRequest(), timeout=30)
+        return told.version, [each.state for each in told.replicas]
+
+    with Fleet(config) as fleet:
+        pusher = Pusher(fleet.address)
+        for model in (tiny_llama(seed=1), nudged(tiny_llama(seed=1))):
+            version = pusher.push(model, durable=True).version
+        pusher.close()
+        before = stored(fleet)
+    assert Store.existing(tmp_path / "store").record(version).base == version - 1
+    with Fleet(config) as fleet:
+        assert state(fleet) == (version, ["serving"])
+        assert stored(fleet) == before
+        pids = ray.get([rank.pid.remote() for rank in fleet.ranks])
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: state(fleet)[1] != ["serving"])
+        wait_for(lambda: state(fleet) == (version, ["serving"]), timeout_s=90)
+        assert stored(fleet) == before

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,14 @@ def test_a_planted_bug_is_found(bug: str) -> None:
         except (Broken, AssertionError):
             return
     pytest.fail(f"{bug}: not found in {MAX_SEEDS} schedules")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_thousand_schedules_keep_every_invariant(capfd: pytest.CaptureFixture[str]) -> None:
+    """What they covered is printed."""
+    command = [sys.executable, "-m", "tests.simulation", "--schedules", "20000"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    with capfd.disabled():
+        sys.stdout.write(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 what an earlier transaction left behind   resolved: published where it was decided, undone where not
 holds the committed version               serves
 holds another one                         filled by a donor, digests compared, published, serves
+no donor, nothing loaded                  waits for one
 no donor                                  digests compared with the committed ones: it may hold them all the same;
                                           if not, the committed version is lost and an operator must say so
 """
@@ -115,6 +116,7 @@ def _join(coordinator: Coordinator, number: int) -> list[Action]:
     )
     states = {member: coordinator.membership.state(member) for member in open_.members}
     open_.held = {member: coordinator.decided.get(s.transaction, s.version) for member, s in states.items()}
+    open_.is_empty = any(state.state == "empty" for state in states.values())
     left = {member: s.transaction for member, s in states.items() if s.transaction}
     open_.undone = {member: id_ for member, id_ in left.items() if id_ not in coordinator.decided}
     return coordinator.ask("resolve", [_resolving(coordinator, *each) for each in left.items()])
@@ -143,6 +145,8 @@ def settled(coordinator: Coordinator) -> list[Action]:
     if all(version == coordinator.version for version in open_.held.values()):
         return joined(coordinator)
     donors = coordinator.membership.serving()
+    if not donors and open_.is_empty:
+        return coordinator.abort(MemberError("built to be filled by another replica, and none serves"))
     if not donors:
         return coordinator.start("digest")
     open_.source = Donor(replica=donors[coordinator.next_round % len(donors)])

@@ -67,7 +67,7 @@ class Replica:
 class Membership:
     """The replicas of a service, and what is known of each."""
 
-    def __init__(self, members: Iterable[MemberId], now_s: float) -> None:
+    def __init__(self, members: Iterable[MemberId], now_s: float, keys: Mapping[int, str]) -> None:
         self.replicas: dict[int, Replica] = {}
         self.contacts: dict[MemberId, Contact] = {}
         by_replica: dict[int, list[MemberId]] = {}
@@ -75,7 +75,7 @@ class Membership:
             by_replica.setdefault(member.replica, []).append(member)
         for ranks in by_replica.values():
             # An earlier coordinator may have let it serve until just now.
-            self.add(ranks, silent_s=now_s + SERVING_LEASE_S)
+            self.add(ranks, silent_s=now_s + SERVING_LEASE_S, key=keys.get(ranks[0].replica, ""))
 
     def add(self, ranks: Sequence[MemberId], *, silent_s: float, key: str = "", round: int = 0) -> None:
         """A new replica, or one that was rebuilt: nothing that was known of its ranks holds."""

@@ -110,6 +110,14 @@ def lost(coordinator: Coordinator) -> bool:
     return not membership.serving() and len(membership.stocked()) >= _needed(coordinator)
 
 
+def loss(coordinator: Coordinator, durable: int) -> str:
+    """The same in words, "" while nothing is lost; durable: the newest version in the store, 0 for none."""
+    if not lost(coordinator):
+        return ""
+    back = f"'transfuse reset --to durable' goes back to version {durable}" if durable else "none is durable"
+    return f"version {coordinator.version} is held by no replica; push in full, or: {back}"
+
+
 def participants(coordinator: Coordinator, request: Request) -> list[int]:
     """The replicas of a new transaction; none where the request was put aside until more of them serve."""
     membership = coordinator.membership

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import joining, opening
 from .digest import Digests
-from .errors import BusyError, DigestError, ManifestError, MemberError, TransferError, WeightUpdateError
+from .errors import BusyError, ManifestError, MemberError, TransferError, WeightUpdateError
 from .manifest import Manifest
 from .membership import Membership
 from .messages import (
@@ -37,7 +37,7 @@ from .messages import (
     Tick,
     Timeout,
 )
-from .transaction import ALLOWED, LEASED, ONE_WAY, ROUNDS, Kind, Phase, Round, Transaction
+from .transaction import ALLOWED, LEASED, ONE_WAY, RETRY, ROUNDS, Kind, Phase, Round, Transaction
 
 
 class Coordinator:
@@ -46,7 +46,7 @@ class Coordinator:
     members: every rank. manifest: what the service holds. version, digests: the last committed version and its digests
     ([num_tensors, 2] uint64, sums over the ranks of one replica). epoch: grows with each start, fences older
     coordinators. committed: push ids already decided, with their versions. decided: the same by transaction.
-    min_replicas: replicas that a push needs, 0 for all.
+    min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Coordinator:
         committed: Mapping[str, int] | None = None,
         decided: Mapping[int, int] | None = None,
         min_replicas: int = 0,
+        keys: Mapping[int, str] | None = None,
     ) -> None:
-        self.membership = Membership(members, now_s)
+        self.membership = Membership(members, now_s, keys or {})
         self.manifest = manifest
         self.now_s = now_s  # of the last event
         self.version = version
@@ -346,21 +347,9 @@ class Coordinator:
     def checked(self, name: str, what: str) -> list[Action]:
         """Compare each replica's summed digests with what was meant; abort and name the tensors that differ."""
         open_ = self.open()
-        problems = open_.differing(name, [self.manifest.tensors[i].name for i in open_.tensors])
-        if not problems:
-            return []
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        meant = MEANT[open_.kind]
-        told = f"the {what} bytes are not {meant}:\n{listed}\n  nothing was changed; {RETRY[open_.kind]}"
-        return self.abort(DigestError(told))
+        error = open_.mismatch(name, what, [self.manifest.tensors[i].name for i in open_.tensors])
+        return self.abort(error) if error is not None else []
 
-
-MEANT = {
-    Kind.PUSH: "what the trainer meant to send",
-    Kind.ROLLBACK: "those that were recorded when that version was decided",
-    Kind.JOIN: "those of the committed version",
-}
-RETRY = {Kind.PUSH: "push again", Kind.ROLLBACK: "choose another version", Kind.JOIN: "it is tried again"}
 
 Handler = Callable[[Coordinator, Any], list[Action]]
 EVENTS: Mapping[type, Handler] = {

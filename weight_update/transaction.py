@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .digest import Digests, total
-from .errors import WeightUpdateError
+from .errors import DigestError, WeightUpdateError
 from .messages import Decision, Kept, MemberId, Source
 
 MAX_PROBLEMS = 20  # mismatching tensors named in one digest error
@@ -26,6 +26,18 @@ class Kind(enum.Enum):
     PUSH = "push"
     ROLLBACK = "rollback"
     JOIN = "join"
+
+
+MEANT: Mapping[Kind, str] = {
+    Kind.PUSH: "what the trainer meant to send",
+    Kind.ROLLBACK: "those that were recorded when that version was decided",
+    Kind.JOIN: "those of the committed version",
+}
+RETRY: Mapping[Kind, str] = {
+    Kind.PUSH: "push again",
+    Kind.ROLLBACK: "choose another version",
+    Kind.JOIN: "it is tried again",
+}
 
 
 class Phase(enum.Enum):
@@ -79,6 +91,7 @@ class Transaction:
     results: dict[str, dict[MemberId, object]] = field(default_factory=dict)
     held: dict[MemberId, int] = field(default_factory=dict)  # of a join: the version of each rank, once resolved
     undone: dict[MemberId, int] = field(default_factory=dict)  # of a join: what ranks hold open and nobody decided
+    is_empty: bool = False  # of a join: a rank was built to be filled, its bytes are nobody's
     stock: Digests | None = None  # of a join that found no donor: what the replica holds
 
     @property
@@ -107,14 +120,18 @@ class Transaction:
             restores=self.source.version if isinstance(self.source, Kept) else 0,
         )
 
-    def differing(self, round_name: str, names: Sequence[str]) -> list[str]:
+    def mismatch(self, round_name: str, what: str, names: Sequence[str]) -> DigestError | None:
         """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`."""
         assert self.digests is not None
         problems = []
         for replica, digests in replica_sums(self.results[round_name]).items():
             differs = np.flatnonzero((digests != self.digests).any(axis=1))
             problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
-        return problems
+        if not problems:
+            return None
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        told = f"the {what} bytes are not {MEANT[self.kind]}:\n{listed}\n  nothing was changed; {RETRY[self.kind]}"
+        return DigestError(told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

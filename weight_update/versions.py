@@ -132,13 +132,16 @@ class VersionIndex:
         with self._writing() as db:
             db.execute("DELETE FROM members WHERE replica = ?", (replica,))
 
-    def start_fleet(self, key: str) -> bool:
-        """Whether the processes of this key are new to the file; from now on they are not."""
-        number = xxhash.xxh3_64_intdigest(key.encode()) >> 1
+    def is_fleet(self, key: str) -> bool:
+        """Whether the file was last used by the processes of this key: a restart of the coordinator alone."""
         known = self._db.execute("SELECT value FROM meta WHERE key = 'fleet'").fetchone()
+        return known is not None and known[0] == xxhash.xxh3_64_intdigest(key.encode()) >> 1
+
+    def set_fleet(self, key: str) -> None:
+        """From now on it is."""
         with self._writing() as db:
+            number = xxhash.xxh3_64_intdigest(key.encode()) >> 1
             db.execute("INSERT OR REPLACE INTO meta VALUES ('fleet', ?)", (number,))
-        return known is None or known[0] != number
 
     def fingerprint(self, version: int) -> int:
         """Of the manifest that a version was decided for."""

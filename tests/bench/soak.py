@@ -1,6 +1,7 @@
-"""What takes long: thousands of schedules of the protocol, and hundreds of random pushes into one service.
+"""What takes long: a million simulated schedules of the protocol, hundreds of random pushes into one service, hundreds
+of random failures of real processes.
 
-    python -m tests.bench.soak [--schedules N] [--pushes N] [--seed S]
+    python -m tests.bench.soak [--schedules N] [--pushes N] [--chaos N] [--seed S]
 
 Prints what was done and what was lost, and exits 1 on the first byte that is not what a cold load would give.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -16,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from launch.chaos import Round, rounds, summary
+from launch.drill import Drill
 from tests.local import LocalService, cold, local_service
-from tests.test_protocol import test_a_coordinator_that_dies_anywhere_is_replaced_and_every_member_resolved as survive
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import WeightUpdateError
@@ -67,15 +71,14 @@ def carry_over(committed: torch.nn.Module, candidate: torch.nn.Module, scope: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", type=int, default=50_000)
+    parser.add_argument("--schedules", type=int, default=1_000_000)
     parser.add_argument("--pushes", type=int, default=300)
+    parser.add_argument("--chaos", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    start = time.monotonic()
-    for seed in range(options.schedules):
-        survive(options.seed + seed)
-    print(f"{options.schedules} schedules with a coordinator's death, from seed {options.seed}: every member resolved")
-    print(f"  {time.monotonic() - start:.0f} s")
+    simulation = ["--first", f"{options.seed}", "--schedules", f"{options.schedules}"]
+    if subprocess.run([sys.executable, "-m", "tests.simulation", *simulation]).returncode:
+        raise SystemExit(1)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -86,6 +89,20 @@ def main() -> None:
     for outcome, count in sorted(outcomes.items()):
         print(f"  {count:4d} {outcome}")
     print(f"  {time.monotonic() - start:.0f} s")
+    break_randomly(options.chaos, options.seed)
+
+
+def break_randomly(count: int, seed: int) -> None:
+    """Random schedules of failures of real processes; the first byte that is lost ends it."""
+    if not count:
+        return
+    start, played = time.monotonic(), list[Round]()
+    with tempfile.TemporaryDirectory() as directory, Drill(Path(directory)) as drill:
+        played += rounds(drill, seed, count)
+    print(summary(seed, played))
+    print(f"  {time.monotonic() - start:.0f} s")
+    if any(each.problems for each in played):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,18 @@ class Superseded(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Disk:
-    """Decisions in order, who is a member, how often it was opened. contents: what each decided version is, which only
-    the checks know. stored: versions in the store, whole. epoch_is_ignored: a planted bug."""
+    """Decisions in order; who is a member, and by which processes (keys); how often it was opened.
+
+    contents: what each decided version is, which only the checks know. stored: versions in the store, whole.
+    epoch_is_ignored: a planted bug.
+    """
 
     members: list[MemberId]
     decisions: list[Decision] = field(default_factory=list)
     epoch: int = 0
     contents: dict[int, Content] = field(default_factory=dict)
     stored: dict[int, Content] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)
     failing_writes: int = 0
     epoch_is_ignored: bool = False
 

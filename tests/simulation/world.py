@@ -90,6 +90,7 @@ class Host:
             committed={each.push_id: each.version for each in disk.decisions},
             decided={each.transaction: each.version for each in disk.decisions if each.transaction},
             min_replicas=world.min_replicas,
+            keys=disk.keys,
         )
         self.calls: dict[int, tuple[Node, OnReply]] = {}
         self.pending: dict[tuple[int, MemberId], int] = {}  # round, member -> attempts
@@ -416,7 +417,7 @@ class World:
             heard.append(result)
 
         heard: list[object] = []
-        key = str(self.next_number())
+        key = self.disk.keys[members[0].replica] = str(self.next_number())
         first = [self.ranks[member] for member in members]
         known = [member for member in members if member in self.disk.members]
         self.disk.members += [member for member in members if member not in known]
