@@ -23,16 +23,18 @@ from .options import (
     CommitBetween,
     Compile,
     Components,
+    Format,
     Json,
     Keep,
     KeepBytes,
+    Layout,
+    Listen,
     MinReplicas,
     Offload,
     Scrub,
     StateFolder,
     StoreFolder,
     Target,
-    address_of,
     emit,
 )
 
@@ -97,17 +99,11 @@ def demo_diffusion(
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help=CHECKPOINT)],
-    format: Annotated[
-        str, typer.Option(help="Row of 'transfuse formats'; of a pipeline also 'auto', or NAME=ROW,... by component.")
-    ] = "nvfp4",
-    layout: Annotated[
-        str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")
-    ] = "auto",
+    format: Format = "nvfp4",
+    layout: Layout = "auto",
     replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
-    ] = DEFAULT_TARGET,
+    listen: Listen = DEFAULT_TARGET,
     min_replicas: MinReplicas = 0,
     state: StateFolder = None,
     store: StoreFolder = None,

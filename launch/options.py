@@ -28,7 +28,20 @@ Target = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")]
 
-# Of services of diffusion pipelines.
+# ---------------------------------------------------------------- of a service
+
+Format = Annotated[
+    str, typer.Option(help="Row of 'transfuse formats'; of a pipeline also 'auto', or NAME=ROW,... by component.")
+]
+Layout = Annotated[
+    str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")
+]
+Listen = Annotated[
+    str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
+]
+
+# ---------------------------------------------------------------- of a service of a pipeline
+
 Components = Annotated[
     list[str],
     typer.Option("--component", metavar="NAME=PATH", help="Take a component's weights from PATH; repeatable."),

@@ -104,20 +104,20 @@ class RankServer:
         self._server, self._checks = make_server(services, max_message_bytes=MESSAGE_BYTES[engine.rpc])
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
-        pb_grpc.add_GenerationServicer_to_server(
-            GenerationServicer(
-                engine,
-                replica=identity.replica,
-                version=lambda: self.member.version,
-                may_serve=lambda: self.member.state == "installed" or self.member.serves(time.monotonic()),
-                paused=lambda: self.operator_paused,
-            ),
-            self._server,
-        )
+        pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
         self.address = bind(self._server, listen)
         self._lease.start()
         self._scrubber.start()
+
+    def _generation(self) -> GenerationServicer:
+        return GenerationServicer(
+            self.engine,
+            replica=self.identity.replica,
+            version=lambda: self.member.version,
+            may_serve=lambda: self.member.state == "installed" or self.member.serves(time.monotonic()),
+            paused=lambda: self.operator_paused,
+        )
 
     @property
     def state(self) -> str:
