@@ -113,9 +113,11 @@ def test_a_busy_trainer_cannot_take_the_place_of_a_version_that_is_waited_for(
     stop, pushed = threading.Event(), []
     fetch = keeping.fetch
 
-    def slow(*args: Any) -> None:
-        time.sleep(0.4)  # longer than a push takes
-        fetch(*args)
+    def slow(donors: Any, version: int, *rest: Any) -> None:
+        deadline_s = time.monotonic() + 2.0
+        while service.shell.protocol.version == version and time.monotonic() < deadline_s:
+            time.sleep(0.02)  # a later version takes its place, if it may
+        fetch(donors, version, *rest)
 
     monkeypatch.setattr(keeping, "fetch", slow)
 
