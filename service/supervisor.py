@@ -223,7 +223,9 @@ class Supervisor:
 
     def _turn(self, control: Any) -> None:
         for failed, error in self._hear(TURN_S):
-            log.warning("%s; replica %d is built anew", error, failed.number)
+            # Of a rank that ran, Ray tells at length that it died; of one that could not start, why.
+            why = str(error) if failed.state == "starting" else str(error).splitlines()[0]
+            log.warning("%s; replica %d is built anew", why, failed.number)
             failed.pause()
         status: pb.StatusReply = call(
             control.Status, pb.StatusRequest(), timeout_s=CONTROL_TIMEOUT_S, where="coordinator"
