@@ -236,7 +236,9 @@ class Supervisor:
 
     def _turn(self, control: Any) -> None:
         for failed, error in self._hear(TURN_S):
-            log.warning("%s; replica %d is built anew", error, failed.number)
+            # Of a rank that ran, Ray tells at length that it died; of one that could not start, why.
+            why = str(error) if failed.state == "starting" else str(error).splitlines()[0]
+            log.warning("%s; replica %d is built anew", why, failed.number)
             failed.pause()
         status: pb.StatusReply = call(
             control.Status, pb.StatusRequest(), timeout_s=CONTROL_TIMEOUT_S, where="coordinator"
@@ -247,11 +249,17 @@ class Supervisor:
         donors = [number for number, each in told.items() if each.state == "serving" and self._is_running(number)]
         lonely = not donors
         for number, replica in list(self._replicas.items()):
-            self._judge(replica, told.get(number), lonely)
-            if replica.state == "pausing" and replica.since_s <= time.monotonic():
-                replica.start(self._stored() if lonely else None)
-            if replica.state == "ready":
-                self._announce(control, replica)
+            try:
+                self._care(control, replica, told.get(number), lonely)
+            except WeightUpdateError as error:  # the others are not to wait for it
+                log.warning("replica %d: %s", number, error)
+
+    def _care(self, control: Any, replica: Processes, told: pb.ReplicaStatus | None, lonely: bool) -> None:
+        self._judge(replica, told, lonely)
+        if replica.state == "pausing" and replica.since_s <= time.monotonic():
+            replica.start(self._stored() if lonely else None)
+        if replica.state == "ready":
+            self._announce(control, replica)
 
     def _hear(self, timeout_s: float | None) -> list[tuple[Processes, MemberError]]:
         """Wait until something happened to a rank; replicas that do not survive it, and why."""
@@ -285,7 +293,7 @@ class Supervisor:
 
     def _judge(self, replica: Processes, told: pb.ReplicaStatus | None, lonely: bool) -> None:
         """Rebuild a running replica that does not come back by itself."""
-        if replica.state != "running" or told is None:
+        if replica.state != "running" or told is None or told.state == "joining":
             return
         if told.state != "fenced":
             replica.served, replica.fenced_s = replica.served or told.state == "serving", float("inf")

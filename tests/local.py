@@ -115,19 +115,21 @@ def local_service(
     ranks = [rank for rank, _ in started]
     for rank in ranks:
         manifest = rank.receiver.manifest
-        rank.sources.store = store_dir and Store(store_dir, config_dir=model_dir, manifest=manifest, read_only=True)
+        if store_dir is not None:
+            rank.sources.store = Store(store_dir, config_dir=model_dir, manifest=manifest, read_only=True)
     shell = CoordinatorShell(
         addresses=[rank.address for rank in ranks],
         state_file=state_dir / "state.sqlite",
         source=str(model_dir),
         loaded=weights.loaded,
     )
-    keeper = store_dir and keep_versions(shell, model_dir, StoreConfig(directory=store_dir, keep=keep))
+    config = StoreConfig(directory=store_dir, keep=keep) if store_dir is not None else None
+    keeper = None if config is None else keep_versions(shell, model_dir, config)
     server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper)
     try:
         yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
     finally:
-        if keeper:
+        if keeper is not None:
             keeper.stop()
         server.stop()
         shell.stop()

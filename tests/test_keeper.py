@@ -20,6 +20,7 @@ from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import StoreError
+from weight_update.fetch import fetch
 from weight_update.store import Store
 from weight_update.transport import connect
 
@@ -110,12 +111,14 @@ def test_a_durable_push_returns_when_the_version_is_stored(
 def test_a_busy_trainer_cannot_take_the_place_of_a_version_that_is_waited_for(
     service: LocalService, pusher: Pusher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, pushed = threading.Event(), []
-    fetch = keeping.fetch
+    stop = threading.Event()
+    pushed: list[int] = []
 
-    def slow(*args: Any) -> None:
-        time.sleep(0.4)  # longer than a push takes
-        fetch(*args)
+    def slow(donors: Any, version: int, *rest: Any) -> None:
+        deadline_s = time.monotonic() + 2.0
+        while service.shell.protocol.version == version and time.monotonic() < deadline_s:
+            time.sleep(0.02)  # a later version takes its place, if it may
+        fetch(donors, version, *rest)
 
     monkeypatch.setattr(keeping, "fetch", slow)
 
@@ -148,7 +151,7 @@ def test_durable_is_refused_before_the_commit_where_there_is_no_store(checkpoint
 
 def test_what_retention_drops_is_said(checkpoint: Path, tmp_path: Path) -> None:
     with local_service(checkpoint, tmp_path / "state", store_dir=tmp_path / "store", keep=2) as service:
-        events = []
+        events: list[pb.Event] = []
         watching = threading.Thread(target=lambda: events.extend(service.shell.watch(lambda: len(events) < 99)))
         watching.start()
         pusher = Pusher(service.address)

@@ -43,7 +43,8 @@ def ask(service: LocalService, method: str, request: Any) -> Any:
 
 
 def status(service: LocalService) -> pb.StatusReply:
-    return ask(service, "Status", pb.StatusRequest())
+    reply: pb.StatusReply = ask(service, "Status", pb.StatusRequest())
+    return reply
 
 
 def push(service: LocalService, *models: nn.Module, **options: Any) -> int:
@@ -212,7 +213,7 @@ def test_a_sharded_fleet_starts_again_from_its_store_and_so_does_its_last_replic
     )
 
     def stored(fleet: Fleet) -> list[dict[str, bytes]]:
-        return ray.get([rank.stored_bytes.remote() for rank in fleet.ranks])  # type: ignore[no-any-return]
+        return ray.get([rank.stored_bytes.remote() for rank in fleet.ranks])
 
     def state(fleet: Fleet) -> tuple[int, list[str]]:
         with connect(fleet.address) as channel:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def config_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path, config_dir: Path) -> Callable[..., Store]:
-    def made(directory: Path | None = None, **options: int) -> Store:
+    def made(directory: Path | None = None, **options: Any) -> Store:
         return Store(directory or tmp_path / "store", config_dir=config_dir, manifest=MANIFEST, **options)
 
     return made
