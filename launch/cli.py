@@ -17,7 +17,7 @@ from weight_update.errors import PlanError, WeightUpdateError
 from . import exits, tools
 from .compare import compare
 from .denoise import denoise
-from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, Target, address
+from .options import DEFAULT_TARGET, CommitBetween, Compile, Components, Json, Offload, OnCommit, Target, address
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
@@ -97,6 +97,7 @@ def serve(
     ] = None,
     component: Components = [],  # noqa: B006 - typer copies it
     commit_between: CommitBetween = "steps",
+    on_commit: OnCommit = "continue",
     offload: Offload = "none",
     compile: Compile = False,
     as_json: Json = False,
@@ -124,6 +125,7 @@ def serve(
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
             commit_between=commit_between,
+            on_commit=on_commit,
             offload=offload,
             compile=compile,
         )
@@ -264,11 +266,13 @@ def probe(
         prompts=[pb.Prompt(text=prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
     counts: Counter[int] = Counter()
-    previous = None
+    previous, printed = None, 0
     for token in generate(target, request):
         mark = f"[v{token.version}]" if token.version != previous else ""
         previous = token.version
         counts[token.version] += 1
+        mark = f"\n[begins again]{mark}" if token.position < printed else mark
+        printed = token.position + 1
         sys.stdout.write(json.dumps(values(token)) + "\n" if as_json else mark + token.text)
         sys.stdout.flush()
     if not as_json:

@@ -28,6 +28,7 @@ from weight_update.errors import MemberError, PlanError
 
 from .actor import REMOTE_COORDINATOR, REMOTE_RANK, RankConfig
 from .engine import CommitBetween
+from .work import OnCommit
 from .workers import Serving, check_serving
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class FleetConfig:
     max_batch: int = 32
     max_tokens: int | None = None
     commit_between: CommitBetween = "steps"
+    on_commit: OnCommit = "continue"
     offload: str = "none"
     compile: bool = False
     memory_budget_bytes: int | None = None
@@ -74,6 +76,7 @@ class FleetConfig:
             max_batch=self.max_batch,
             max_tokens=self.max_tokens,
             commit_between=self.commit_between,
+            on_commit=self.on_commit,
             offload=self.offload,
             compile=self.compile,
         )
