@@ -31,6 +31,7 @@ from .options import (
     Listen,
     MinReplicas,
     Offload,
+    OnCommit,
     Scrub,
     StateFolder,
     StoreFolder,
@@ -112,6 +113,7 @@ def serve(
     scrub: Scrub = 600.0,
     component: Components = [],  # noqa: B006 - typer copies it
     commit_between: CommitBetween = "steps",
+    on_commit: OnCommit = "continue",
     offload: Offload = "none",
     compile: Compile = False,
     as_json: Json = False,
@@ -141,6 +143,7 @@ def serve(
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
             commit_between=commit_between,
+            on_commit=on_commit,
             offload=offload,
             compile=compile,
             min_replicas=min_replicas,
@@ -285,11 +288,13 @@ def probe(
         prompts=[pb.Prompt(text=prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
     counts: Counter[int] = Counter()
-    previous = None
+    previous, printed = None, 0
     for token in generate(target, request):
         mark = f"[v{token.version}]" if token.version != previous else ""
         previous = token.version
         counts[token.version] += 1
+        mark = f"\n[begins again]{mark}" if token.position < printed else mark
+        printed = token.position + 1
         sys.stdout.write(json.dumps(values(token)) + "\n" if as_json else mark + token.text)
         sys.stdout.flush()
     if not as_json:

@@ -103,6 +103,7 @@ class TextSession:
         drawn: list[list[pb.Token]] = [[] for _ in prompts]
         with self._bars.show("sample"):
             for done, token in enumerate(generate(self._address, request), 1):
+                del drawn[token.sequence][token.position :]  # of a sequence that begins again
                 drawn[token.sequence].append(token)
                 self._bars.update("sample", done, NUM_TOKENS * len(prompts))
         return drawn

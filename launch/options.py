@@ -49,6 +49,13 @@ Components = Annotated[
 CommitBetween = Annotated[
     str, typer.Option(metavar="steps|samples", help="'samples' lets running ones end before new weights are used.")
 ]
+OnCommit = Annotated[
+    str,
+    typer.Option(
+        metavar="continue|recompute|restart",
+        help="What running texts do when the weights change: keep their KV, compute it anew, or begin again.",
+    ),
+]
 Offload = Annotated[
     str, typer.Option(metavar="none|component", help="'component' keeps only the one in use in memory; slower.")
 ]

@@ -663,7 +663,7 @@ class Prompt(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("sequence", "token_id", "logprob", "version", "text", "last", "kv_versions", "replica")
+    __slots__ = ("sequence", "token_id", "logprob", "version", "text", "last", "kv_versions", "replica", "position")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
@@ -672,6 +672,7 @@ class Token(_message.Message):
     LAST_FIELD_NUMBER: _ClassVar[int]
     KV_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     token_id: int
     logprob: float
@@ -680,7 +681,8 @@ class Token(_message.Message):
     last: bool
     kv_versions: _containers.RepeatedScalarFieldContainer[int]
     replica: int
-    def __init__(self, sequence: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., version: _Optional[int] = ..., text: _Optional[str] = ..., last: _Optional[bool] = ..., kv_versions: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...
+    position: int
+    def __init__(self, sequence: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., version: _Optional[int] = ..., text: _Optional[str] = ..., last: _Optional[bool] = ..., kv_versions: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class DenoiseRequest(_message.Message):
     __slots__ = ("seeds", "num_steps", "num_frames", "height", "width", "guidance", "cfg_scale", "cfg_scale_2", "conditioning", "trajectory")

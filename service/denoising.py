@@ -26,7 +26,7 @@ from weight_update.errors import PlanError
 from .residence import Offload, Residence
 from .samples import MAX_LATENTS_BYTES, Denoised, Samples, SampleStart, Size, start_problems
 from .styles import COMPUTE, NEGATIVE, STYLES, Style, embeds_guidance
-from .work import Running
+from .work import OnCommit, Running
 
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
@@ -171,6 +171,7 @@ class Denoiser:
     """
 
     rpc = "Denoise"
+    on_commit: OnCommit = "continue"
 
     def __init__(
         self,
@@ -298,6 +299,9 @@ class Denoiser:
                 if last:
                     del self._samples[key]
         return done
+
+    def renew(self) -> None:
+        """Nothing: a sample's only state is its latents."""
 
     def warm_up(self) -> None:
         """A forward of every component, before and, where it is asked for, after its blocks are compiled."""

@@ -310,7 +310,8 @@ class Engine(Generic[P, Out]):
     def _refresh(self, command: Command) -> bool:
         with self._changed:
             self._standing = False
-        report = self._attempt(lambda: self._worker.refresh() if command.refresh else None)
+        renewed = command.version != self._version
+        report = self._attempt(lambda: self._renew(command.refresh, renewed))
         with self._changed:
             if not report.error:
                 self._version, self._held, self._standing = command.version, command.stay_paused, command.stay_paused
@@ -320,9 +321,17 @@ class Engine(Generic[P, Out]):
         reports = self._link.collect(report)
         with self._changed:
             if self.rank == 0 and self._agree(reports):
+                for running in self._running.values() if renewed else ():
+                    running.renew(self._worker.on_commit)
                 self._resume = None
                 self._changed.notify_all()
         return True
+
+    def _renew(self, refresh: bool, renewed: bool) -> None:
+        if refresh:
+            self._worker.refresh()
+        if renewed:
+            self._worker.renew()
 
     def _finish(self, command: Command) -> bool:
         self._end(f"failed: {command.reason}" if command.kind is Kind.FAIL else "stopped")

@@ -31,6 +31,7 @@ from .keeper import StoreConfig
 from .rank import SCRUB_S
 from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
+from .work import OnCommit
 from .workers import Serving, check_serving
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class FleetConfig:
     max_batch: int = 32
     max_tokens: int | None = None
     commit_between: CommitBetween = "steps"
+    on_commit: OnCommit = "continue"
     offload: str = "none"
     compile: bool = False
     memory_budget_bytes: int | None = None
@@ -88,6 +90,7 @@ class FleetConfig:
             max_batch=self.max_batch,
             max_tokens=self.max_tokens,
             commit_between=self.commit_between,
+            on_commit=self.on_commit,
             offload=self.offload,
             compile=self.compile,
         )

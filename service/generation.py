@@ -80,6 +80,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
                 logprob=token.logprob,
                 version=token.version,
                 last=token.last,
+                position=token.position,
                 kv_versions=token.kv_versions,
                 replica=self._replica,
             )

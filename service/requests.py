@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .work import Running
 
 # Outside of these a temperature overflows float32 logits, or is a mistake.
 _TEMPERATURES = (1e-3, 1e3)
@@ -16,11 +18,12 @@ _TEMPERATURES = (1e-3, 1e3)
 class TokenOut:
     """One token of one sequence. `version` is that of the weights that produced it.
 
-    sequence is the index of its prompt in the request; kv_versions, with the last token only, are all versions that
-    wrote into the sequence's KV.
+    sequence is the index of its prompt in the request, position that of the token in the sequence: it falls back to 0
+    where a sequence begins again. kv_versions, with the last token only, are all versions in the sequence's KV.
     """
 
     sequence: int
+    position: int
     token_id: int
     logprob: float
     version: int
@@ -84,15 +87,17 @@ class Prompts:
             ignore_eos=self.ignore_eos,
         )
 
-    def output(self, index: int, entry: Sampled, versions: Sequence[int]) -> TokenOut:
+    def output(self, entry: Sampled, running: Running[Any]) -> TokenOut:
         """A token. Each is one forward, and each forward writes one version's KV."""
+        versions = running.versions
         return TokenOut(
-            sequence=index,
+            sequence=running.index,
+            position=len(versions) - 1,
             token_id=entry.token_id,
             logprob=entry.logprob,
             version=versions[-1],
             last=entry.last,
-            kv_versions=tuple(sorted(set(versions))) if entry.last else (),
+            kv_versions=tuple(sorted(set(versions[running.state_from :]))) if entry.last else (),
         )
 
 

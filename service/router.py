@@ -46,6 +46,8 @@ class GenerationRouter(pb_grpc.GenerationServicer):
             )
 
         for index, token in self._deal("Generate", len(prompts), share, "sequence", context):
+            if token.position == 0:
+                texts[index] = self._codec.detokenizer()
             token.text = texts[index].add(token.token_id, last=token.last)
             yield token
 

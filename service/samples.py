@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .work import Running
 
 MAX_STEPS = 1000
 MAX_AXIS = 1024  # patches along one axis: what Wan's rotary table holds
@@ -92,10 +94,11 @@ class Samples:
         keys = tuple(first_key + index for index in indices)
         return replace(self.start, rank=rank, keys=keys, seeds=tuple(self.start.seeds[index] for index in indices))
 
-    def output(self, index: int, entry: Denoised, versions: Sequence[int]) -> LatentsOut:
+    def output(self, entry: Denoised, running: Running[Any]) -> LatentsOut:
         """What the client gets for every step."""
+        versions = running.versions
         return LatentsOut(
-            sample=index,
+            sample=running.index,
             step=entry.step,
             version=versions[-1],
             last=entry.last,

@@ -7,14 +7,15 @@ At temperature 0 the token is the argmax, and its log-probability is taken at te
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .requests import Limits, Prompts, Sampled, Start, check_request
-from .work import Running
+from .work import OnCommit, Running
 
 # A transformers causal LM, or anything that takes and gives the same: input_ids, attention_mask, position_ids,
 # past_key_values, use_cache, logits_to_keep -> an object with logits and past_key_values.
@@ -54,6 +55,7 @@ class Batch:
 
     def __init__(self, start: Start, *, eos_ids: Collection[int], device: torch.device) -> None:
         self.keys = list(start.keys)
+        self._start, self._device = start, device
         self._remaining = start.max_new_tokens
         self._temperature = start.temperature
         self._eos_ids = frozenset[int]() if start.ignore_eos else frozenset(eos_ids)
@@ -61,7 +63,8 @@ class Batch:
         width = max(map(len, start.prompts))
         pads = torch.tensor([width - len(prompt) for prompt in start.prompts], device=device)[:, None]
         columns = torch.arange(width, device=device)
-        self._input = torch.tensor([(0,) * (width - len(p)) + p for p in start.prompts], device=device)
+        self._tokens = torch.tensor([(0,) * (width - len(p)) + p for p in start.prompts], device=device)
+        self._input = self._tokens
         self._positions = (columns - pads).clamp_min(0)
         # None where nothing is padded: attention then takes its fast causal path.
         self._mask = columns >= pads if bool(pads.any()) else None
@@ -90,6 +93,7 @@ class Batch:
     def _advance(self, tokens: Tensor) -> None:
         self._remaining -= 1
         self._input = tokens[:, None]
+        self._tokens = torch.cat([self._tokens, self._input], dim=-1)
         self._positions = self._positions[:, -1:] + 1
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=-1)
@@ -106,10 +110,36 @@ class Batch:
             self._cache = None
             return
         rows = torch.tensor(kept, device=self._input.device)
-        self._input, self._positions = self._input[rows], self._positions[rows]
+        self._tokens, self._input, self._positions = self._tokens[rows], self._input[rows], self._positions[rows]
         self._mask = self._mask if self._mask is None else self._mask[rows]
         if self._cache is not None:
             self._cache.batch_select_indices(rows)
+
+    def recomputed(self) -> Batch:
+        """The same, its KV forgotten: the next forward takes all tokens so far."""
+        first = self._positions[:, -1:] - (self._tokens.shape[1] - 1)  # below 0 where a prompt is padded
+        columns = torch.arange(self._tokens.shape[1], device=self._device)
+        self._input, self._positions, self._cache = self._tokens, (columns + first).clamp_min(0), None
+        return self
+
+    def restarted(self) -> Batch:
+        """From its prompts again, with the same seeds; sequences that ended or were freed stay away."""
+        kept = [self._start.keys.index(key) for key in self.keys]
+        prompts, seeds = self._start.prompts, self._start.seeds
+        start = replace(
+            self._start,
+            keys=tuple(self.keys),
+            prompts=tuple(prompts[i] for i in kept),
+            seeds=tuple(seeds[i] for i in kept),
+        )
+        return Batch(start, eos_ids=self._eos_ids, device=self._device)
+
+
+RENEW: Mapping[OnCommit, Callable[[Batch], Batch]] = {
+    "continue": lambda batch: batch,
+    "recompute": Batch.recomputed,
+    "restart": Batch.restarted,
+}
 
 
 class Decoder:
@@ -119,6 +149,7 @@ class Decoder:
     on_refresh          makes new weights visible to forward (reshard, unshard, decode)
     max_tokens          of a sequence, prompt included
     vocab_size          default: that of the model's config
+    on_commit           what running sequences do when the weights change
     collective_forward  forward needs every rank (FSDP-sharded): a rank without sequences runs dummy forwards
     """
 
@@ -134,10 +165,11 @@ class Decoder:
         max_tokens: int = 2048,
         vocab_size: int | None = None,
         device: torch.device | str = "cpu",
+        on_commit: OnCommit = "continue",
         collective_forward: bool = False,
     ) -> None:
         vocab_size = vocab_size or model.config.vocab_size  # type: ignore[attr-defined]
-        self.max_batch = max_batch
+        self.max_batch, self.on_commit = max_batch, on_commit
         self.refresh = on_refresh
         self._limits = Limits(max_batch=max_batch, max_tokens=max_tokens, vocab_size=vocab_size)
         self._model = model
@@ -187,6 +219,10 @@ class Decoder:
             self._dummy()
         self._prune()
         return sampled
+
+    def renew(self) -> None:
+        """Go on with old KV, compute it anew, or begin again."""
+        self._batches = [RENEW[self.on_commit](batch) for batch in self._batches]
 
     def warm_up(self) -> None:
         """One forward of one token."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 import queue
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 Out = TypeVar("Out")
 Out_co = TypeVar("Out_co", covariant=True)
 P = ParamSpec("P")
+
+# What a running sequence does when the weights change: goes on with what it has, computes its KV anew, or begins again.
+OnCommit = Literal["continue", "recompute", "restart"]
 
 
 class Start(Protocol):
@@ -45,8 +48,8 @@ class Work(Protocol[Out_co]):
     def share(self, rank: int, first_key: int, indices: Sequence[int]) -> Start:
         """What `rank` does of it: the sequences `indices`, whose keys are first_key + index."""
 
-    def output(self, index: int, entry: Any, versions: Sequence[int]) -> Out_co | None:
-        """What the client gets for one step of sequence `index`, if anything; versions: of all its steps so far."""
+    def output(self, entry: Any, running: Running[Any]) -> Out_co | None:
+        """What the client gets for one step of a sequence, if anything; running: with this step's version."""
 
 
 class Worker(Protocol[P, Out_co]):
@@ -54,6 +57,7 @@ class Worker(Protocol[P, Out_co]):
 
     rpc: str  # of the Generation service
     max_batch: int  # sequences that run at once on the whole replica
+    on_commit: OnCommit
 
     @property
     def num_sequences(self) -> int:
@@ -70,6 +74,9 @@ class Worker(Protocol[P, Out_co]):
 
     def refresh(self) -> None:
         """Make new weights visible to forward. Between two steps, on every rank at once; may be collective."""
+
+    def renew(self) -> None:
+        """After a refresh that brought another version: do with the running sequences what `on_commit` says."""
 
     def warm_up(self) -> None:
         """Run a forward of everything once, before the first request. On every rank at once; may be collective."""
@@ -90,17 +97,29 @@ class Request(Generic[Out]):
 
 @dataclass(slots=True, kw_only=True)
 class Running(Generic[Out]):
-    """One sequence that a rank goes on with. versions: those of its steps, in order."""
+    """One sequence that a rank goes on with. index: in the request.
+
+    versions: those of its steps since it began, or began again. state_from: the first of these steps whose version is
+    still in the sequence's state (a KV).
+    """
 
     request: Request[Out]
     index: int
     rank: int
     versions: list[int] = field(default_factory=list)
+    state_from: int = 0
+
+    def renew(self, on_commit: OnCommit) -> None:
+        """The next step is the first with other weights."""
+        if on_commit == "restart":
+            self.versions.clear()
+        if on_commit == "recompute":
+            self.state_from = len(self.versions)
 
     def emit(self, entry: Entry, version: int) -> None:
         """Hand what one step did to the client."""
         self.versions.append(version)
-        output = self.request.work.output(self.index, entry, self.versions)
+        output = self.request.work.output(entry, self)
         if output is not None:
             self.request.outbox.put(output)
         self.request.num_open -= entry.last

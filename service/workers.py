@@ -19,9 +19,10 @@ from .refresh import Refresher
 from .residence import Offload, choose_offload
 from .sampling import Decoder
 from .text import eos_ids
-from .work import Worker
+from .work import OnCommit, Worker
 
 COMMIT_BETWEEN: tuple[CommitBetween, ...] = ("steps", "samples")
+ON_COMMIT: tuple[OnCommit, ...] = ("continue", "recompute", "restart")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +30,15 @@ class Serving:
     """How a replica generates.
 
     max_batch: sequences that run at once on it. max_tokens: of one sequence, or of one forward of a sample; None: what
-    the worker takes by default. commit_between: "steps", or "samples" to let running ones end before a commit. offload:
-    see service.residence. compile: torch.compile of the blocks of a pipeline.
+    the worker takes by default. commit_between: "steps", or "samples" to let running ones end before a commit.
+    on_commit: what running sequences of a language model do at a commit. offload: see service.residence. compile:
+    torch.compile of the blocks of a pipeline.
     """
 
     max_batch: int = 32
     max_tokens: int | None = None
     commit_between: CommitBetween = "steps"
+    on_commit: OnCommit = "continue"
     offload: str = "none"
     compile: bool = False
 
@@ -44,6 +47,12 @@ def check_serving(serving: Serving, num_components: int, say: Callable[[str], No
     """Refuse what cannot be served, before any process starts; num_components: 0 for a language model."""
     if serving.commit_between not in COMMIT_BETWEEN:
         raise PlanError(f"commit_between {serving.commit_between!r}: expected one of {', '.join(COMMIT_BETWEEN)}")
+    if serving.on_commit not in ON_COMMIT:
+        raise PlanError(f"on_commit {serving.on_commit!r}: expected one of {', '.join(ON_COMMIT)}")
+    if serving.on_commit != "continue" and num_components:
+        raise PlanError(
+            f"on_commit {serving.on_commit}: for language models; a sample keeps no KV, see --commit-between samples"
+        )
     if serving.compile and not num_components:
         raise PlanError("compile: for the blocks of diffusion pipelines only; leave --compile out")
     choose_offload(serving.offload, num_components, say)
@@ -81,5 +90,11 @@ def make_worker(
             **sizes,
         )
     return Decoder(
-        model, eos_ids=eos_ids(config_dir), on_refresh=refresher, max_batch=serving.max_batch, device=device, **sizes
+        model,
+        eos_ids=eos_ids(config_dir),
+        on_refresh=refresher,
+        on_commit=serving.on_commit,
+        max_batch=serving.max_batch,
+        device=device,
+        **sizes,
     )

@@ -160,6 +160,43 @@ def test_a_pause_stops_both_ranks_after_the_same_step_and_tokens_go_on_with_the_
     assert fresh[-1].kv_versions == (2,)
 
 
+def commit_after_some_tokens(leader: Rank, peer: Peer, prompts: list[list[int]], **options: Any) -> list[TokenOut]:
+    """The tokens of a request in whose midst version 2 of the weights came."""
+    stream = leader.engine.submit(prompts, 40, ignore_eos=True, **options)
+    tokens = [next(stream) for _ in range(3 * len(prompts))]
+    leader.engine.request_pause()
+    assert leader.engine.wait_paused(WAIT_S) and peer.ask("wait_paused", WAIT_S)
+    leader.engine.resume(2)
+    return [*tokens, *stream]
+
+
+def test_recompute_goes_on_as_if_the_new_weights_had_read_everything(build: Build) -> None:
+    leader, peer = build(on_commit="recompute")
+    sequences = by_sequence(commit_after_some_tokens(leader, peer, PROMPTS, temperature=0))
+    for index, prompt in enumerate(PROMPTS):
+        tokens = sequences[index]
+        old = [token.token_id for token in tokens if token.version == 1]
+        assert 0 < len(old) < 40
+        assert old == plain_greedy(tuple(prompt), len(old))
+        # Reference: no KV at all, the new weights read the prompt and all that the old ones wrote.
+        new = plain_greedy((*prompt, *old), 40 - len(old), seed=2)
+        assert [token.token_id for token in tokens if token.version == 2] == new
+        assert [token.position for token in tokens] == list(range(40))
+        assert tokens[-1].kv_versions == (2,)
+
+
+def test_restart_begins_again_from_the_prompts_with_the_same_seeds(build: Build) -> None:
+    leader, peer = build(on_commit="restart")
+    sequences = by_sequence(commit_after_some_tokens(leader, peer, PROMPTS, temperature=1.0, seed=9))
+    fresh = by_sequence(leader.engine.submit(PROMPTS, 40, temperature=1.0, seed=9, ignore_eos=True))
+    for index in range(len(PROMPTS)):
+        tokens = sequences[index]
+        begin = max(i for i, token in enumerate(tokens) if token.position == 0)
+        assert begin > 0 and {token.version for token in tokens[:begin]} == {1}
+        assert tokens[begin:] == fresh[index]
+        assert tokens[-1].kv_versions == (2,)
+
+
 def test_a_pause_while_idle_holds_new_requests_until_resume_and_can_be_undone_without_a_refresh(build: Build) -> None:
     leader, peer = build(keepalive_s=0.05)
     assert not leader.engine.wait_paused(0.05)
