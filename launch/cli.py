@@ -129,9 +129,7 @@ def serve(
 
         from .serve import configured, run
 
-    def ready(address: str) -> None:
-        emit({"address": address}, f"serving {model} at {address}; Ctrl-C stops it", as_json)
-
+    how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
             component,
@@ -142,15 +140,12 @@ def serve(
             ranks=ranks,
             listen=listen,
             state_dir=Path(scratch) if state is None else state,
-            commit_between=commit_between,
-            on_commit=on_commit,
-            offload=offload,
-            compile=compile,
             min_replicas=min_replicas,
             store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
             scrub_s=scrub,
+            **how,
         )
-        run(config, ready)
+        run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json))
 
 
 @app.command()
