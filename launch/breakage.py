@@ -49,13 +49,14 @@ def push(pusher: DrillPusher, seed: int, **options: Any) -> str:
 
 def _train(address: str, seed: int, confirms: bool) -> None:
     """A trainer in a process of its own."""
-    DrillPusher(address).push_seed(seed, confirms=confirms)
+    DrillPusher(address).push_seed(seed, confirms=confirms, on_busy="wait")
 
 
 class Trainer:
     """A push under way, in another thread or, to be killed, in another process."""
 
     def __init__(self, drill: Drill, *, apart: bool, confirms: bool, mode: Mode = "auto") -> None:
+        drill.status()  # the coordinator is back
         self._drill = drill
         self._pool = ThreadPoolExecutor(1)
         self._process: Any = None
@@ -66,7 +67,7 @@ class Trainer:
             self._process.start()
         else:
             drill.pusher.mode = mode
-            self._pushing = self._pool.submit(push, drill.pusher, seed, confirms=confirms)
+            self._pushing = self._pool.submit(push, drill.pusher, seed, confirms=confirms, on_busy="wait")
 
     def kill(self) -> None:
         """Kill -9."""
@@ -111,7 +112,7 @@ def kill_at(drill: Drill, step: str, victim: str, rank: int) -> str:
 def fail_at(drill: Drill, step: str, rank: int) -> str:
     """A rank of replica 1 raises at a step."""
     ray.get(drill.rank(1, rank).arm.remote(step, "raise"))
-    outcome = push(drill.pusher, drill.new_seed(), confirms=step == "confirm")
+    outcome = push(drill.pusher, drill.new_seed(), confirms=step == "confirm", on_busy="wait")
     _release(drill.rank(1, rank))
     return outcome
 
@@ -155,7 +156,7 @@ def slow_rank(drill: Drill, chance: random.Random) -> str:
     timer = threading.Timer(20.0, stopped.set)
     timer.start()
     try:
-        return push(drill.pusher, drill.new_seed())
+        return push(drill.pusher, drill.new_seed(), on_busy="wait")
     finally:
         timer.cancel()
         stopped.set()
@@ -169,7 +170,7 @@ def stopped_rank(drill: Drill, chance: random.Random) -> str:
     timer = threading.Timer(chance.uniform(1.0, 8.0), os.kill, (pid, signal.SIGCONT))
     timer.start()
     try:
-        return push(drill.pusher, drill.new_seed())
+        return push(drill.pusher, drill.new_seed(), on_busy="wait")
     finally:
         timer.join()
 
@@ -206,7 +207,7 @@ def _ways(make: Callable[[str], Proxy | Relay]) -> Iterator[dict[str, Any]]:
 def _push_along(drill: Drill, ways: Mapping[str, Any]) -> str:
     pusher = DrillPusher(drill.address, way=lambda address: str(ways[address].address), mode="full")
     try:
-        return push(pusher, drill.new_seed())
+        return push(pusher, drill.new_seed(), on_busy="wait")
     finally:
         pusher.close()
 

@@ -87,8 +87,10 @@ def _play(drill: Drill, chance: random.Random, number: int, names: Sequence[str]
 def _broken(drill: Drill, name: str, chance: random.Random) -> str:
     try:
         return BREAKAGES[name](drill, chance)
-    except (LookupError, ray.exceptions.RayError):
-        return "its victim was gone already"
+    except LookupError as error:
+        return f"not done, {error}"
+    except ray.exceptions.RayError:
+        return "not done, its victim was gone already"
 
 
 def run(seed: int, count: int, show: Callable[[Round], None]) -> bool:

@@ -163,8 +163,11 @@ class Drill:
         return self._fleet.coordinator
 
     def rank(self, replica: int, rank: int) -> Any:
-        """The Ray actor of a rank."""
-        return self._fleet.replicas[replica][rank]
+        """The Ray actor of a rank; LookupError while its replica is being built."""
+        actors = self._fleet.replicas.get(replica, [])
+        if not actors:
+            raise LookupError(f"replica {replica} is being built")
+        return actors[rank]
 
     def new_seed(self) -> int:
         """Of weights that nobody has seen."""

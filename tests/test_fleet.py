@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -203,10 +204,10 @@ def test_a_coordinator_killed_with_ranks_installed_comes_back_and_aborts_what_wa
     before, version = live_bytes(fleet), control.Status(pb.StatusRequest()).version
     decide = pusher._control.decide
 
-    def kill_then_decide(transaction: int) -> pb.DecideReply:
+    def kill_then_decide(transaction: int, **options: Any) -> pb.DecideReply:
         pusher._control.install(transaction)
         os.kill(ray.get(fleet.coordinator.pid.remote()), signal.SIGKILL)
-        return decide(transaction)
+        return decide(transaction, **options)
 
     pusher._control.decide = kill_then_decide  # type: ignore[method-assign]
     with pytest.raises(WeightUpdateError):
