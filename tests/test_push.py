@@ -531,11 +531,11 @@ def test_a_rank_that_fails_between_install_and_decision_leaves_every_rank_as_it_
     pusher = Pusher(service.address)
     decide = pusher._control.decide
 
-    def install_then_decide(transaction: int) -> pb.DecideReply:
+    def install_then_decide(transaction: int, **options: bool) -> pb.DecideReply:
         pusher._control.install(transaction)
         assert service.bytes() != before  # installed everywhere, undo held
         service.ranks[1].faults.arm("confirm", "raise")
-        return decide(transaction)
+        return decide(transaction, **options)
 
     pusher._control.decide = install_then_decide  # type: ignore[method-assign]
     with pytest.raises(MemberError, match="planned failure"):
