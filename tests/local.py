@@ -63,9 +63,9 @@ def start_rank(
     replica: int,
     layout: str,
     format: str,
-    serving: Serving,
     source: Path | None = None,
     scrub_s: float = 0.0,
+    serving: Serving = SERVING,
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
     model, receiver = cold(source or model_dir, layout, format)
@@ -109,7 +109,7 @@ def local_service(
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
     started = [
-        start_rank(model_dir, replica, layout, format, serving, source, scrub_s)
+        start_rank(model_dir, replica, layout, format, source, scrub_s, serving)
         for replica, layout in enumerate(layouts)
     ]
     ranks = [rank for rank, _ in started]
