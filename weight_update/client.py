@@ -163,7 +163,8 @@ class Pusher:
 
     def close(self) -> None:
         """Wait for a running push, then close all connections."""
-        self._give_way("wait")
+        if self._running is not None:
+            self._running.wait()
         self._control.close()
         for channel in self._channels.values():
             channel.close()
@@ -173,7 +174,8 @@ class Pusher:
     def _give_way(self, on_busy: OnBusy) -> None:
         """One push of this trainer at a time."""
         running = self._running
-        if running is None or running.done():
+        busy = running is not None and not running.done()
+        if not any(self._ranks.gather(busy)) or running is None:  # it may be over on some trainer ranks only
             return
         if on_busy == "error":
             raise BusyError("a push of this trainer is under way; wait for its handle, or say on_busy")
