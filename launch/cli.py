@@ -53,10 +53,6 @@ app = typer.Typer(
 )
 
 
-app.add_typer(replicas.app, name="replica")
-for about_store in (stores.export, stores.rollback, stores.reset):
-    app.command()(about_store)
-
 # ---------------------------------------------------------------- what runs processes
 
 
@@ -328,6 +324,9 @@ def formats(
 
 
 for command in (
+    stores.rollback,
+    stores.reset,
+    stores.export,
     denoise,
     compare,
     tools.calibrate,
@@ -337,6 +336,7 @@ for command in (
     proofs.chaos,
 ):
     app.command()(command)
+app.add_typer(replicas.app, name="replica")
 
 
 # ---------------------------------------------------------------- around a command
