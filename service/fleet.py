@@ -172,6 +172,9 @@ class Fleet:
         address = self.config.ray_address
         options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         ray.init(log_to_driver=False, configure_logging=False, **options)
+        # Ray tells of every killed worker on stdout, which belongs to results, and has no public switch for it. The
+        # supervisor says it on its own log.
+        ray._private.worker._worker_logs_enabled = False
         self._started_ray = True
 
     def _listen(self) -> str:
