@@ -1,6 +1,6 @@
 """What commits overwrote on one rank: the way back to older versions, for as long as it is kept.
 
-    history = History(manifest.tensors, receiver.row_start, receiver.row_stop, keep=8, keep_bytes=1 << 30)
+    history = History(manifest.tensors, receiver.row_start, receiver.row_stop, keep=8, keep_bytes=256 << 20)
     history.add(receiver.last_undo())         # after each commit; logs what fell out
     history.versions(receiver.version)        # that this rank can go back to
     patches = history.back(receiver.version, 7)
@@ -27,7 +27,7 @@ from .receiver import Reverse
 log = logging.getLogger(__name__)
 
 KEEP = 8
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

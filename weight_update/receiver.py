@@ -258,6 +258,12 @@ class Receiver:
             lane0, lane1 = self._known[tensor].tolist()
             return (lane0, lane1) if self._is_known[tensor] else None
 
+    @property
+    def last_undo_bytes(self) -> int:
+        """Bytes that the last publish overwrote; 0 once the next transaction began."""
+        with self._lock:
+            return 0 if self._last is None else self._last[0].memory.undo_bytes
+
     def last_undo(self) -> Reverse | None:
         """The reverse delta of the last publish, in memory of its own; None once the next transaction began."""
         with self._lock:

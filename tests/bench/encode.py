@@ -53,7 +53,7 @@ def format_rows(runs: int, only: str) -> Iterator[Row]:
         return measure(name, weight.nbytes, lambda: target.copy_(weight), work, runs)
 
     yield case("amax", lambda: amax(weight))
-    for fmt in (row for row in FORMATS.values() if only in row.name):
+    for fmt in (row for row in FORMATS.values() if only in row.name and row.rows_dtype is weight.dtype):
         given = {name: torch.ones(1) for name in fmt.needs}
         scale = global_scale(fmt, amax(weight)) if fmt.has_global_scale else None
         parts = encode(fmt, weight, scale, given=given)
