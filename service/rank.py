@@ -190,7 +190,7 @@ class RankServer:
         return digests
 
     def confirm(self, request: Any) -> None:
-        """Nothing more to do: addresses were audited by the install. That the rank still answers is what is asked."""
+        self.receiver.audit()
 
     def publish(self, request: Any) -> None:
         installed = self.member.state == "installed"
