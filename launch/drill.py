@@ -201,8 +201,13 @@ class Drill:
         return time.monotonic() - start_s
 
     def _is_settled(self, status: pb.StatusReply) -> bool:
+        """A status that names a dead process is older than its death, and who supervises the ranks may know more."""
         serving = all((each.state, each.version) == ("serving", status.version) for each in status.replicas)
-        return serving and not status.transaction_state and len(status.replicas) >= len(LAYOUTS)
+        living = all(_alive(pid) for each in status.replicas for pid in each.pids)
+        held = self._fleet.replicas
+        whole = all(len(held.get(each.replica, ())) == RANKS for each in status.replicas)
+        enough = len(status.replicas) >= len(LAYOUTS)
+        return serving and living and whole and enough and not status.transaction_state
 
     # -- what must hold
 

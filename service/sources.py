@@ -23,9 +23,6 @@ from weight_update.store import Store
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-# What a full push of a large model overwrote is not kept in memory: that would be a second copy of the model, and more
-# while it is packed. Such a version is reached through the store.
-MAX_STEP_BYTES = 64 << 20
 
 
 class Sources:
@@ -47,16 +44,10 @@ class Sources:
         self._remembering = self._pool.submit(self._remember)
 
     def _remember(self) -> None:
-        if (num_bytes := self._receiver.last_undo_bytes) > MAX_STEP_BYTES:
-            log.info(
-                "the version before %d is out of reach in memory: %d bytes lead back to it, %d are kept at most; a"
-                " version store reaches it",
-                self._receiver.version, num_bytes, MAX_STEP_BYTES,
-            )  # fmt: skip
-            return
-        reverse = self._receiver.last_undo()
-        if reverse is not None:
-            self.history.add(reverse)
+        if self.history.takes(self._receiver.last_undo_bytes):
+            reverse = self._receiver.last_undo()
+            if reverse is not None:
+                self.history.add(reverse)
 
     def settle(self) -> None:
         """Return once the last commit is remembered: the next one takes the memory of its undo."""

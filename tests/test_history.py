@@ -64,6 +64,19 @@ def test_what_falls_out_is_said_and_is_out_of_reach(bounds: dict[str, int], capl
         history.back(versions[-1], dropped[0])
 
 
+def test_a_commit_that_overwrote_more_than_a_step_may_hold_is_refused_before_it_is_copied(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig = Rig(LAYOUT_PAIRS[0])
+    rig.push([1, 2], random_content(rig.specs, 1))
+    num_bytes = rig.receivers[0].last_undo_bytes
+    assert num_bytes >= sum(rig.specs[i].num_bytes for i in (1, 2))
+    assert history_of(rig, step_bytes=num_bytes).takes(num_bytes)
+    with caplog.at_level(logging.INFO, "weight_update.history"):
+        assert not history_of(rig, step_bytes=num_bytes - 1).takes(num_bytes)
+    assert f"{num_bytes} bytes lead back" in caplog.text
+
+
 def test_what_was_loaded_without_a_number_is_no_version_to_go_back_to() -> None:
     rig = Rig(LAYOUT_PAIRS[0])
     history = history_of(rig)

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 KEEP = 8
 KEEP_BYTES = 256 << 20
+# What a full push of a large model overwrote is not kept in memory: that would be a second copy of the model, and more
+# while it is packed. Such a version is reached through the store.
+STEP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,8 @@ class Step:
 class History:
     """Reverse deltas of one rank, newest last. specs, row_start, row_stop: of the manifest, and of this rank.
 
-    keep, keep_bytes: bounds; the oldest falls out first, and what is older is out of reach then.
+    keep, keep_bytes: bounds; the oldest falls out first, and what is older is out of reach then. step_bytes: bound of
+    one step, before it is packed.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class History:
         *,
         keep: int = KEEP,
         keep_bytes: int = KEEP_BYTES,
+        step_bytes: int = STEP_BYTES,
     ) -> None:
         self._specs, self._row_start, self._row_stop = specs, row_start, row_stop
-        self._keep, self._keep_bytes = keep, keep_bytes
+        self._keep, self._keep_bytes, self._step_bytes = keep, keep_bytes, step_bytes
         self._lock = threading.Lock()  # guards the steps; nothing is packed under it
         self._steps: dict[int, Step] = {}  # by the version that a step leads back from
 
@@ -70,6 +75,16 @@ class History:
         """Version -> bytes that lead back to it."""
         with self._lock:
             return {step.base_version: len(step.blob) for step in self._steps.values()}
+
+    def takes(self, num_bytes: int) -> bool:
+        """Whether a step that overwrote so many bytes may be kept; asked before they are copied."""
+        if num_bytes > self._step_bytes:
+            log.info(
+                "what is older is out of reach in memory: %d bytes lead back, %d of a version are kept at most; a"
+                " version store reaches it",
+                num_bytes, self._step_bytes,
+            )  # fmt: skip
+        return num_bytes <= self._step_bytes
 
     def add(self, reverse: Reverse) -> list[int]:
         """Keep one; returns the versions that fell out of reach."""
