@@ -172,7 +172,7 @@ def _size(given: str) -> dict[str, int]:
 
 def _scales(given: str) -> dict[str, float]:
     try:
-        first, second, *_ = [float(each) for each in given.split(",")] + [0.0]
+        first, second = [*map(float, given.split(",")), *([] if "," in given else [0.0])]
     except ValueError:
         raise typer.BadParameter(f"--cfg-scale {given!r}: expected a number, or two with a comma") from None
     return {"cfg_scale": first, "cfg_scale_2": second}

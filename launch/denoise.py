@@ -23,8 +23,8 @@ def denoise(
     num_steps: Annotated[int, typer.Option("--steps", min=1)] = 28,
     seed: Annotated[list[int], typer.Option(min=0, help="One sample each; repeatable.")] = [0],  # noqa: B006
     guidance: Annotated[float, typer.Option(min=0.0, help="Input of guidance-distilled models.")] = 0.0,
-    cfg_scale: Annotated[float, typer.Option("--cfg", min=0.0, help="Above 1 with negative_ tensors.")] = 0.0,
-    cfg_scale_2: Annotated[float, typer.Option("--cfg-2", min=0.0, help="Of transformer_2; 0: as --cfg.")] = 0.0,
+    cfg_scale: Annotated[float, typer.Option(min=0.0, help="Above 1 with negative_ tensors.")] = 0.0,
+    cfg_scale_2: Annotated[float, typer.Option(min=0.0, help="Of transformer_2; 0: as --cfg-scale.")] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder of seed-N.safetensors, each with 'latents'.")] = Path("samples"),
     target: Target = DEFAULT_TARGET,
     as_json: Json = False,

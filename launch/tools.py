@@ -178,7 +178,7 @@ def calibrate(
             options={"format": format, "keep_bf16": keep_bf16, "calls": len(calls[:max_calls])},
         )
         carried = _carried(against, format)
-        planned = _to_calibrate(source, format, calls, keep_bf16)
+        planned = _to_calibrate(source, format, calls, keep_bf16, device)
         _run(job, planned, _calibration(source, format, calls[:max_calls], keep_bf16, device, carried))
 
 
@@ -231,11 +231,12 @@ def _model_folder(model: Path, component: str) -> Path:
         return opened.config_dir
 
 
-def _to_calibrate(source: Path, format_name: str, calls: list[Any], keep: list[str]) -> Report:
+def _to_calibrate(source: Path, format_name: str, calls: list[Any], keep: list[str], device: str) -> Report:
     """What a calibration would do, found without reading a weight; refuses what it would refuse."""
-    from quant.calibration import kept_modules, linears, load_model, require_recipe
+    from quant.calibration import kept_modules, linears, load_model, require_device, require_recipe
 
     require_recipe(format_name, calls)
+    require_device(device)
     model = load_model(source, "meta")
     kept, found = set(kept_modules(model, keep)), linears(model)
     return {

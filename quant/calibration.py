@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from .excludes import Excludes
 from .families import FAMILIES, family_of, is_served
-from .output import ToolError
-from .rewriting import CONFIG, Shards, beside, read_json
+from .output import ToolError, require
+from .rewriting import CONFIG, Shards, beside, read_json, unmatched
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +149,18 @@ def _causal_lm(model_dir: Path, device: str) -> nn.Module:
 
 
 def kept_modules(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[str, ...]:
-    """Modules that stay in high precision: by `exclude` (globs on full names), and by the family's own filter."""
+    """Modules that stay in high precision: by `exclude` (globs on full names), and by the family's own filter.
+
+    Raises ToolError that lists the globs of `exclude` that match none.
+    """
     patterns = [*exclude]
     if is_served(type(model).__name__):
         family = family_of(type(model).__name__)
         patterns += family.kept(len(model.get_submodule(family.blocks)))  # type: ignore[arg-type]  # a ModuleList
+    matrices = [name for name, module in model.named_modules() if _has_matrix(module)]
+    require(type(model).__name__, unmatched(matrices, exclude))
     excludes = Excludes(patterns=tuple(patterns))
-    return tuple(name for name, module in model.named_modules() if _has_matrix(module) and excludes.matches(name))
+    return tuple(filter(excludes.matches, matrices))
 
 
 def linears(model: nn.Module) -> tuple[str, ...]:
@@ -177,6 +182,15 @@ def require_recipe(format_name: str, calls: Sequence[Call]) -> None:
         raise ToolError(f"format {format_name!r}: no recipe; known: {', '.join(RECIPES)}")
     if not calls:
         raise ToolError("no calls to calibrate with; give data or prompts")
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that torch cannot compute on here."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise ToolError(f"device {device!r}: {reason}; expected cpu, or cuda:N where torch sees a GPU") from error
 
 
 def quantized(

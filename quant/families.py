@@ -9,10 +9,10 @@ and no checkpoint holds, is listed in quant.pipelines.COMPUTED.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from .names import nearest
 
 
 class FamilyError(ValueError):
@@ -111,14 +111,8 @@ def family_of(class_name: str) -> Family:
     """The row of a diffusers class."""
     if class_name not in _BY_CLASS:
         near = nearest(class_name, _BY_CLASS)
-        raise FamilyError(f"{class_name}: no such class is served; known: {', '.join(_BY_CLASS)}{near}")
+        raise FamilyError(f"{class_name}: no such class is served; known: {', '.join(_BY_CLASS)}; {near}")
     return _BY_CLASS[class_name]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: the known names that look like this one, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

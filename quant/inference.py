@@ -50,7 +50,7 @@ def read(
 
     Declared is what the files say, or else a shard's header; what the tensors of all shards say is merged into it.
     A group size that nobody says is that of the format. swap_nibbles: the order, stated by who knows the repository,
-    in place of what the files say.
+    for files that do not state it.
     """
     # Diffusion exports list whole names; those of language models may name one part.
     dialect: Dialect = "glob_full" if "_class_name" in config_json else "per_part"
@@ -61,7 +61,7 @@ def read(
     found = merge(declared, infer_from_tensors(specs, metadata))
     if found is None:
         return None
-    if swap_nibbles is not None:
+    if swap_nibbles is not None and "swap_nibbles" not in found.stated:
         found = replace(found, swap_nibbles=swap_nibbles, stated=found.stated | {"swap_nibbles"})
     require_stated_swap(found)
     return replace(found, group_size=found.group_size or row_group_size(found.format))

@@ -18,6 +18,7 @@ from torch import Tensor
 from .configs import Quantization
 from .excludes import Excludes
 from .families import FAMILIES
+from .fp8_checkpoint import KEEP_BF16
 from .models import fused_group
 from .output import ToolError, require
 from .probe import ProbeError, Verdict, verify
@@ -28,16 +29,7 @@ from .rewriting import Item, Rewrite, Shards, check_bf16_source, plan_rewrite, r
 # exports that were made without that filter.
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "none": (),
-    "flux1-nvfp4": (
-        "transformer_blocks.*.norm1.linear",
-        "transformer_blocks.*.norm1_context.linear",
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "single_transformer_blocks.*.norm.linear",
-        "single_transformer_blocks.*.proj_mlp",
-    ),
+    "flux1-nvfp4": (*KEEP_BF16["flux"], "single_transformer_blocks.*.proj_mlp"),
     **{f"{name}-nvfp4": FAMILIES[name].kept(FAMILIES[name].recipe[0]) for name in ("flux2", "wan", "qwen_image")},
 }
 FROM_BASE = ("weight", "bias")
@@ -72,7 +64,9 @@ def plan_mixed(
     if preset != "none" and not any(map(Excludes(patterns=PRESETS[preset]).matches, source.modules())):
         problems.append(f"preset {preset!r}: matches no module; this is another family")
     for module in sorted(modules.kept):
+        bias = f"{module}.bias"
         problems += check_bf16_source(plain, f"{module}.weight", modules.quantized[module])
+        problems += check_bf16_source(plain, bias, source.spec(bias).shape) if bias in source else []
     require(f"{export} with {base}", problems)
     swap = quantization.swap_nibbles if swap_nibbles is None else swap_nibbles
     verdict = _verified(source, plain, replace(quantization, swap_nibbles=swap))
@@ -88,9 +82,13 @@ def _verified(source: Shards, base: Shards, quantization: Quantization) -> Verdi
         return base.rows(name, start, stop) if name in base else None
 
     try:
-        return verify(source, rows, quantization=quantization, metadata=[*source.metadata().values()])
+        verdict = verify(source, rows, quantization=quantization, metadata=[*source.metadata().values()])
     except ProbeError as error:
         raise ToolError(f"{source.directory} with {base.directory}: {error}") from error
+    if verdict.is_of_another_model:
+        what = f"{base.directory} is not the base of {source.directory}"
+        raise ToolError(f"{what}: {verdict.reason}; give the BF16 model that was quantized")
+    return verdict
 
 
 def _modules(source: Shards, patterns: Sequence[str]) -> _Modules:
@@ -127,7 +125,7 @@ def _items(source: Shards, base: Shards, modules: _Modules) -> tuple[list[Item],
             dropped[name] = "state of a quantizer, which no engine reads"
         elif module not in modules.kept:
             items.append(source.copied(name))
-        elif name.rpartition(".")[2] not in FROM_BASE or name not in base:
+        elif name.rpartition(".")[2] not in FROM_BASE:
             dropped[name] = "its module is BF16"
     for module in sorted(modules.kept):
         file = source.file_of[f"{module}.weight"]

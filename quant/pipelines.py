@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, CheckpointError, read_quantization
 from .configs import NVFP4_ROWS, Quantization
 from .excludes import Excludes
-from .families import Family, Repository, family_of, is_served, nearest, repository_at
+from .families import Family, Repository, family_of, is_served, repository_at
 from .formats import TensorSpec
 from .name_maps import COMFY_PREFIX, NAME_MAPS
-from .names import IDENTITY, NameMap, NameMapError
+from .names import IDENTITY, NameMap, NameMapError, nearest
 from .probe import Hypothesis, ProbeError, Reading, rows_of, verify
 from .views import CheckpointView
 
@@ -91,7 +91,10 @@ class Component:
         if known is None:
             return Checkpoint(self.weights)
         if known.swap_nibbles is not None:
-            log.info("%s is %s: swap_weight_nibbles=%s, by the registry", self.weights, known.name, known.swap_nibbles)
+            log.info(
+                "%s is %s: swap_weight_nibbles=%s by the registry, unless its files state it",
+                self.weights, known.name, known.swap_nibbles,
+            )  # fmt: skip
         path = self.weights / known.file
         return Checkpoint(path if path.exists() else self.weights, swap_nibbles=known.swap_nibbles)
 
@@ -139,7 +142,7 @@ def components_of(path: Path, overrides: Mapping[str, str | Path] | None = None)
     wanted = given | {name: Path(where) for name, where in (overrides or {}).items()}
     found = {name: Component(name=name, config=at / CONFIG, weights=at) for name, at in _folders(base).items()}
     problems = [
-        f"override {name}={where}: no such component; it has {', '.join(found)}{nearest(name, found)}"
+        f"override {name}={where}: no such component; it has {', '.join(found)}; {nearest(name, found)}"
         for name, where in wanted.items()
         if name not in found
     ]
@@ -267,7 +270,7 @@ def resolved_formats(
     """
     asked = dict(part.split("=", 1) for part in formats.split(",")) if "=" in formats else {}
     problems = [
-        f"{name}: no such component; it has {', '.join(components)}{nearest(name, components)}"
+        f"{name}: no such component; it has {', '.join(components)}; {nearest(name, components)}"
         for name in asked
         if name not in components
     ]

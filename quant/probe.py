@@ -102,6 +102,11 @@ class Verdict:
     errors: Mapping[Hypothesis, float] = field(default_factory=dict)
 
     @property
+    def is_of_another_model(self) -> bool:
+        """Whether there were BF16 rows to compare with, and no reading makes the bytes resemble them."""
+        return bool(self.errors) and min(self.errors.values()) > RESEMBLES
+
+    @property
     def status(self) -> str:
         return "verified" if self.verified == frozenset(FIELDS) else "unverified"
 

@@ -150,6 +150,14 @@ def test_data_that_no_model_can_take_is_refused(tmp_path: Path) -> None:
         prompt_calls(["a"], pipeline)
     with pytest.raises(PlanError, match=r"call 1 of 1: FluxTransformer2DModel refuses \{'timestep': \[1\]\}"):
         calibrate(pipeline, tmp_path / "out", data=tmp_path / "part.safetensors")
+    for options, why in (
+        ({"device": "cuda:99"}, "device 'cuda:99': .*expected cpu, or cuda:N where torch sees a GPU"),
+        ({"device": "gpu"}, "device 'gpu': .*expected cpu"),
+        ({"keep_bf16": ["*.to_q", "*.to_qq"]}, r"1 problem\n  - pattern '\*\.to_qq': matches none of \d+ modules"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(PlanError, match=why):
+                calibrate(pipeline, tmp_path / "out", data=tmp_path / "part.safetensors", dry_run=dry_run, **options)
     with pytest.raises(PlanError, match="format 'int9': no recipe; known: nvfp4, fp8"):
         calibrate(pipeline, tmp_path / "out", data=tmp_path / "part.safetensors", format="int9")
     assert not any(path.name.startswith((".", "out")) for path in tmp_path.iterdir())

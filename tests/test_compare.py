@@ -303,6 +303,8 @@ def test_a_dry_run_says_what_would_be_compared_and_builds_nothing(run: Run) -> N
         ("a", "b", "--size", "64"),
         ("a", "b", "--component", "x"),
         ("a", "b", "--cfg-scale", "x"),
+        ("a", "b", "--cfg-scale", "1,2,3"),
+        ("a", "b", "--cfg-scale", "1,"),
     ],
 )
 def test_wrong_usage_exits_with_2(run: Run, args: tuple[str, ...]) -> None:

@@ -217,8 +217,18 @@ def test_compiled_blocks_see_new_weights_without_being_compiled_again(folders: d
     counters: Any = torch._dynamo.utils.counters["stats"]
     counters.clear()
     model = served(folders["flux"])
-    denoiser = Denoiser(model, folders["flux"], compile_with="eager")  # the graphs as they were traced
+    events: list[str] = []
+    model.get_submodule("transformer").register_forward_pre_hook(lambda *_: events.append("forward"))
+
+    @torch._dynamo.register_backend(name="as_traced")
+    def as_traced(graph: Any, inputs: Any) -> Any:
+        events.append("compile")
+        return graph.forward
+
+    denoiser = Denoiser(model, folders["flux"], compile_with="as_traced")
     denoiser.warm_up()
+    # What a format needs is there before blocks are compiled, and both before the first request.
+    assert events[:3] == ["forward", "forward", "compile"]
     before = denoise(denoiser, "flux", 3)[3][-1].latents
     graphs = counters["unique_graphs"]
     named = [(f"transformer.{name}", value) for name, value in tiny_transformer("flux", 5).named_parameters()]

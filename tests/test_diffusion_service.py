@@ -30,7 +30,8 @@ from weight_update.client import Pusher
 from weight_update.errors import ManifestError, PlanError
 from weight_update.transport import connect
 
-FORMATS = ("nvfp4", "fp8", "int8_dynamic")
+# A layout of each that moves bytes: FP8 and INT8 lie transposed, square weights too.
+LAYOUTS = {"nvfp4": "trtllm", "fp8": "cutlass", "int8_dynamic": "npu"}
 STEPS = 3
 
 
@@ -55,7 +56,7 @@ def latents(address: str, asked_for: pb.DenoiseRequest) -> list[bytes]:
     return [last[sample] for sample in range(len(asked_for.seeds))]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", LAYOUTS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_pushed_weights_denoise_bit_for_bit_as_a_service_loaded_with_them(
     family: str, format: str, tmp_path: Path
@@ -213,18 +214,26 @@ def test_requests_that_cannot_be_done_are_refused_with_all_that_is_wrong_and_ser
         assert latents(service.address, request("flux", 1))
 
 
-def test_components_that_take_turns_denoise_the_same_bytes_across_a_push(tmp_path: Path) -> None:
+def held(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Where every parameter lies, and how."""
+    return {name: (each.data_ptr(), each.shape, each.stride(), each.dtype) for name, each in model.named_parameters()}
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_components_that_take_turns_denoise_the_same_bytes_across_a_push(format: str, tmp_path: Path) -> None:
     folder = write_tiny_pipeline(tmp_path / "wan", "wan", seed=0)
     found = []
     for offload in ("none", "component"):
         (tmp_path / offload).mkdir()
         with (
-            local_service(folder, tmp_path / offload, serving=Serving(offload=offload)) as service,
+            local_service(folder, tmp_path / offload, (LAYOUTS[format],), format, Serving(offload=offload)) as service,
             closing(Pusher(service.address)) as pusher,
         ):
+            places = held(service.models[0])
             before = latents(service.address, request("wan", 1, 2))
             pusher.push(components("wan", 30))
             found.append([*before, *latents(service.address, request("wan", 1, 2))])
+            assert held(service.models[0]) == places
             decoded = {
                 name: any(leaf.endswith("decoded") for leaf, _ in module.named_buffers())
                 for name, module in service.models[0].named_children()
@@ -259,19 +268,31 @@ def test_options_that_cannot_be_served_are_refused_before_any_process_starts(tmp
 # ---------------------------------------------------------------- sharded, in processes of their own
 
 
-@pytest.mark.parametrize("offload", ["none", pytest.param("component", marks=pytest.mark.slow)])
-def test_sharded_transformers_of_one_pipeline_are_pushed_in_one_transaction(offload: str, tmp_path: Path) -> None:
-    old, new = (write_tiny_pipeline(tmp_path / str(seed), "wan", seed=seed) for seed in (0, 10))
+CELLS = [(family, format, "none") for family in CONFIGS for format in LAYOUTS] + [("wan", "nvfp4", "component")]
+FAST = ("wan", "nvfp4", "none")
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "offload"),
+    [pytest.param(*cell, marks=[] if cell == FAST else pytest.mark.slow) for cell in CELLS],
+)
+def test_sharded_transformers_of_one_pipeline_are_pushed_in_one_transaction(
+    family: str, format: str, offload: str, tmp_path: Path
+) -> None:
+    old, new = (write_tiny_pipeline(tmp_path / str(seed), family, seed=seed) for seed in (0, 10))
     said: list[str] = []
-    config = FleetConfig(model=str(old), ranks=2, layout="trtllm", state_dir=tmp_path, max_tokens=512, offload=offload)
-    asked_for = request("wan", 1, 2, 3)
+    layout = LAYOUTS[format]
+    config = FleetConfig(
+        model=str(old), ranks=2, format=format, layout=layout, state_dir=tmp_path, max_tokens=512, offload=offload
+    )
+    asked_for = request(family, 1, 2, 3)
     with (
         Fleet(config, lambda what, done, total: said.append(what), said.append) as fleet,
         closing(Pusher(fleet.address)) as pusher,
     ):
         addresses = ray.get([rank.addresses.remote() for rank in fleet.ranks])
         before = latents(fleet.address, asked_for)
-        report = pusher.push(components("wan", 10))
+        report = pusher.push(components(family, 10))
         steps = denoise(fleet.address, asked_for)
         assert report.digest_verified
         assert ray.get([rank.addresses.remote() for rank in fleet.ranks]) == addresses
@@ -280,6 +301,6 @@ def test_sharded_transformers_of_one_pipeline_are_pushed_in_one_transaction(offl
     assert "warm-up" in said
     assert any("--offload none disables it" in line for line in said) == (offload == "component")
     (tmp_path / "cold").mkdir()
-    with local_service(new, tmp_path / "cold", ("trtllm",)) as loaded:
+    with local_service(new, tmp_path / "cold", (layout,), format) as loaded:
         assert hot == latents(loaded.address, asked_for)
     assert hot != before

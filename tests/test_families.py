@@ -402,7 +402,7 @@ def test_a_published_release_needs_only_its_path(tmp_path: Path, caplog: pytest.
             assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
             assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (got, expected))), name
     said = [record.getMessage() for record in caplog.records]
-    assert any("swap_weight_nibbles=True, by the registry" in text for text in said)
+    assert any("swap_weight_nibbles=True by the registry" in text for text in said)
     assert any(": verified: relative error" in text for text in said)  # with the base that lies beside it
     model = build_model(release, "auto", "cutlass", device="meta")
     assert read_recipe(release, dict(model.named_children())).scheduler().config.shift == 3.0

@@ -244,6 +244,9 @@ def test_who_knows_the_repository_may_state_the_flag(tmp_path: Path) -> None:
     write_shards(tmp_path, *LAYERS)
     found = read_quantization(tmp_path, tensor_files(tmp_path), swap_nibbles=True)
     assert found is not None and found.swap_nibbles and found.packed_qkv
+    write_shards(tmp_path, *LAYERS, **FLAT, swap_weight_nibbles=False)  # what the files state counts
+    found = read_quantization(tmp_path, tensor_files(tmp_path), swap_nibbles=True)
+    assert found is not None and not found.swap_nibbles
 
 
 def test_nvfp4_without_packed_names_needs_no_flag(tmp_path: Path) -> None:

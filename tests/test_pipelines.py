@@ -12,9 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cold import encode_all, install, storage_bytes
-from local import cold
-from tiny_dit import COMPONENTS, CONFIGS, tiny_inputs, tiny_transformer, write_tiny_pipeline
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -25,6 +22,9 @@ from quant.models import build_model, parameters_of, storage_parameters
 from quant.modules import QuantModule, decode_all, layouts_of, quantized_modules
 from quant.pipelines import PipelineError, components_of, meta_pipeline
 from sharding.fsdp import layers_of, local_bytes, reshard_all, roots_of, shard_model, unshard_all
+from tests.cold import encode_all, install, storage_bytes
+from tests.local import cold
+from tests.tiny_dit import COMPONENTS, CONFIGS, tiny_inputs, tiny_transformer, write_tiny_pipeline
 from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.encoder import encoded, global_scales, largest_bits, nonfinite_index
 from weight_update.receiver import Receiver

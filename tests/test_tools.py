@@ -262,6 +262,11 @@ def test_the_flux_preset_keeps_what_is_published_and_loads_as_a_pipeline(flux: P
     in_fp4 = {f"transformer.{name}" for name in blocks if f"{name}.weight_scale" in made}
     found = formats_of(out, "auto")
     assert {name for name, kind in found.items() if kind is QuantLinear} == in_fp4 and len(in_fp4) == 11
+    biased = "transformer_blocks.0.norm1.linear.bias"
+    (tmp_path / "less").mkdir()
+    save_file({name: value for name, value in plain.items() if name != biased}, tmp_path / "less" / "a.safetensors")
+    with pytest.raises(ToolError, match=f"1 problem\n  - {biased}: not in "):
+        plan_mixed(export, tmp_path / "less", preset="flux1-nvfp4")
 
 
 def test_a_base_in_fp32_is_rounded_to_bf16(export: Path, base: Path, tmp_path: Path) -> None:
@@ -325,6 +330,12 @@ def test_build_mixed_refuses_a_base_that_cannot_stand_in(export: Path, base: Pat
         plan_mixed(export, other, keep=["*.down_proj", "*.o_proj", "*.gate_proj", "*.up_proj"])
     for why in (r"down_proj.weight: \[128, 64\]", r"o_proj.weight: U8", r"up_proj.weight: not in"):
         assert re.search(why, str(caught.value))
+
+
+def test_build_mixed_refuses_the_weights_of_another_model(export: Path, tmp_path: Path) -> None:
+    other = save(tiny_llama(seed=1, num_layers=1), tmp_path / "other")
+    with pytest.raises(ToolError, match=r"is not the base of .*relative error 1\.\d+ at best; give the BF16 model"):
+        plan_mixed(export, other, keep=["*.down_proj"])
 
 
 def test_build_mixed_refuses_what_is_no_nvfp4_export(base: Path, export: Path) -> None:
