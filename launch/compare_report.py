@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .comparison import WHY, Comparison, Row, Verdict
@@ -113,6 +114,7 @@ def _along(column: str, unit: str, label: str) -> Callable[[Comparison], Figure]
 
     def plot(found: Comparison) -> Figure:
         figure, axes = _axes(label, unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 0.5
         rows = [row for row in found.rows if unit in row]
         for sample in dict.fromkeys(row.get("sample", 0) for row in rows):
             mine = [row for row in rows if row.get("sample", 0) == sample]

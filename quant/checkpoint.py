@@ -143,7 +143,7 @@ def read_quantization(
     """
     specs, metadata = _headers({} if files is None else files)
     folder = directory.parent if directory.is_file() else directory
-    config, nested = _read_json(folder / "config.json"), _read_json(folder / "hf_quant_config.json")
+    config, nested = read_object(folder / "config.json"), read_object(folder / "hf_quant_config.json")
     try:
         if (folder / modelslim.FILE).is_file():
             return modelslim.read_quantization(folder / modelslim.FILE, specs)
@@ -164,8 +164,15 @@ def _headers(files: Mapping[str, str]) -> tuple[list[TensorSpec], list[Mapping[s
     return specs, metadata
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
+    return content
 
 
 def open_checkpoint(

@@ -73,6 +73,8 @@ class Quantization:
 
 def parse(config: Config, source: str, dialect: Dialect = "glob_full") -> Quantization:
     """Either form, told apart by the key `quantization`."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{source}: expected a JSON object, got {config!r:.80}; {FORMS}")
     form = parse_nested if isinstance(config.get("quantization"), Mapping) else parse_flat
     return form(config, source, dialect)
 
@@ -145,22 +147,38 @@ def _wrong_types(levels: Sequence[Config], exclude_keys: Sequence[str]) -> Itera
             value = level.get(key)
             if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
                 yield f"{key}: expected a list of module name patterns, got {value!r}"
-        if not isinstance(level.get("group_size"), int | None):
-            yield f"group_size: expected a number, got {level['group_size']!r}"
+        if not _is_groups(level.get("config_groups")):
+            yield f"config_groups: expected objects with an object `weights`, got {level['config_groups']!r:.80}"
+        for where, size in _sizes(level):
+            if not isinstance(size, int | None) or isinstance(size, bool):
+                yield f"{where}: expected a number, got {size!r}"
         if level.get(SCALE_LAYOUT) not in (None, *get_args(ScaleLayout)):
             yield f"{SCALE_LAYOUT}: expected one of {', '.join(get_args(ScaleLayout))}, got {level[SCALE_LAYOUT]!r}"
+
+
+def _is_groups(groups: Any) -> bool:
+    if groups is None:
+        return True
+    return isinstance(groups, Mapping) and all(
+        isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping | None) for group in groups.values()
+    )
+
+
+def _sizes(level: Config) -> Iterable[tuple[str, Any]]:
+    """Where a level may say a group size, and what it says."""
+    yield "group_size", level.get("group_size")
+    groups = level.get("config_groups")
+    for name, group in (groups or {}).items() if _is_groups(groups) else ():
+        yield f"config_groups.{name}.weights.group_size", (group.get("weights") or {}).get("group_size")
 
 
 def _group_size(levels: Sequence[Config], row: str) -> tuple[int | None, list[str]]:
     """The one group size that all places name, and what is wrong with it."""
     said: dict[int, list[str]] = {}
     for level in levels:
-        if level.get("group_size") is not None:
-            said.setdefault(level["group_size"], []).append("group_size")
-        for name, group in dict(level.get("config_groups") or {}).items():
-            size = (group.get("weights") or {}).get("group_size")
-            if size is not None:
-                said.setdefault(size, []).append(f"config_groups.{name}.weights")
+        for where, size in _sizes(level):
+            if isinstance(size, int) and not isinstance(size, bool):  # what is not is reported as such
+                said.setdefault(size, []).append(where)
     places = ", ".join(f"{size} in {' and '.join(where)}" for size, where in said.items())
     if len(said) > 1:
         return None, [f"group sizes conflict: {places}"]

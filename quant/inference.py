@@ -109,19 +109,23 @@ def _quantized(found: Specs, metadata: Metadata) -> Quantized:
     pairs = {
         name.removesuffix(".weight"): (spec, found.get(f"{name}_scale"))
         for name, spec in found.items()
-        if name.endswith(".weight") and spec.dtype == "U8"
+        if name.endswith(".weight") and spec.dtype == "U8" and len(spec.shape) == 2
     }
     return {module: pair for module, pair in pairs.items() if module in listed or _is_matrix(pair[1])}
 
 
 def _is_matrix(scale: TensorSpec | None) -> bool:
-    return scale is not None and scale.dtype == "F8_E4M3" and len(scale.shape) == 2
+    return scale is not None and scale.dtype == "F8_E4M3" and len(scale.shape) == 2 and scale.num_bytes > 0
 
 
 def _listed_modules(metadata: Metadata) -> set[str]:
     """Modules that a header lists under a format with U8 codes and E4M3 scales."""
     tables = [_json(each["_quantization_metadata"]) for each in metadata if each.get("_quantization_metadata")]
-    formats = {name: str(layer.get("format")) for table in tables for name, layer in table.get("layers", {}).items()}
+    layers = [table.get("layers", {}) for table in tables]
+    for each in layers:
+        if not isinstance(each, Mapping) or not all(isinstance(layer, Mapping) for layer in each.values()):
+            raise ConfigError(f"{HEADER}: _quantization_metadata: expected an object a layer, got {each!r:.80}")
+    formats = {name: str(layer.get("format")) for each in layers for name, layer in each.items()}
     return {name for name, algo in formats.items() if QUANT_ALGOS.get(algo.upper()) in ROW_OF_GROUP.values()}
 
 

@@ -11,19 +11,17 @@ one transformer counts as a pipeline of that component alone. Text encoders and 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, CheckpointError, read_quantization
+from .checkpoint import Checkpoint, CheckpointError, read_object, read_quantization
 from .configs import NVFP4_ROWS, Quantization
 from .excludes import Excludes
 from .families import Family, Repository, family_of, is_served, repository_at
@@ -61,7 +59,7 @@ class Component:
 
     @property
     def class_name(self) -> str:
-        return str(_json(self.config)["_class_name"])
+        return str(read_object(self.config)["_class_name"])
 
     @property
     def family(self) -> Family:
@@ -128,7 +126,7 @@ def is_pipeline(path: Path) -> bool:
     """Whether a folder is what diffusers saves, of a whole pipeline or of one transformer, or a known release."""
     known = repository_at(path)
     is_alone = known is not None and bool(known.only)
-    return is_alone or (path / MODEL_INDEX).is_file() or "_class_name" in _json(path / CONFIG)
+    return is_alone or (path / MODEL_INDEX).is_file() or "_class_name" in read_object(path / CONFIG)
 
 
 def components_of(path: Path, overrides: Mapping[str, str | Path] | None = None) -> dict[str, Component]:
@@ -178,9 +176,9 @@ def _beside(path: Path, known: Repository) -> Iterator[Path]:
 def _folders(path: Path) -> dict[str, Path]:
     """Component name -> its folder."""
     if not (path / MODEL_INDEX).is_file():
-        family_of(str(_json(path / CONFIG).get("_class_name")))
+        family_of(str(read_object(path / CONFIG).get("_class_name")))
         return {"transformer": path}
-    listed = {name: value[1] for name, value in _json(path / MODEL_INDEX).items() if isinstance(value, list)}
+    listed = {name: value[1] for name, value in read_object(path / MODEL_INDEX).items() if isinstance(value, list)}
     served = {name: path / name for name, class_name in listed.items() if class_name and is_served(class_name)}
     others = {name: value for name, value in listed.items() if name.startswith("transformer") and name not in served}
     for class_name in filter(None, others.values()):
@@ -195,16 +193,12 @@ def _folders(path: Path) -> dict[str, Path]:
 
 def _overridden(component: Component, where: Path) -> Component:
     own = where / CONFIG
-    config = own if "_class_name" in _json(own) else component.config
+    config = own if "_class_name" in read_object(own) else component.config
     given = replace(component, config=config, weights=where, base=component.weights)
     if given.class_name != component.class_name:
         what = f"{component.name}={where}: is a {given.class_name}"
         raise PipelineError(f"override {what}, the pipeline has a {component.class_name}; expected the same class")
     return given
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------- their checkpoints
@@ -351,7 +345,7 @@ def _transformer(component: Component) -> nn.Module:
     except ImportError as error:
         extra = "pip install 'transfuse[diffusion]'"
         raise PipelineError(f"{component.config}: building a pipeline needs diffusers ({error}); {extra}") from error
-    config = {name: value for name, value in _json(component.config).items() if name != "quantization_config"}
+    config = {name: value for name, value in read_object(component.config).items() if name != "quantization_config"}
     with torch.device("meta"):
         model: nn.Module = getattr(diffusers, component.family.class_name).from_config(config)
     _cast(model)

@@ -152,12 +152,12 @@ class Declared:
     nested: Mapping[str, Any]
 
     @property
-    def flat(self) -> dict[str, Any]:
-        return dict(self.config.get("quantization_config") or {})
+    def flat(self) -> Mapping[str, Any]:
+        return self.config.get("quantization_config") or {}
 
     @property
-    def section(self) -> dict[str, Any]:
-        return dict(self.nested.get("quantization") or {})
+    def section(self) -> Mapping[str, Any]:
+        return self.nested.get("quantization") or {}
 
     def quantization(self) -> Quantization | None:
         """Both forms as one value, None where there is neither; raises ToolError."""

@@ -7,7 +7,6 @@ conditioning, in every bit, whatever the traffic around it.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from quant.checkpoint import read_object
 from quant.pipelines import pipeline_folder
 from sharding.fsdp import layers_of
 from weight_update.errors import PlanError
@@ -57,8 +57,8 @@ class Recipe:
 def read_recipe(directory: Path, components: Mapping[str, nn.Module]) -> Recipe:
     """From model_index.json and the scheduler's config."""
     directory = pipeline_folder(directory)
-    index = _read(directory / "model_index.json")
-    config = _read(directory / SCHEDULER)
+    index = read_object(directory / "model_index.json")
+    config = read_object(directory / SCHEDULER)
     classes = sorted({type(each).__name__.removeprefix("FSDP") for each in components.values()})
     ratio = index.get("boundary_ratio")
     problems = [] if config else [f"no {SCHEDULER}; copy the folder 'scheduler' of the pipeline"]
@@ -76,10 +76,6 @@ def read_recipe(directory: Path, components: Mapping[str, nn.Module]) -> Recipe:
     scheduler = make.from_config(config)
     boundary = ratio * scheduler.config.num_train_timesteps if len(components) == 2 else None
     return Recipe(style=STYLES[classes[0]], scheduler=lambda: make.from_config(config), boundary=boundary)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def _scheduler_class(directory: Path, name: str) -> Any:

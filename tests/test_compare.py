@@ -18,6 +18,7 @@ from torch import Tensor
 
 from launch import similarity
 from launch.compare import compare as command
+from launch.compare_report import PLOTS
 from launch.comparison import LIMITS, MEASURED, TENSORS, Comparison, compare, judge
 from launch.records import Record, load, save
 from quant.checkpoint import open_checkpoint
@@ -198,6 +199,14 @@ def test_nan_in_a_candidate_breaks_every_limit(how: str) -> None:
     outcomes = {verdict.option: verdict.ok for verdict in judge(found, given)}
     # A row of NaN has no likeliest token; where only likeliest tokens are known, these may still be the same.
     assert outcomes == {option: option == "min_top1" for option in given}
+
+
+def test_steps_and_frames_are_counted_in_whole_numbers() -> None:
+    for name in ("cosine", "psnr"):
+        figure = PLOTS["latents"][name](some("latents"))
+        figure.draw_without_rendering()
+        ticks = figure.axes[0].get_xticks()
+        assert len(ticks) > 0 and all(tick == round(tick) for tick in ticks), (name, ticks)
 
 
 def test_a_limit_on_what_is_not_measured_is_refused() -> None:

@@ -72,7 +72,7 @@ def test_a_config_of_another_library_says_whose_it_is() -> None:
 # ---------------------------------------------------------------- group size
 
 
-def groups(*sizes: int | None) -> dict[str, Any]:
+def groups(*sizes: object) -> dict[str, Any]:
     return {f"group_{i}": {"weights": {"num_bits": 4, "group_size": size}} for i, size in enumerate(sizes)}
 
 
@@ -167,6 +167,31 @@ def test_the_scale_layout_is_linear_unless_stated() -> None:
 def test_a_flag_in_quotes_is_refused_not_taken_as_true() -> None:
     with pytest.raises(ConfigError, match=r"swap_weight_nibbles: expected true or false, got 'false'"):
         flat(swap_weight_nibbles="false")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("group_size", "16", "group_size: expected a number, got '16'"),
+        ("group_size", [16], r"group_size: expected a number, got \[16\]"),
+        ("group_size", True, "group_size: expected a number, got True"),
+        ("config_groups", [16], r"config_groups: expected objects with an object `weights`, got \[16\]"),
+        ("config_groups", {"g": None}, "config_groups: expected objects"),
+        ("config_groups", {"g": {"weights": 16}}, "config_groups: expected objects"),
+        ("config_groups", groups("16"), "config_groups.group_0.weights.group_size: expected a number, got '16'"),
+    ],
+)
+def test_values_of_another_type_are_named(key: str, value: Any, said: str) -> None:
+    section = {**SECTION, key: value}
+    for config in ({**FLAT, key: value}, {"quantization": SECTION, key: value}, {"quantization": section}):
+        with pytest.raises(ConfigError, match=f"the file: {said}"):
+            parse(config, "the file")
+
+
+def test_a_config_that_is_no_object_is_refused() -> None:
+    for config in ("nvfp4", [FLAT]):
+        with pytest.raises(ConfigError, match=r"config\.json quantization_config: expected a JSON object, got "):
+            read({"quantization_config": config}, {}, [])
 
 
 def test_all_that_is_wrong_with_a_config_is_in_one_error() -> None:

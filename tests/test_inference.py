@@ -273,6 +273,24 @@ def test_flags_of_a_header_count_beside_a_declared_config() -> None:
 def test_a_damaged_header_is_an_error_that_shows_it() -> None:
     with pytest.raises(ConfigError, match=r"the header of a shard: no JSON: .*\{not"):
         infer_from_tensors(quantized("a"), [{"_quantization_metadata": "{not"}])
+    for layers in ([], {"a": 1}):
+        with pytest.raises(ConfigError, match=r"_quantization_metadata: expected an object a layer, got "):
+            infer_from_tensors(quantized("a"), [{"_quantization_metadata": json.dumps({"layers": layers})}])
+
+
+def test_a_damaged_config_is_an_error_that_names_its_file(tmp_path: Path) -> None:
+    write_shards(tmp_path, "a", **FLAT)
+    for text, said in (("{", r"no JSON \(.*\); copy it again"), ("[1]", r"expected a JSON object, got \[1\]")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"config\.json: {said}"):
+            Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("weight", "scale"), [((4,), (4, 1)), ((), (4, 1)), ((4, 8), (4, 0)), ((4, 8), (4,))])
+def test_shapes_that_no_nvfp4_weight_has_are_none(weight: tuple[int, ...], scale: tuple[int, ...]) -> None:
+    specs = [TensorSpec(name="a.weight", dtype="U8", shape=weight)]
+    specs += [TensorSpec(name="a.weight_scale", dtype="F8_E4M3", shape=scale)]
+    assert infer_from_tensors(specs) is None
 
 
 def test_the_dialect_follows_from_whose_config_it_is() -> None:
