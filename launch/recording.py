@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from protos import transfuse_pb2 as pb
-from quant.checkpoint import open_checkpoint
+from quant.checkpoint import PACKAGED, open_checkpoint
 from quant.models import build_model, owners_of
 from quant.modules import decode_all, mark_all_applied
 from quant.pipelines import components_of, is_pipeline, meta_pipeline
@@ -82,6 +82,7 @@ def plan_records(sides: Sequence[Side], asked: Asked) -> Plan:
     kinds |= {side.label: _kind(side) for side in sides if side.kind == "checkpoint"}
     if len(set(kinds.values())) > 1:
         raise PlanError(f"a language and a diffusion model: {kinds}; expected two of one kind")
+    _require_one_class([side for side in sides if kinds.get(side.label) == "latents" and side.kind == "checkpoint"])
     # Services alone: only diffusion models are conditioned.
     kind = next(iter(kinds.values()), "latents" if asked.conditioning else "text")
     if kind == "latents":
@@ -94,7 +95,17 @@ def plan_records(sides: Sequence[Side], asked: Asked) -> Plan:
 
 
 def _kind(side: Side) -> str:
+    if not Path(side.source).exists() and side.source not in PACKAGED:
+        raise PlanError(f"{side.source}: not there; expected a checkpoint, HOST:PORT of a service, or a file of --save")
     return "latents" if is_pipeline(Path(side.source)) else "text"
+
+
+def _require_one_class(pipelines: Sequence[Side]) -> None:
+    """Refuse pipelines of different classes, and overrides that fit none, from their configs alone."""
+    components = {side.label: components_of(Path(side.source), side.overrides) for side in pipelines}
+    classes = {label: next(iter(each.values())).class_name for label, each in components.items()}
+    if len(set(classes.values())) > 1:
+        raise PlanError(f"transformers of different classes: {classes}; expected two of one class")
 
 
 # ---------------------------------------------------------------- models in this process
@@ -102,7 +113,7 @@ def _kind(side: Side) -> str:
 
 def build(side: Side) -> tuple[nn.Module, Path]:
     """The model of a checkpoint, loaded as a service does it and decoded, on the CPU; and its folder."""
-    components = dict(part.split("=", 1) for part in side.components)
+    components = side.overrides
     with open_checkpoint(side.source, components=components) as checkpoint:
         declared = checkpoint.quantization
         own = "auto" if _kind(side) == "latents" else declared.format if declared else "bf16"

@@ -40,6 +40,11 @@ class Side:
         return "service" if not path.exists() and host and port.isdigit() else "checkpoint"
 
     @property
+    def overrides(self) -> dict[str, str]:
+        """Component -> where its weights are instead."""
+        return dict(part.split("=", 1) for part in self.components)
+
+    @property
     def label(self) -> str:
         parts = (self.source, *self.components, self.format, self.layout if self.layout != "auto" else "")
         return " ".join(part for part in parts if part) + (f" over {self.first}" if self.first else "")

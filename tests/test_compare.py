@@ -354,6 +354,21 @@ def test_a_language_model_is_not_compared_with_a_pipeline(
         run(models[0], pipelines["flux"][0])
 
 
+def test_what_cannot_be_compared_is_refused_before_a_model_is_built(
+    pipelines: dict[str, list[Path]], run: Run
+) -> None:
+    flux, wan = (str(pipelines[family][0]) for family in ("flux", "wan"))
+    cases: list[tuple[tuple[str, ...], str]] = [
+        ((flux, wan), "transformers of different classes: .*FluxTransformer2DModel.*WanTransformer3DModel"),
+        ((flux, "nowhere"), "nowhere: not there; expected a checkpoint, HOST:PORT of a service, or a file of --save"),
+        ((flux, flux, "--component", f"transformer_2={flux}"), "no such component; it has transformer"),
+        ((flux, flux, "--component", "transformer=nowhere"), "override transformer=nowhere: not there"),
+    ]
+    for args, said in cases:
+        with pytest.raises(PlanError, match=said):
+            run(*args, "--reference-format", "no-such-format")  # which building it would refuse first
+
+
 DIFFUSION: dict[str, tuple[object, ...]] = {
     "flux": ("--size", "8x4", "--steps", 3, "--guidance", 3.5),
     "wan": ("--size", "2x8x4", "--steps", 4, "--cfg-scale", "4,3", "--samples", 2, "--seed", 5),
