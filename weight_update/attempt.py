@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
+RENEW_RETRY_S = 1.0  # after a renewal that was not heard
 
 Progress = Callable[[str, int, int], None]
 
@@ -277,8 +278,11 @@ class Lease:
 
     def _run(self) -> None:
         attempt = self._attempt
-        while not self._stopped.wait(attempt.lease_s / 3):
+        pause_s = attempt.lease_s / 3
+        while not self._stopped.wait(pause_s):
             try:
                 attempt.control.begin(push_id=attempt.push_id, tensors=(), pushed_by=attempt.pushed_by)
+                pause_s = attempt.lease_s / 3
             except WeightUpdateError as error:
                 log.info("lease not renewed: %s", error)
+                pause_s = min(RENEW_RETRY_S, attempt.lease_s / 3)
