@@ -41,6 +41,10 @@ FLIPPED = "model.layers.1.mlp.down_proj.weight"
 
 Breakage = Callable[[Drill, random.Random], str]
 
+# Forked from a process that only imported, and runs no thread: a new one would import for 5 s.
+TRAINERS = multiprocessing.get_context("forkserver")
+TRAINERS.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
+
 
 def push(pusher: DrillPusher, seed: int, **options: Any) -> str:
     """What came of a push: committed, or the kind of its error."""
@@ -65,8 +69,7 @@ class Trainer:
         self._process: Any = None
         seed = drill.new_seed()
         if apart:
-            spawn = multiprocessing.get_context("spawn")
-            self._process = spawn.Process(target=_train, args=(drill.address, seed, confirms), daemon=True)
+            self._process = TRAINERS.Process(target=_train, args=(drill.address, seed, confirms), daemon=True)
             self._process.start()
         else:
             drill.pusher.mode = mode

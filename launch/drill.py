@@ -40,6 +40,7 @@ RETRY_S = 8.0
 SETTLE_S = 120.0
 SCRUB_S = 5.0
 SLACK_S = 3.0  # between a token's making and its arrival here, on a machine that does much else
+PAUSE_S = 0.5  # between requests: generation without a pause takes the cores from ranks that start
 STEPS_A_BASE = 4  # seeds in a row that differ in a few weights only, so that deltas are pushed
 
 START_FIELD = 18  # of /proc/PID/stat behind the state, field 22 of proc(5)
@@ -295,7 +296,7 @@ class Traffic:
         request = pb.GenerateRequest(prompts=prompts, max_new_tokens=24, ignore_eos=True)
         with connect(self._address) as channel:
             stub = pb_grpc.GenerationStub(channel)
-            while not self._stopped.wait(0.2):
+            while not self._stopped.wait(PAUSE_S):
                 try:
                     for token in stub.Generate(request, timeout=30):
                         self._took(token)
