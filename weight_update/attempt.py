@@ -19,6 +19,7 @@ from protos import transfuse_pb2 as pb
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
+from .digest import Digests
 from .errors import BusyError, TransferError, WeightUpdateError
 from .manifest import Manifest
 from .ranks import Ranks
@@ -97,9 +98,13 @@ class Attempt:
         self.clock.stop("transfer")
         digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
         wire_bytes = int(self.ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])
-        self.ranks.from_first(lambda: self.control.prepare(begun.transaction, digests, wire_bytes))
+        self.ranks.from_first(lambda: self._prepare(begun.transaction, digests, wire_bytes))
         self.clock.stop("prepare")
         return wire_bytes
+
+    def _prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
+        self.control.wait_ready(self.retry_s)  # the streams may have come through a partition just now
+        self.control.prepare(transaction, digests, wire_bytes)
 
     def decide(self, begun: pb.BeginReply) -> pb.DecideReply:
         """Ask for the commit. An answer that got lost is asked for by the id of the push."""
@@ -234,6 +239,7 @@ class Attempt:
             return b"", False, None
         try:
             self._raise_cancelled()
+            self.control.wait_ready(self.retry_s)
             self._deciding = True
             return self.control.decide(transaction, durable=self.durable).SerializeToString(), False, None
         except WeightUpdateError as error:

@@ -334,6 +334,13 @@ class ControlClient:
         self.channel = connect(target)
         self._stub = pb_grpc.ControlStub(self.channel)
 
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once the coordinator answers: other calls fail at once where the connection is away for a moment."""
+        try:
+            self._stub.Status(pb.StatusRequest(), timeout=max(1.0, timeout_s), wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise TransferError(f"no answer for {timeout_s:.0f} s: {error_of(error, self.target)}") from None
+
     def describe(self, fingerprint: int = 0) -> pb.DescribeReply:
         """What the service holds and where; without the manifest where the caller's has this fingerprint."""
         request = pb.DescribeRequest(fingerprint=fingerprint)
