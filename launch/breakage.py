@@ -21,10 +21,12 @@ from typing import Any
 
 import ray
 
+from protos import transfuse_pb2 as pb
 from weight_update.client import Mode
 from weight_update.errors import WeightUpdateError
+from weight_update.transport import call
 
-from .drill import RETRY_S, SCRUB_S, Drill, DrillPusher, end
+from .drill import RETRY_S, Drill, DrillPusher, end
 from .relays import SPOILS, Proxy, Relay
 
 # in the order of a push; `decide` and `decided` are the coordinator's, before and after the record is durable
@@ -35,8 +37,13 @@ REACH_S = 60.0
 PUSH_S = 120.0  # after which a push counts as hung
 
 CUT_AT_BYTES = 3_000_000  # of about 4.5 MB a rank
+FLIPPED = "model.layers.1.mlp.down_proj.weight"
 
 Breakage = Callable[[Drill, random.Random], str]
+
+# Forked from a process that only imported, and runs no thread: a new one would import for 5 s.
+TRAINERS = multiprocessing.get_context("forkserver")
+TRAINERS.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
 
 
 def push(pusher: DrillPusher, seed: int, **options: Any) -> str:
@@ -62,8 +69,7 @@ class Trainer:
         self._process: Any = None
         seed = drill.new_seed()
         if apart:
-            spawn = multiprocessing.get_context("spawn")
-            self._process = spawn.Process(target=_train, args=(drill.address, seed, confirms), daemon=True)
+            self._process = TRAINERS.Process(target=_train, args=(drill.address, seed, confirms), daemon=True)
             self._process.start()
         else:
             drill.pusher.mode = mode
@@ -139,6 +145,11 @@ def kill_idle(drill: Drill, chance: random.Random) -> str:
     return "killed"
 
 
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # its replica is built anew
+        os.kill(pid, number)
+
+
 def slow_rank(drill: Drill, chance: random.Random) -> str:
     """A rank gets a hundredth of its time during a push."""
     pid = ray.get(drill.rank(1, chance.randrange(2)).pid.remote())
@@ -146,9 +157,9 @@ def slow_rank(drill: Drill, chance: random.Random) -> str:
 
     def brake() -> None:
         while not stopped.is_set():
-            os.kill(pid, signal.SIGSTOP)
+            _signal(pid, signal.SIGSTOP)
             stopped.wait(0.099)
-            os.kill(pid, signal.SIGCONT)
+            _signal(pid, signal.SIGCONT)
             time.sleep(0.001)
 
     thread = threading.Thread(target=brake, daemon=True)
@@ -166,8 +177,8 @@ def slow_rank(drill: Drill, chance: random.Random) -> str:
 def stopped_rank(drill: Drill, chance: random.Random) -> str:
     """A rank stands still for some seconds, as in a long swap or a debugger, and goes on."""
     pid = ray.get(drill.rank(1, chance.randrange(2)).pid.remote())
-    os.kill(pid, signal.SIGSTOP)
-    timer = threading.Timer(chance.uniform(1.0, 8.0), os.kill, (pid, signal.SIGCONT))
+    _signal(pid, signal.SIGSTOP)
+    timer = threading.Timer(chance.uniform(1.0, 8.0), _signal, (pid, signal.SIGCONT))
     timer.start()
     try:
         return push(drill.pusher, drill.new_seed(), on_busy="wait")
@@ -239,23 +250,29 @@ def _cut_once_under_way(ways: Mapping[str, Any], refuse_s: float) -> None:
         each.cut(refuse_s)
 
 
-def _flip(receiver: Any, where: str) -> None:
-    """Runs in the rank's process: one bit of what is staged, or of what is served."""
-    if where == "staging":
-        memory = receiver._install.staging._memory
-    else:
-        memory = receiver._live.bytes["model.layers.1.mlp.down_proj.weight"].view(-1)
-    memory[len(memory) // 2] ^= 8
+def _flip(receiver: Any, where: str) -> int:
+    """Runs in the rank's process: one bit of what is staged, or of what is served; returns its byte."""
+    memory = _spot(receiver, where)
+    memory ^= 8
+    return int(memory)
+
+
+def _spot(receiver: Any, where: str) -> Any:
+    """One byte of a rank's memory."""
+    staged = where == "staging"
+    memory = receiver._install.staging._memory if staged else receiver._live.bytes[FLIPPED].view(-1)
+    return memory[len(memory) // 2]
 
 
 def flip_served(drill: Drill, rank: int) -> str:
     """A bit of what a rank serves changes; its scrub finds it, and a donor fills the replica anew."""
     actor = drill.rank(1, rank)
-    ray.get(actor.__ray_call__.remote(lambda self: _flip(self._server.receiver, "served")))
-    deadline_s = time.monotonic() + 4 * SCRUB_S
-    while drill.state_of(1) == "serving":
+    flipped = ray.get(actor.__ray_call__.remote(lambda self: _flip(self._server.receiver, "served")))
+    deadline_s = time.monotonic() + REACH_S
+    # Its state is no sign: a fence may come and go between two looks at it.
+    while ray.get(actor.__ray_call__.remote(lambda self: int(_spot(self._server.receiver, "served")))) == flipped:
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"a flipped bit was not found within {4 * SCRUB_S:.0f} s")
+            raise TimeoutError(f"a flipped bit was not found within {REACH_S:.0f} s")
         time.sleep(0.05)
     return "found"
 
@@ -275,14 +292,17 @@ def flip_staged(drill: Drill, step: str, rank: int) -> str:
 
 
 def rollback(drill: Drill, chance: random.Random) -> str:
-    """Back to an older version."""
-    from protos import transfuse_pb2 as pb
-
-    *older, _ = drill.control.Versions(pb.VersionsRequest(), timeout=10).versions
-    reachable = [each.version for each in older if each.reachable]
-    if not reachable:
-        return "nothing is reachable"
-    reply = drill.control.Rollback(pb.RollbackRequest(version=chance.choice(reachable), pushed_by="drill"), timeout=120)
+    """Back to an older version, or why not: a push may be open still whose trainer was killed."""
+    drill.status()  # the coordinator is back
+    try:
+        *older, _ = call(drill.control.Versions, pb.VersionsRequest(), timeout_s=10).versions
+        reachable = [each.version for each in older if each.reachable]
+        if not reachable:
+            return "nothing is reachable"
+        request = pb.RollbackRequest(version=chance.choice(reachable), pushed_by="drill")
+        reply = call(drill.control.Rollback, request, timeout_s=PUSH_S)
+    except WeightUpdateError as error:
+        return error.code
     return f"version {reply.version.version} as {reply.version.restores}"
 
 

@@ -29,7 +29,8 @@ MAX_BREAKAGES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One schedule and how it ended. healthy_s: until everything served again. problems: what is lost."""
+    """One schedule and how it ended. version: served afterwards, 0 where it did not come so far. healthy_s: until
+    everything served again. problems: what is lost."""
 
     number: int
     breakages: Sequence[str]
@@ -60,7 +61,7 @@ def _play(drill: Drill, chance: random.Random, number: int, names: Sequence[str]
     start_s, tokens = time.monotonic(), drill.traffic.num_tokens
     drawn = [chance.choice(names) for _ in range(chance.randint(1, MAX_BREAKAGES))]
     chances = [random.Random(chance.random()) for _ in drawn]  # so that a schedule does not depend on what came of it
-    outcomes, problems, healthy_s = [""] * len(drawn), [], 0.0
+    outcomes, problems, healthy_s, version = [""] * len(drawn), [], 0.0, 0
     try:
         outcomes = [_broken(drill, name, each) for name, each in zip(drawn, chances, strict=True)]
         healthy_s = drill.settle()
@@ -68,15 +69,15 @@ def _play(drill: Drill, chance: random.Random, number: int, names: Sequence[str]
         report = drill.pusher.push_seed(drill.new_seed())
         drill.settle()
         problems += drill.problems()
-        if (held := drill.status().version) != report.version:
-            problems.append(f"version {held} is served after version {report.version} was committed")
+        if (version := drill.status().version) != report.version:
+            problems.append(f"version {version} is served after version {report.version} was committed")
     except (TimeoutError, WeightUpdateError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     return Round(
         number=number,
         breakages=drawn,
         outcomes=outcomes,
-        version=drill.status().version,
+        version=version,
         healthy_s=healthy_s,
         seconds=time.monotonic() - start_s,
         num_tokens=drill.traffic.num_tokens - tokens,

@@ -31,7 +31,7 @@ from service.loading import cold_load
 from sharding.fsdp import shard_range
 from weight_update.client import Mode, OnBusy, Pusher, PushReport
 from weight_update.receiver import Receiver
-from weight_update.transport import ControlClient, connect
+from weight_update.transport import ControlClient, call, connect
 
 LAYOUTS = ("trtllm", "cutlass")
 RANKS = 2
@@ -40,9 +40,13 @@ RETRY_S = 8.0
 SETTLE_S = 120.0
 SCRUB_S = 5.0
 SLACK_S = 3.0  # between a token's making and its arrival here, on a machine that does much else
+PAUSE_S = 0.5  # between requests: generation without a pause takes the cores from ranks that start
 STEPS_A_BASE = 4  # seeds in a row that differ in a few weights only, so that deltas are pushed
 
+START_FIELD = 18  # of /proc/PID/stat behind the state, field 22 of proc(5)
+
 Bytes = dict[str, bytes]
+Process = tuple[int, int]  # its number, and when it started
 _GENERATOR = threading.Lock()  # torch's default generator belongs to one thread at a time
 
 
@@ -120,7 +124,7 @@ class Drill:
             )
         )
         self._expected: dict[tuple[int, str], list[Bytes]] = {}
-        self._pids: set[int] = set()
+        self._started: set[Process] = set()  # every one that a status named
         self.seed = 0
 
     def __enter__(self) -> Drill:
@@ -146,7 +150,7 @@ class Drill:
     def _require_gone(self) -> None:
         """Nothing that was ever started lives."""
         deadline_s = time.monotonic() + 10
-        while left := [pid for pid in self._pids if _alive(pid)]:
+        while left := [pid for pid, born in self._started if _born(pid) == born]:
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"processes {left} are left after the stop")
             time.sleep(0.1)
@@ -180,7 +184,8 @@ class Drill:
         while True:
             try:
                 reply: pb.StatusReply = self.control.Status(pb.StatusRequest(), timeout=5)
-                self._pids |= {pid for each in reply.replicas for pid in each.pids}
+                born = {pid: _born(pid) for each in reply.replicas for pid in each.pids}
+                self._started |= {(pid, since) for pid, since in born.items() if since is not None}
                 return reply
             except grpc.RpcError as error:
                 if time.monotonic() > deadline_s:
@@ -203,7 +208,7 @@ class Drill:
     def _is_settled(self, status: pb.StatusReply) -> bool:
         """A status that names a dead process is older than its death, and who supervises the ranks may know more."""
         serving = all((each.state, each.version) == ("serving", status.version) for each in status.replicas)
-        living = all(_alive(pid) for each in status.replicas for pid in each.pids)
+        living = all(_born(pid) is not None for each in status.replicas for pid in each.pids)
         held = self._fleet.replicas
         whole = all(len(held.get(each.replica, ())) == RANKS for each in status.replicas)
         enough = len(status.replicas) >= len(LAYOUTS)
@@ -218,7 +223,11 @@ class Drill:
         return [
             *self._byte_problems(status),
             *self.traffic.problems(),
-            *(f"process {pid} of an earlier replica lives" for pid in self._pids - current if _alive(pid)),
+            *(
+                f"process {pid} of an earlier replica lives"
+                for pid, born in self._started
+                if pid not in current and _born(pid) == born
+            ),
             *(f"{path} is left" for path in Path("/dev/shm").glob("transfuse*")),
             *(f"{path} is left" for path in (self._scratch / "state").rglob(".v*")),
         ]
@@ -226,6 +235,9 @@ class Drill:
     def _byte_problems(self, status: pb.StatusReply) -> Iterator[str]:
         seed = self.seed_of(status.version)
         for replica, actors in self._fleet.replicas.items():
+            if len(actors) != RANKS:
+                yield f"replica {replica}: {len(actors)} of {RANKS} ranks run"
+                continue
             expected = self.expected(seed, LAYOUTS[replica % len(LAYOUTS)])
             stored = ray.get([actor.stored_bytes.remote() for actor in actors])
             staged = ray.get([actor.staged_bytes.remote() for actor in actors])
@@ -240,7 +252,8 @@ class Drill:
 
     def seed_of(self, version: int) -> int:
         """Whose weights a version holds: trainers give the seed as their step."""
-        records = {each.version: each for each in self.control.Versions(pb.VersionsRequest(), timeout=10).versions}
+        reply = call(self.control.Versions, pb.VersionsRequest(), timeout_s=10)
+        records = {each.version: each for each in reply.versions}
         record = records[version]
         while record.restores:
             record = records[record.restores]
@@ -283,7 +296,7 @@ class Traffic:
         request = pb.GenerateRequest(prompts=prompts, max_new_tokens=24, ignore_eos=True)
         with connect(self._address) as channel:
             stub = pb_grpc.GenerationStub(channel)
-            while not self._stopped.wait(0.2):
+            while not self._stopped.wait(PAUSE_S):
                 try:
                     for token in stub.Generate(request, timeout=30):
                         self._took(token)
@@ -332,16 +345,19 @@ def cold_shards(model_dir: Path, layout: str) -> list[Bytes]:
     return shards
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead and not yet waited for does not."""
+def _born(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None of one that is dead, waited for or not. Processes and
+    threads share 32768 numbers on many machines, so that in minutes of a drill the number alone may be another's."""
     try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state, *fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
+    return None if state == "Z" else int(fields[START_FIELD])
 
 
 def end(pid: int) -> None:
     """Kill -9, and wait until it is gone."""
+    born = _born(pid)
     os.kill(pid, 9)
-    while _alive(pid):
+    while born is not None and _born(pid) == born:
         time.sleep(0.02)

@@ -256,6 +256,8 @@ class DataServicer:
 
     def __init__(self, rank: RankServer) -> None:
         self._rank = rank
+        # (transaction, trainer rank) -> the last chunk staged: a stream that broke goes on behind it
+        self._placed: dict[tuple[int, int], int] = {}
 
     def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
         try:
@@ -274,13 +276,18 @@ class DataServicer:
                 f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
                 f" {opening.transaction}; begin again"
             )
-        yield pb.StageReply(credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes)
+        key = opening.transaction, opening.trainer_rank
+        self._placed = {each: placed for each, placed in self._placed.items() if each[0] == opening.transaction}
+        yield pb.StageReply(
+            sequence=self._placed.get(key, 0), credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes
+        )
         for message in messages:
             chunk = decode_request(message)
             if not isinstance(chunk, Chunk):
                 raise TransferError("stage: a second StageOpen on one stream; open another stream")
             rank.faults.reached("stage")
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
+            self._placed[key] = chunk.sequence
             received_bytes += len(chunk.payload)
             yield pb.StageReply(
                 sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes

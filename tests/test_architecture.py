@@ -70,6 +70,11 @@ def test_the_command_starts_without_loading_torch_or_ray() -> None:
     assert import_without(heavy, ["launch.cli"]) == ""
 
 
+def test_every_benchmark_loads() -> None:
+    """Nothing else imports them, and no test runs them."""
+    assert import_without((), modules("tests/bench")) == ""
+
+
 @pytest.mark.parametrize("path", written(*FOLDERS), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     text = path.read_text()

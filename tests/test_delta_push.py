@@ -18,6 +18,7 @@ from tests.test_push import cold_bytes, current_version
 from tests.tiny import save, tiny_llama
 from weight_update import attempt as attempts
 from weight_update.client import Pusher
+from weight_update.delta import Patch, is_relative, is_sparse, pack
 from weight_update.errors import BusyError, TransferError, VersionError
 from weight_update.transport import ControlClient
 
@@ -128,6 +129,33 @@ def test_unrelated_weights_cost_no_more_than_a_full_push(service: LocalService, 
     assert pusher.push(model).mode == "delta"
     assert service.bytes() == cold_bytes(model, tmp_path / "after")
     pusher.close()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("share", [0.001, 0.03, 0.2, 0.6, 1.0])
+def test_what_changed_of_a_tensor_is_said_in_the_fewest_bytes(share: float, alike: bool) -> None:
+    """alike: codes move to the next one. An actor has no memory for more positions than one byte in 32."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 256, 1 << 20).astype(np.uint8)
+    at = np.sort(rng.choice(old.size, int(share * old.size), replace=False))
+    differences = np.zeros_like(old)
+    differences[at] = rng.choice([1, 255], at.size) if alike else rng.integers(1, 256, at.size)
+    new = old + differences
+    sizes = {
+        "sparse": packed_bytes(differences[at], positions=at),
+        "relative": packed_bytes(differences, relative=True),
+        "dense": packed_bytes(new),
+    }
+    if is_sparse(at.size, old.size):
+        assert sizes["sparse"] == min(sizes.values())
+    else:
+        chosen = "relative" if is_relative(differences, new) else "dense"
+        assert sizes[chosen] == min(sizes["relative"], sizes["dense"])
+
+
+def packed_bytes(values: np.ndarray, positions: np.ndarray | None = None, relative: bool = False) -> int:
+    patch = Patch(tensor=0, first=0, stop=1 << 20, positions=positions, values=values, relative=relative)
+    return pack([patch])[1].num_bytes
 
 
 # ---------------------------------------------------------------- when a delta cannot be

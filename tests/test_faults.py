@@ -27,7 +27,7 @@ def require_healthy(drill: Drill) -> None:
 
 @pytest.mark.parametrize(("step", "victim"), list(product(STEPS, VICTIMS)))
 def test_a_process_killed_at_any_step_leaves_one_version_everywhere(step: str, victim: str, drill: Drill) -> None:
-    require_healthy(drill)
+    drill.settle()  # whoever used it before compared every byte
     before, tokens = drill.status().version, drill.traffic.num_tokens
     outcome = KILLS[f"kill the {victim} at {step}"](drill, random.Random(step))
     resolved_s = drill.settle()
@@ -45,7 +45,7 @@ def test_a_process_killed_at_any_step_leaves_one_version_everywhere(step: str, v
 
 @pytest.mark.parametrize("name", sorted(BREAKAGES.keys() - KILLS.keys()))
 def test_whatever_breaks_the_next_push_lands_and_every_byte_is_that_of_a_cold_load(name: str, drill: Drill) -> None:
-    require_healthy(drill)
+    drill.settle()  # whoever used it before compared every byte
     BREAKAGES[name](drill, random.Random(name))
     require_healthy(drill)
     report = drill.pusher.push_seed(drill.new_seed())
@@ -62,7 +62,7 @@ def test_random_schedules_of_failures_lose_nothing(seed: int, drill: Drill) -> N
 
 @pytest.mark.parametrize("how", ["dropped", "truncated", "bit-flipped"])
 def test_a_spoiled_chunk_never_becomes_a_version(how: str, drill: Drill) -> None:
-    require_healthy(drill)
+    drill.settle()  # whoever used it before compared every byte
     before = drill.status().version
     outcome = BREAKAGES[f"a chunk {how}"](drill, random.Random(0))
     assert outcome in ("transfer", "digest", "manifest", "version") or outcome == f"version {before + 1}"
@@ -72,7 +72,7 @@ def test_a_spoiled_chunk_never_becomes_a_version(how: str, drill: Drill) -> None
 
 @pytest.mark.parametrize("step", ["prepare", "install"])
 def test_a_bit_that_flips_in_staging_is_found_before_anything_is_decided(step: str, drill: Drill) -> None:
-    require_healthy(drill)
+    drill.settle()  # whoever used it before compared every byte
     before = drill.status().version
     assert BREAKAGES[f"flip a staged bit before {step}"](drill, random.Random(0)) == "digest"
     require_healthy(drill)

@@ -45,6 +45,11 @@ def ask(service: LocalService, method: str, request: Any) -> Any:
         return getattr(pb_grpc.ControlStub(channel), method)(request, timeout=30)
 
 
+def fences(service: LocalService) -> list[str]:
+    """Why replicas were taken out of service, from the audit log."""
+    return [text for (text,) in service.shell.index._db.execute("SELECT text FROM events WHERE kind = 'fence'")]
+
+
 def look(receiver: Receiver) -> list[str]:
     """What one round finds."""
     scrub = scrubbing.Scrub(receiver)
@@ -86,11 +91,11 @@ def test_a_flipped_bit_fences_its_replica_by_name_and_a_donor_fills_it(checkpoin
         version = pusher.push(tiny_llama(seed=1)).version
         before = service.bytes()
         flip(service.models[1].get_parameter(DOWN), 77)
-        assert service.bytes() != before
+        wait_for(lambda: bool(fences(service)))
         wait_for(lambda: service.bytes() == before)
         wait_for(lambda: all(each.state == "serving" for each in ask(service, "Status", pb.StatusRequest()).replicas))
-        told = service.shell.index._db.execute("SELECT text FROM events WHERE kind = 'fence'").fetchall()
-        assert len(told) == 1 and "replica 1 rank 0" in told[0][0] and DOWN in told[0][0]
+        (told,) = fences(service)
+        assert "replica 1 rank 0" in told and DOWN in told
         assert ask(service, "Verify", pb.VerifyRequest()).ok
         assert pusher.push(tiny_llama(seed=2)).version == version + 1
         pusher.close()
@@ -107,5 +112,5 @@ def test_commits_that_come_faster_than_a_round_raise_no_false_alarm(
             pusher.push(tiny_llama(seed=seed))
         time.sleep(0.3)  # rounds of the last version; the state that Status shows is up to a tick old
         wait_for(lambda: [each.state for each in ask(service, "Status", pb.StatusRequest()).replicas] == ["serving"])
-        assert not service.shell.index._db.execute("SELECT text FROM events WHERE kind = 'fence'").fetchall()
+        assert not fences(service)
         pusher.close()

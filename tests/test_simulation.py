@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
@@ -59,3 +60,7 @@ def test_twenty_thousand_schedules_keep_every_invariant(capfd: pytest.CaptureFix
     with capfd.disabled():
         sys.stdout.write(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr
+    told = re.search(r"20000 schedules, .* median (\d+) a schedule, .* at least (\d+) a schedule", done.stdout)
+    assert told is not None
+    median, fewest_crashes = map(int, told.groups())
+    assert median >= 200 and fewest_crashes >= 1

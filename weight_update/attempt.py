@@ -19,6 +19,7 @@ from protos import transfuse_pb2 as pb
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
+from .digest import Digests
 from .errors import BusyError, TransferError, WeightUpdateError
 from .manifest import Manifest
 from .ranks import Ranks
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
+RENEW_RETRY_S = 1.0  # after a renewal that was not heard
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,9 +98,13 @@ class Attempt:
         self.clock.stop("transfer")
         digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
         wire_bytes = int(self.ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])
-        self.ranks.from_first(lambda: self.control.prepare(begun.transaction, digests, wire_bytes))
+        self.ranks.from_first(lambda: self._prepare(begun.transaction, digests, wire_bytes))
         self.clock.stop("prepare")
         return wire_bytes
+
+    def _prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
+        self.control.wait_ready(self.retry_s)  # the streams may have come through a partition just now
+        self.control.prepare(transaction, digests, wire_bytes)
 
     def decide(self, begun: pb.BeginReply) -> pb.DecideReply:
         """Ask for the commit. An answer that got lost is asked for by the id of the push."""
@@ -233,6 +239,7 @@ class Attempt:
             return b"", False, None
         try:
             self._raise_cancelled()
+            self.control.wait_ready(self.retry_s)
             self._deciding = True
             return self.control.decide(transaction, durable=self.durable).SerializeToString(), False, None
         except WeightUpdateError as error:
@@ -277,8 +284,11 @@ class Lease:
 
     def _run(self) -> None:
         attempt = self._attempt
-        while not self._stopped.wait(attempt.lease_s / 3):
+        pause_s = attempt.lease_s / 3
+        while not self._stopped.wait(pause_s):
             try:
                 attempt.control.begin(push_id=attempt.push_id, tensors=(), pushed_by=attempt.pushed_by)
+                pause_s = attempt.lease_s / 3
             except WeightUpdateError as error:
                 log.info("lease not renewed: %s", error)
+                pause_s = min(RENEW_RETRY_S, attempt.lease_s / 3)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quant.formats import TensorSpec
 
-from .delta import DENSE, RELATIVE, SPARSE, Patch, changed_bytes, kind_of
+from .delta import DENSE, Patch, changed_bytes, is_relative, is_sparse
 from .digest import MASK, Digests, Lanes, digest_rows, digest_words, name_key, words_of
 from .encoder import encoded
 from .source import PushPlan
@@ -187,23 +187,21 @@ def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tens
     """The patch of rows of one tensor, none where nothing changed, and what is held of them: of those that are patched
     byte by byte the old ones, with the digest of the new."""
     key, begin = name_key(spec.name), first * spec.row_bytes
-    stop = begin + new.numel()
-    relative = False
+    stop, flat, relative = begin + new.numel(), new.view(-1).numpy(), False
     if old is not None and old.rows.shape == new.shape:
         rows = new.to(old.rows.device)
         found = changed_bytes(old.rows, rows)
         if not len(found):
             return None, old
-        kind = kind_of(len(found), new.numel())
-        if kind == SPARSE:
+        if is_sparse(len(found), new.numel()):
             index = torch.from_numpy(found).to(rows.device)
             difference = (rows.view(-1)[index] - old.rows.view(-1)[index]).cpu().numpy()
             patch = Patch(tensor=at, first=begin, stop=stop, positions=found + begin, values=difference)
             return patch, replace(old, digest=_moved(key, spec.row_bytes, old, rows, found, begin))
-        relative = kind == RELATIVE
+        differences = (rows - old.rows).cpu().view(-1).numpy()
+        if relative := is_relative(differences, flat):
+            flat = differences
     held = Held(first=first, rows=new if old is None else new.to(old.rows.device), digest=digest_rows(key, new, first))
-    values = (rows - old.rows).cpu() if old is not None and relative else new
-    flat = values.view(-1).numpy()
     return Patch(tensor=at, first=begin, stop=stop, positions=None, values=flat, relative=relative), held
 
 

@@ -73,7 +73,7 @@ class Pusher:
         mode: Mode = "auto",
         keep: torch.device | str = "cpu",
         lease_s: float = 60.0,
-        retry_s: float = 30.0,
+        retry_s: float = 45.0,
         pushed_by: str | None = None,
         on_progress: Progress | None = None,
     ) -> None:

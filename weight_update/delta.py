@@ -40,7 +40,6 @@ MAX_PLANES = 8
 COLUMNS = 3  # before the planes
 SPARSE, DENSE, RELATIVE = 0, 1, 2  # kinds of segments
 SPARSE_SHARE = 32  # at most a byte in this many may be named by position: an actor keeps CHANGE_BYTES for each
-RELATIVE_SHARE = 2
 CHANGE_BYTES = 144  # what an actor holds for one of them: position, place, word, old and new bytes, what to decode
 MAX_WINDOW_BYTES = 8 << 20  # that a frame may make its reader keep
 SPARSE_LEVEL, DENSE_LEVEL = 12, 1  # of zstd: sparse columns are small, dense ones hardly shrink
@@ -130,12 +129,14 @@ def changed_bytes(old: Tensor, new: Tensor) -> Positions:
     return found
 
 
-def kind_of(num_changes: int, num_bytes: int) -> int:
-    """How rows with so many changed bytes are said in the fewest bytes that an actor has the memory for: zstd makes
-    little of differences that are mostly 0, and nothing of random ones."""
-    if num_changes * SPARSE_SHARE <= num_bytes:
-        return SPARSE
-    return RELATIVE if num_changes * RELATIVE_SHARE <= num_bytes else DENSE
+def is_sparse(num_changes: int, num_bytes: int) -> bool:
+    """Whether so many changed bytes are named by position: that takes the fewest bytes, and an actor has the memory."""
+    return num_changes * SPARSE_SHARE <= num_bytes
+
+
+def is_relative(differences: Bytes, new: Bytes) -> bool:
+    """Whether the differences of all bytes take fewer bytes on the wire than the bytes themselves."""
+    return len(_compressed(differences, DENSE_LEVEL)) < len(_compressed(new, DENSE_LEVEL))
 
 
 def cut(patch: Patch, first: int, stop: int) -> Patch | None:

@@ -1,7 +1,8 @@
 """The one module of this folder that speaks gRPC: channels, errors on the wire, and the stream to one rank.
 
-A stream survives its connection: chunks are kept until they are acknowledged and are sent again on a new connection,
-which is harmless since chunks are idempotent. Credits bound what is in flight, so a slow rank holds its sender back.
+A stream survives its connection: chunks are kept until they are acknowledged. On a new connection the rank says first
+what it holds, and the rest is sent; a chunk that comes twice is harmless. Credits bound what is in flight, so a slow
+rank holds its sender back.
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ class StageStream:
         self._state = threading.Condition()  # guards all below; never held during a gRPC call
         self._unacked: deque[tuple[int, int, bytes]] = deque()  # sequence, payload bytes, message
         self._unsent: deque[bytes] = deque()
+        self._greeted = False  # the rank said on this connection what it holds
         self._sent_bytes = 0
         self._credit_bytes = 0
         self._heard_s = 0.0  # when the rank last answered
@@ -218,8 +220,9 @@ class StageStream:
             )
             self._raise()
             self._unacked.append((sequence, payload_bytes, message))
-            self._unsent.append(message)
-            self._sent_bytes += payload_bytes
+            if self._greeted:
+                self._unsent.append(message)
+                self._sent_bytes += payload_bytes
             self.wire_bytes += len(message)
             self._state.notify_all()
 
@@ -263,9 +266,8 @@ class StageStream:
 
     def _connect(self) -> None:
         with self._state:
-            self._unsent = deque(message for _, _, message in self._unacked)
-            self._sent_bytes = sum(payload for _, payload, _ in self._unacked)
-            self._credit_bytes = 0
+            self._unsent.clear()
+            self._greeted, self._sent_bytes, self._credit_bytes = False, 0, 0
             connection = threading.Event()
         self._call = self._stage(self._requests(connection))
         try:
@@ -298,6 +300,10 @@ class StageStream:
             self._heard_s = time.monotonic()
             while self._unacked and self._unacked[0][0] <= reply.sequence:
                 self._unacked.popleft()
+            if not self._greeted:
+                self._greeted = True
+                self._unsent.extend(message for _, _, message in self._unacked)
+                self._sent_bytes = sum(payload for _, payload, _ in self._unacked)
             self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)
             self._state.notify_all()
 
@@ -327,6 +333,13 @@ class ControlClient:
         self.target = target
         self.channel = connect(target)
         self._stub = pb_grpc.ControlStub(self.channel)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once the coordinator answers: other calls fail at once where the connection is away for a moment."""
+        try:
+            self._stub.Status(pb.StatusRequest(), timeout=max(1.0, timeout_s), wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise TransferError(f"no answer for {timeout_s:.0f} s: {error_of(error, self.target)}") from None
 
     def describe(self, fingerprint: int = 0) -> pb.DescribeReply:
         """What the service holds and where; without the manifest where the caller's has this fingerprint."""

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from launch import trainer as learning
-from launch.demo import NUM_TOKENS, PROMPTS
+from launch.demo_text import NUM_TOKENS, PROMPTS
 from launch.rpc import generate
 from launch.trainer import Sample, Trainer, load_policy, short_words
 from protos import transfuse_pb2 as pb

@@ -11,34 +11,37 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 from .schedule import Schedule
+from .world import World
 
 BATCH = 250
 
 Coverage = Counter[tuple[str, str, str]]
 
 
-def one(seed: int) -> tuple[int, Coverage, str]:
-    """Events, coverage, and what broke."""
+def one(seed: int) -> tuple[World, str]:
+    """What a schedule left behind, and what broke."""
     schedule = Schedule(seed)
     try:
         schedule.run()
     except Exception:
-        return schedule.world.events, schedule.world.coverage, traceback.format_exc().strip().splitlines()[-1]
-    return schedule.world.events, schedule.world.coverage, ""
+        return schedule.world, traceback.format_exc().strip().splitlines()[-1]
+    return schedule.world, ""
 
 
-def batch(first: int, count: int) -> tuple[list[int], Coverage, dict[int, str]]:
-    """Schedules in one process."""
+def batch(first: int, count: int) -> tuple[list[int], list[int], Coverage, dict[int, str]]:
+    """Schedules in one process: the events and the crashes of each, coverage, and what broke, by seed."""
     events: list[int] = []
+    crashes: list[int] = []
     coverage: Coverage = Counter()
     broken: dict[int, str] = {}
     for seed in range(first, first + count):
-        num_events, covered, problem = one(seed)
-        events.append(num_events)
-        coverage += covered
+        world, problem = one(seed)
+        events.append(world.events)
+        crashes.append(world.num_crashes)
+        coverage += world.coverage
         if problem:
             broken[seed] = problem
-    return events, coverage, broken
+    return events, crashes, coverage, broken
 
 
 def show(coverage: Coverage) -> str:
@@ -67,23 +70,23 @@ def main() -> int:
         return 0
     start_s = time.perf_counter()
     events: list[int] = []
+    crashes: list[int] = []
     coverage: Coverage = Counter()
     broken: dict[int, str] = {}
     firsts = range(args.first, args.first + args.schedules, BATCH)
     counts = [min(BATCH, args.first + args.schedules - first) for first in firsts]
     with ProcessPoolExecutor(args.processes) as pool:
-        for some, covered, problems in pool.map(batch, firsts, counts):
+        for some, crashed, covered, problems in pool.map(batch, firsts, counts):
             events += some
+            crashes += crashed
             coverage += covered
             broken |= problems
     seconds = time.perf_counter() - start_s
     print(show(coverage))
-    crashes = sum(
-        count for (_, _, fault), count in coverage.items() if fault.startswith("crash") or fault == "torn write"
-    )
     print(
-        f"{len(events)} schedules, {sum(events)} events, median {statistics.median(events):.0f} a schedule, {crashes}"
-        f" crashes, {len(coverage)} of state x message x fault, {seconds:.0f} s: {len(broken)} broken"
+        f"{len(events)} schedules, {sum(events)} events, median {statistics.median(events):.0f} a schedule,"
+        f" {sum(crashes)} crashes, at least {min(crashes)} a schedule, {len(coverage)} of state x message x fault,"
+        f" {seconds:.0f} s: {len(broken)} broken"
     )
     for seed, problem in sorted(broken.items())[:20]:
         print(f"seed {seed}: {problem}")
