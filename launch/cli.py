@@ -14,7 +14,7 @@ import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits, proofs, replicas, tools
+from . import certs, exits, proofs, replicas, tools
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
@@ -337,6 +337,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(replicas.app, name="replica")
+app.add_typer(certs.app, name="certs")
 
 
 # ---------------------------------------------------------------- around a command
