@@ -80,8 +80,8 @@ def create(directory: Path, *, days: int = CA_DAYS) -> bool:
         .sign(key, SHA256())
     )
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / CA_KEY, _pem(key), 0o600, new=True)
-    _write(directory / CA, certificate.public_bytes(Encoding.PEM), 0o644, new=True)
+    write_whole(directory / CA_KEY, _pem(key), 0o600, new=True)
+    write_whole(directory / CA, certificate.public_bytes(Encoding.PEM), 0o644, new=True)
     return True
 
 
@@ -138,9 +138,9 @@ def _issue(
         .sign(signer, SHA256())
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / CA, authority.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / NODE_KEY, _pem(key), 0o600)
-    _write(folder / NODE, certificate.public_bytes(Encoding.PEM), 0o644)
+    write_whole(folder / CA, authority.public_bytes(Encoding.PEM), 0o644)
+    write_whole(folder / NODE_KEY, _pem(key), 0o600)
+    write_whole(folder / NODE, certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _builder(
@@ -223,7 +223,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, data: bytes, mode: int, *, new: bool = False) -> None:
+def write_whole(path: Path, data: bytes, mode: int, *, new: bool = False) -> None:
     """Whole or not at all, never readable by others first. new: refuse to replace a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
