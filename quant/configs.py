@@ -155,12 +155,14 @@ def _group_size(levels: Sequence[Config], row: str) -> tuple[int | None, list[st
     """The one group size that all places name, and what is wrong with it."""
     said: dict[int, list[str]] = {}
     for level in levels:
-        if level.get("group_size") is not None:
+        if isinstance(level.get("group_size"), int):
             said.setdefault(level["group_size"], []).append("group_size")
-        for name, group in dict(level.get("config_groups") or {}).items():
-            size = (group.get("weights") or {}).get("group_size")
-            if size is not None:
+        for name, group in _mapping(level.get("config_groups")).items():
+            size = _mapping(_mapping(group).get("weights")).get("group_size")
+            if isinstance(size, int):
                 said.setdefault(size, []).append(f"config_groups.{name}.weights")
+            elif size is not None:
+                return None, [f"config_groups.{name}.weights.group_size: expected a number, got {size!r}"]
     places = ", ".join(f"{size} in {' and '.join(where)}" for size, where in said.items())
     if len(said) > 1:
         return None, [f"group sizes conflict: {places}"]
@@ -169,6 +171,11 @@ def _group_size(levels: Sequence[Config], row: str) -> tuple[int | None, list[st
     if size is not None and fixed is not None and size != fixed:
         return None, [f"group size {places}: format {row} has {fixed}"]
     return size, []
+
+
+def _mapping(value: Any) -> Config:
+    """The value, {} where it is no JSON object."""
+    return value if isinstance(value, dict) else {}
 
 
 def row_group_size(row: str) -> int | None:

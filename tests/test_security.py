@@ -207,7 +207,7 @@ def test_failed_attempts_are_counted_slowed_and_logged_without_the_token(
             status_of(lambda: pb_grpc.ControlStub(channel).Status(pb.StatusRequest(), timeout=10))
             assert time.monotonic() - start_s >= LIMITS.slow_s
     assert service.server.guard.num_failed == counted + 4
-    assert "this token is not known" in caplog.text and "/Control/Status" in caplog.text
+    assert "this token is not known" in caplog.text and "Control/Status" in caplog.text
     for name in ("stranger", "all"):
         for line in (files / f"{name}.token").read_text().split():
             assert not line.startswith("tf_") or line not in caplog.text
