@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,16 @@ def take(
         tls_dir=None if tls_dir is None else tls_dir.absolute(),
         token_file=None if token_file is None else token_file.absolute(),
         insecure_plaintext=insecure_plaintext,
+    )
+
+
+def from_environment() -> Security:
+    """For a trainer's own program: TRANSFUSE_TLS_DIR, TRANSFUSE_TOKEN_FILE, TRANSFUSE_INSECURE_PLAINTEXT."""
+    tls_dir, token_file = (os.environ.get(f"TRANSFUSE_{name}") for name in ("TLS_DIR", "TOKEN_FILE"))
+    return Security(
+        tls_dir=Path(tls_dir) if tls_dir else None,
+        token_file=Path(token_file) if token_file else None,
+        insecure_plaintext=os.environ.get("TRANSFUSE_INSECURE_PLAINTEXT", "").lower() in ("1", "true", "yes", "on"),
     )
 
 

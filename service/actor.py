@@ -121,10 +121,9 @@ class RankActor:
         mark_all_applied(model)
         seal(model)
         refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
+        layout = ", ".join(layouts_of(model))
         self._server = RankServer(
-            identity=RankIdentity(
-                replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
-            ),
+            identity=RankIdentity(replica=config.replica, rank=config.rank, format=config.format, layout=layout),
             receiver=receiver,
             engine=self._engine(make_worker(model, config_dir, config.serving, refresher, device=device_type)),
             reshard=lambda: reshard_all(model),
