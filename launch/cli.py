@@ -14,7 +14,7 @@ import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits, proofs, replicas, tools
+from . import access, certs, exits, proofs, replicas, tools
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
@@ -139,6 +139,7 @@ def serve(
             min_replicas=min_replicas,
             store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
             scrub_s=scrub,
+            security=access.security(),
             **how,
         )
         run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json))
@@ -167,7 +168,12 @@ def push(
     from .tables import mebibytes
 
     bars = Bars()
-    pusher = Pusher(target, mode="full", on_progress=lambda phase, done, total: bars.update("push", done, total))
+    pusher = Pusher(
+        target,
+        mode="full",
+        on_progress=lambda phase, done, total: bars.update("push", done, total),
+        security=access.security(),
+    )
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
@@ -337,6 +343,9 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(replicas.app, name="replica")
+app.add_typer(certs.app, name="certs")
+app.add_typer(access.app, name="tokens")
+app.callback()(access.take)
 
 
 # ---------------------------------------------------------------- around a command

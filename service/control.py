@@ -11,8 +11,10 @@ import grpc
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.channels import PLAINTEXT
 from weight_update.errors import BusyError, MemberError, StoreError, VersionError
 from weight_update.messages import Decision
+from weight_update.security import Security
 from weight_update.transaction import Phase
 from weight_update.transport import (
     CONTROL_MESSAGE_BYTES,
@@ -23,35 +25,47 @@ from weight_update.transport import (
 )
 
 from .coordinator import CoordinatorShell
+from .guard import Guard, Limits
 from .keeper import Keeper
+from .owners import Owners
 from .router import GenerationRouter
 from .text import TextCodec
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
 from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
+MAX_LEASE_S = 3600.0  # for which a push may be silent, whatever its trainer asks for
 
 
 class ControlServer:
     """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
-    version store, where there is one."""
+    version store, where there is one. security, limits: of this door."""
 
     def __init__(
-        self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path, keeper: Keeper | None = None
+        self,
+        shell: CoordinatorShell,
+        *,
+        listen: str,
+        tokenizer_dir: Path,
+        keeper: Keeper | None = None,
+        security: Security = PLAINTEXT,
+        limits: Limits | None = None,
     ) -> None:
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES)
+        self.guard = Guard(security, limits)
+        self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES, guard=self.guard)
         self._names = [service.full_name for service in services]
         codec = TextCodec(tokenizer_dir)
-        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper), self._server)
-        pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec), self._server)
-        self.address = bind(self._server, listen)
+        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper, self.guard), self._server)
+        pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec, security.as_service()), self._server)
+        self.address = bind(self._server, listen, security)
         set_serving(self._checks, self._names, True)
 
     def stop(self) -> None:
         """End all calls."""
         set_serving(self._checks, self._names, False)
         self._server.stop(grace=0.5).wait()
+        self.guard.stop()
 
 
 def version_info(
@@ -81,8 +95,10 @@ def version_info(
 class ControlServicer(pb_grpc.ControlServicer):
     """Translates calls to requests of the protocol, and their answers back."""
 
-    def __init__(self, shell: CoordinatorShell, keeper: Keeper | None) -> None:
+    def __init__(self, shell: CoordinatorShell, keeper: Keeper | None, guard: Guard) -> None:
         self._shell = shell
+        self._guard = guard
+        self._owners = Owners()
         self._keeper = keeper
         self._manifest = to_manifest_proto(shell.manifest)
 
@@ -109,6 +125,7 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginReply:
+        self._owners.claim(request.push_id)
         self._admit(request.push_id)
         result = self._shell.request(
             "begin",
@@ -118,12 +135,14 @@ class ControlServicer(pb_grpc.ControlServicer):
             tensors=[from_spec_proto(spec) for spec in request.tensors],
             pushed_by=request.pushed_by,
             logical_bytes=request.logical_bytes,
-            lease_s=request.lease_s or 60.0,
+            lease_s=min(request.lease_s or 60.0, MAX_LEASE_S),
             num_streams=request.num_streams or 1,
             delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
             step=request.step,
         )
-        return pb.BeginReply(epoch=self._shell.index.epoch, **result)
+        transaction = result.get("transaction", 0)
+        self._owners.begun(request.push_id, transaction)
+        return pb.BeginReply(epoch=self._shell.index.epoch, ticket=self._guard.ticket(transaction), **result)
 
     def _admit(self, push_id: str) -> None:
         """Let a new transaction begin; one that is known already only asks how it stands."""
@@ -135,6 +154,7 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> pb.PrepareReply:
+        self._owners.require(request.transaction)
         start_s = time.perf_counter()
         digests = from_digests_proto(request.digests)
         self._shell.request("prepare", transaction=request.transaction, digests=digests, wire_bytes=request.wire_bytes)
@@ -142,12 +162,14 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Install(self, request: pb.InstallRequest, context: grpc.ServicerContext) -> pb.InstallReply:
+        self._owners.require(request.transaction)
         start_s = time.perf_counter()
         self._shell.request("install", transaction=request.transaction)
         return pb.InstallReply(seconds=time.perf_counter() - start_s)
 
     @refusing
     def Decide(self, request: pb.DecideRequest, context: grpc.ServicerContext) -> pb.DecideReply:
+        self._owners.require(request.transaction)
         shell = self._shell
         result = self._durably(request) if request.durable else shell.request("decide", transaction=request.transaction)
         timings: list[pb.RankTiming] = list(result["timings"].values())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from protos import transfuse_pb2 as pb
+from weight_update.channels import PLAINTEXT
 from weight_update.digest import Digests
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
 from weight_update.membership import shared
@@ -36,6 +37,7 @@ from weight_update.messages import (
 )
 from weight_update.opening import loss, lost
 from weight_update.protocol import Coordinator
+from weight_update.security import Security
 from weight_update.store import StoredVersion
 from weight_update.transaction import Phase
 from weight_update.transport import from_manifest_proto
@@ -61,7 +63,7 @@ class CoordinatorShell:
 
     addresses: host:port of every rank; a restart finds those that came later in state_file, an SQLite file that
     outlives this process. source: what the members loaded; loaded: the version that this is, where it comes from a
-    version store. min_replicas: replicas that a push needs, 0 for all.
+    version store. min_replicas: replicas that a push needs, 0 for all. security: of the connections to the ranks.
     """
 
     def __init__(
@@ -72,13 +74,14 @@ class CoordinatorShell:
         source: str,
         loaded: StoredVersion | None = None,
         min_replicas: int = 0,
+        security: Security = PLAINTEXT,
     ) -> None:
         self.source = source
         self.started_s = time.time()
         self._clock_s = self.started_s - time.monotonic()  # Unix time that never jumps
         self.index = VersionIndex(state_file)
         self._pool = ThreadPoolExecutor(max(16, 4 * len(addresses)), thread_name_prefix="member")
-        self.roster = Roster(self.index.epoch)
+        self.roster = Roster(self.index.epoch, security.as_service())
         self.faults = Faults()
         self._greeting: set[MemberId] = set()  # members whose answer to a greeting is still to come
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
@@ -161,8 +164,7 @@ class CoordinatorShell:
         """Feed one request to the protocol and wait for its answer."""
         future: Future[Any] = Future()
         with self._guard:
-            self._next_request += 1
-            id_ = self._next_request
+            id_ = self._next_request = self._next_request + 1
             self._futures[id_] = future
         self._events.put(Request(id=id_, op=op, now_s=self.now_s(), args=args))
         return future.result()
@@ -272,16 +274,14 @@ class CoordinatorShell:
         self._events.put(Persisted(transaction=decision.transaction, now_s=self.now_s(), error=error))
 
     def _set_timer(self, action: SetTimer) -> None:
-        previous = self._timers.pop(action.name, None)
-        if previous is not None:
+        if (previous := self._timers.pop(action.name, None)) is not None:
             previous.cancel()
 
         def fire() -> None:
             self._events.put(Timeout(name=action.name, transaction=action.transaction, now_s=self.now_s()))
 
-        timer = threading.Timer(action.delay_s, fire)
+        timer = self._timers[action.name] = threading.Timer(action.delay_s, fire)
         timer.daemon = True
-        self._timers[action.name] = timer
         timer.start()
 
     def notify(self, notify: Notify) -> None:

@@ -23,7 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from quant.checkpoint import open_checkpoint
 from quant.pipelines import PipelineCheckpoint
+from weight_update.channels import PLAINTEXT
 from weight_update.errors import MemberError, PlanError
+from weight_update.security import Security
 
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
@@ -53,7 +55,8 @@ class FleetConfig:
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
     even though they live. store: where committed versions are kept; its newest one is what a start serves. scrub_s:
-    within which every installed byte is read again and compared, 0 for never. For the rest see Serving.
+    within which every installed byte is read again and compared, 0 for never. security: of all connections; its paths
+    are read on every node. For the rest see Serving.
     """
 
     model: str
@@ -76,12 +79,14 @@ class FleetConfig:
     rebuild_after_s: float = 120.0
     store: StoreConfig | None = None
     scrub_s: float = SCRUB_S
+    security: Security = PLAINTEXT
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
             raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
         if not 0 <= self.min_replicas <= self.replicas:
             raise PlanError(f"min_replicas {self.min_replicas}: expected 0 (all) to {self.replicas}, the replicas")
+        self.security.require(self.listen, "listening on")
 
     @property
     def serving(self) -> Serving:
@@ -155,6 +160,7 @@ class Fleet:
             min_replicas=config.min_replicas,
             loaded=self._weights.loaded,
             store=config.store,
+            security=config.security,
         )
         self.address = value_of(self.coordinator.address.remote(), "the coordinator")
         self._supervisor.watch(self.address)
@@ -197,6 +203,7 @@ class Fleet:
             share=LOCAL_SHARE if local else 1.0,
             rebuild_after_s=config.rebuild_after_s,
             on_progress=self._on_progress,
+            security=config.security,
         )
 
     def _rank_config(self, replica: int, rank: int, model: str, threads: int) -> RankConfig:
@@ -216,6 +223,7 @@ class Fleet:
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
             scrub_s=config.scrub_s,
+            security=config.security,
         )
 
     @property

@@ -18,18 +18,21 @@ import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.channels import PLAINTEXT
 from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
 from weight_update.install import MemoryPlan
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
+from weight_update.security import Security
 from weight_update.transport import from_delta_proto
 
 from .engine import Engine
 from .faults import Faults
 from .fetching import fetched
 from .generation import MESSAGE_BYTES, GenerationServicer
+from .guard import Guard, Limits
 from .leases import ServingLease
 from .scrubbing import Scrubber
 from .sources import Sources
@@ -64,7 +67,7 @@ class RankServer:
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
     written. listen: host:port, port 0 for any. scrub_s: within which every installed byte is read again, 0 for never.
-    witness: of how the checkpoint was read.
+    witness: of how the checkpoint was read. security, limits: of its door.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class RankServer:
         listen: str,
         scrub_s: float = SCRUB_S,
         witness: Witness,
+        security: Security = PLAINTEXT,
+        limits: Limits | None = None,
     ) -> None:
         self.identity = identity
         self.receiver = receiver
@@ -87,7 +92,7 @@ class RankServer:
         self.witness = witness
         self.member = Member(version=0)
         receiver.version = 0  # what was loaded is nobody's version before it is adopted
-        self.sources = Sources(receiver)
+        self.sources = Sources(receiver, security=security.as_service())
         self._lease = ServingLease(self)
         self._scrubber = Scrubber(self, scrub_s)
         self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
@@ -101,12 +106,15 @@ class RankServer:
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self._server, self._checks = make_server(services, max_message_bytes=MESSAGE_BYTES[engine.rpc])
+        self.guard = Guard(security, limits)
+        self._server, self._checks = make_server(
+            services, max_message_bytes=MESSAGE_BYTES[engine.rpc], guard=self.guard
+        )
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
         pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
-        self.address = bind(self._server, listen)
+        self.address = bind(self._server, listen, security)
         self._lease.start()
         self._scrubber.start()
 
@@ -137,6 +145,7 @@ class RankServer:
         self._lease.stop()
         self._scrubber.stop()
         self._server.stop(grace=0.5).wait()
+        self.guard.stop()
         self.engine.stop()
 
     # -- the steps, each under `steps`
@@ -270,6 +279,7 @@ class DataServicer:
         opening = decode_request(next(messages, b""))
         if not isinstance(opening, StageOpen):
             raise TransferError("stage: the first message must be StageOpen; open the stream first")
+        rank.guard.require_ticket(opening.ticket, opening.transaction)
         member = rank.member
         if (member.state, member.transaction) != ("open", opening.transaction):
             raise BusyError(

@@ -13,13 +13,15 @@ import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.channels import PLAINTEXT, Channels
 from weight_update.digest import Digests, total
 from weight_update.errors import DigestError, MemberError, VersionError, WeightUpdateError, raise_all
 from weight_update.manifest import Manifest
 from weight_update.messages import Decision, Donor, MemberId, Send
+from weight_update.security import Security
 from weight_update.store import StoredVersion
 from weight_update.transaction import replica_sums
-from weight_update.transport import call, connect
+from weight_update.transport import call
 
 from .members import SENDERS, STEP_TIMEOUT_S, MemberSpec
 
@@ -29,18 +31,18 @@ MEET_RETRY_S = 0.5
 class Roster:
     """Connections to the ranks, and what is known of each. epoch: of the coordinator."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, security: Security = PLAINTEXT) -> None:
         self._epoch = epoch
-        self._channels: dict[str, Any] = {}
-        self._stubs: dict[MemberId, Any] = {}
-        self._guard = threading.Lock()  # guards the channels and what is asked for; nothing blocks under it
+        self._channels = Channels(security)
+        self._addresses: dict[MemberId, str] = {}
+        self._guard = threading.Lock()  # guards what is asked for; nothing blocks under it
         self.states: dict[MemberId, pb.HelloReply] = {}
         self.specs: dict[MemberId, MemberSpec] = {}
         self.asked: set[int] = set()  # replicas that an operator wants and that are not here yet
 
     def hello(self, address: str) -> pb.HelloReply | WeightUpdateError:
         """Greet whoever has this address: its manifest and rows, or why there is no answer."""
-        stub = pb_grpc.MemberStub(self._channel(address))
+        stub = pb_grpc.MemberStub(self._channels(address))
         request = pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
         try:
             reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
@@ -73,7 +75,7 @@ class Roster:
 
     def connect(self, member: MemberId, address: str) -> None:
         """From now on this member is at this address, whether it answers or not."""
-        self._stubs[member] = pb_grpc.MemberStub(self._channel(address))
+        self._addresses[member] = address
 
     def ask(self, taken: Iterable[int]) -> int:
         """The number of one more replica, which is to be started."""
@@ -84,7 +86,7 @@ class Roster:
 
     def stub(self, member: MemberId) -> Any:
         """The process that has the member's address now, and none that comes after it."""
-        return self._stubs[member]
+        return pb_grpc.MemberStub(self._channels(self._addresses[member]))
 
     def donors(self, send: Send) -> list[pb.RankSpec]:
         """The ranks that a member fills itself from."""
@@ -103,18 +105,11 @@ class Roster:
             version=version,
             token=self.states[member].token,
         )
-        return SENDERS[step](self._stubs[member], send, []).result
+        return SENDERS[step](self.stub(member), send, []).result
 
     def close(self) -> None:
         """Close all connections."""
-        for channel in self._channels.values():
-            channel.close()
-
-    def _channel(self, address: str) -> Any:
-        with self._guard:
-            if address not in self._channels:
-                self._channels[address] = connect(address)
-            return self._channels[address]
+        self._channels.close()
 
 
 def key_of(members: Mapping[MemberId, str], replica: int) -> str:

@@ -12,8 +12,10 @@ import grpc
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.channels import PLAINTEXT, Channels
 from weight_update.errors import MemberError, WeightUpdateError
-from weight_update.transport import connect, error_of
+from weight_update.security import Security
+from weight_update.transport import error_of
 
 from .coordinator import CoordinatorShell
 from .text import Detokenizer, TextCodec
@@ -25,10 +27,10 @@ Share = Callable[[Sequence[int]], Any]  # indices of sequences -> the request fo
 class GenerationRouter(pb_grpc.GenerationServicer):
     """Deals the prompts or samples of one request out to the serving replicas and merges what comes back."""
 
-    def __init__(self, shell: CoordinatorShell, codec: TextCodec) -> None:
+    def __init__(self, shell: CoordinatorShell, codec: TextCodec, security: Security = PLAINTEXT) -> None:
         self._shell = shell
         self._codec = codec
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels = Channels(security)
         self._turn = itertools.count()
 
     @refusing_stream
@@ -97,8 +99,7 @@ class GenerationRouter(pb_grpc.GenerationServicer):
         address: str,
         merged: queue.SimpleQueue[Any],
     ) -> Any:
-        channel = self._channels.setdefault(address, connect(address))
-        stream = getattr(pb_grpc.GenerationStub(channel), rpc)(request)
+        stream = getattr(pb_grpc.GenerationStub(self._channels(address)), rpc)(request)
 
         def read() -> None:
             try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from weight_update.channels import PLAINTEXT
 from weight_update.chunks import Chunk, decode_request
 from weight_update.delta import Patch
 from weight_update.errors import MemberError, WeightUpdateError
@@ -18,6 +19,7 @@ from weight_update.history import KEEP, KEEP_BYTES, History
 from weight_update.install import MemoryPlan
 from weight_update.packing import Packer
 from weight_update.receiver import Receiver
+from weight_update.security import Security
 from weight_update.store import Store
 
 log = logging.getLogger(__name__)
@@ -26,9 +28,18 @@ POLL_S = 0.1
 
 
 class Sources:
-    """The ways back of one rank, and its bytes on their way from elsewhere. store: set where one can be read."""
+    """The ways back of one rank, and its bytes on their way from elsewhere. store: set where one can be read. security:
+    of the connections to donors."""
 
-    def __init__(self, receiver: Receiver, *, keep: int = KEEP, keep_bytes: int = KEEP_BYTES) -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        *,
+        keep: int = KEEP,
+        keep_bytes: int = KEEP_BYTES,
+        security: Security = PLAINTEXT,
+    ) -> None:
+        self._security = security
         self._receiver = receiver
         self.store: Store | None = None
         self.history = History(
@@ -96,6 +107,7 @@ class Sources:
             receiver.row_start,
             receiver.row_stop,
             lambda chunk: self._stage(request, chunk),
+            self._security,
         )
 
     def _from_store(self, request: Any) -> None:

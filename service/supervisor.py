@@ -31,8 +31,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from weight_update.channels import PLAINTEXT, Channels
 from weight_update.errors import MemberError, WeightUpdateError
-from weight_update.transport import call, connect
+from weight_update.security import Security
+from weight_update.transport import call
 
 from .actor import REMOTE_RANK, RankConfig
 
@@ -163,10 +165,12 @@ class Supervisor:
         share: float,
         rebuild_after_s: float,
         on_progress: Progress,
+        security: Security = PLAINTEXT,
     ) -> None:
         self._configs, self._stored = configs, stored
         self._share, self._rebuild_after_s = share, rebuild_after_s
         self._on_progress = on_progress
+        self._channels = Channels(security.as_service())
         self._replicas: dict[int, Processes] = {}
         self._stopped = threading.Event()
         self.failure: BaseException | None = None  # why nobody watches any more
@@ -225,14 +229,13 @@ class Supervisor:
             log.exception("nobody watches the replicas any more")
 
     def _watch(self, coordinator: str) -> None:
-        with connect(coordinator) as channel:
-            control = pb_grpc.ControlStub(channel)
-            while not self._stopped.is_set():
-                try:
-                    self._turn(control)
-                except WeightUpdateError as error:  # the coordinator is being restarted: look again
-                    log.info("supervisor: %s", error)
-                    self._stopped.wait(TURN_S)
+        while not self._stopped.is_set():
+            try:
+                self._turn(pb_grpc.ControlStub(self._channels(coordinator)))
+            except WeightUpdateError as error:  # the coordinator is being restarted: look again
+                log.info("supervisor: %s", error)
+                self._stopped.wait(TURN_S)
+        self._channels.close()
 
     def _turn(self, control: Any) -> None:
         for failed, error in self._hear(TURN_S):

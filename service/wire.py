@@ -13,8 +13,10 @@ from google.protobuf import descriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from weight_update.channels import CHANNEL_OPTIONS, PLAINTEXT, connect, server_credentials
 from weight_update.errors import (
     BusyError,
+    DeniedError,
     DigestError,
     LayoutError,
     ManifestError,
@@ -25,7 +27,8 @@ from weight_update.errors import (
     VersionError,
     WeightUpdateError,
 )
-from weight_update.transport import CHANNEL_OPTIONS, ERROR_CODE_KEY, connect, error_of
+from weight_update.security import Security
+from weight_update.transport import ERROR_CODE_KEY, error_of
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +42,19 @@ STATUS_CODES: Mapping[type[WeightUpdateError], grpc.StatusCode] = {
     BusyError: grpc.StatusCode.ABORTED,
     MemberError: grpc.StatusCode.INTERNAL,
     StoreError: grpc.StatusCode.INTERNAL,
+    DeniedError: grpc.StatusCode.PERMISSION_DENIED,
     WeightUpdateError: grpc.StatusCode.INTERNAL,
 }
-MAX_WORKERS = 64
+MAX_WORKERS = 160  # calls that run at once; service.guard leaves 64 of them to those who push and to the fleet itself
+MAX_CALLS = 1024  # those that wait for a thread included
 
-# Without this two servers share one port silently, and each gets half of the calls.
-SERVER_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
+SERVER_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # without this two servers share one port silently, and each gets half of the calls
+    ("grpc.server_handshake_timeout_ms", 20_000),  # a connection that says nothing
+    ("grpc.max_connection_idle_ms", 300_000),  # one without a call
+    ("grpc.max_concurrent_streams", MAX_CALLS),
+)
 
 
 def refuse(context: grpc.ServicerContext, error: WeightUpdateError) -> NoReturn:
@@ -85,11 +95,16 @@ def refusing_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Itera
 
 
 def make_server(
-    services: Sequence[descriptor.ServiceDescriptor], *, max_message_bytes: int
+    services: Sequence[descriptor.ServiceDescriptor], *, max_message_bytes: int, guard: grpc.ServerInterceptor
 ) -> tuple[grpc.Server, health.HealthServicer]:
-    """A server with health and reflection for these services; add the servicers, then `bind` it."""
-    options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
-    server = grpc.server(futures.ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="rpc"), options=options)
+    """A server with health and reflection for these services; add the servicers, then `bind` it. guard: see
+    service.guard."""
+    server = grpc.server(
+        futures.ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="rpc"),
+        interceptors=[guard],
+        options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)],
+        maximum_concurrent_rpcs=MAX_CALLS,
+    )
     checks = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [service.full_name for service in services]
@@ -99,11 +114,15 @@ def make_server(
     return server, checks
 
 
-def bind(server: grpc.Server, listen: str) -> str:
-    """Bind `host:port` (port 0: any free one) and start; returns the address to dial."""
+def bind(server: grpc.Server, listen: str, security: Security = PLAINTEXT) -> str:
+    """Bind `host:port` (port 0: any free one) and start; returns the address to dial. PlanError: not there without
+    certificates and tokens."""
     host = listen.rpartition(":")[0]
+    for missing in security.require(listen, "listening on"):
+        log.warning("--insecure-plaintext: %s is open to whoever reaches it, without %s", listen, missing)
+    credentials = server_credentials(security)
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise MemberError(f"cannot listen on {listen}: {error}; is the port in use?") from None
     server.start()

@@ -17,6 +17,7 @@ from service.control import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
+from service.guard import Limits
 from service.keeper import StoreConfig, keep_versions
 from service.loading import cold_load
 from service.rank import RankIdentity, RankServer
@@ -24,7 +25,9 @@ from service.refresh import Refresher
 from service.restart import Weights
 from service.witness import Witness
 from service.workers import Serving, make_worker, offload_of
+from weight_update.channels import PLAINTEXT
 from weight_update.receiver import Receiver
+from weight_update.security import Security
 from weight_update.store import Store
 
 SERVING = Serving(max_tokens=512)
@@ -38,6 +41,7 @@ class LocalService:
     ranks: Sequence[RankServer]
     models: Sequence[nn.Module]
     shell: CoordinatorShell
+    server: ControlServer
 
     def bytes(self) -> list[dict[str, bytes]]:
         """Every live storage of every replica, as it lies in memory."""
@@ -66,6 +70,8 @@ def start_rank(
     source: Path | None = None,
     scrub_s: float = 0.0,
     serving: Serving = SERVING,
+    security: Security = PLAINTEXT,
+    limits: Limits | None = None,
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
     model, receiver = cold(source or model_dir, layout, format)
@@ -87,6 +93,8 @@ def start_rank(
         listen="127.0.0.1:0",
         scrub_s=scrub_s,
         witness=witness,
+        security=security,
+        limits=limits,
     )
     return rank, model
 
@@ -102,6 +110,8 @@ def local_service(
     store_dir: Path | None = None,
     keep: int = 4,
     scrub_s: float = 0.0,
+    security: Security = PLAINTEXT,
+    limits: Limits | None = None,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
     is served, as after a restart."""
@@ -109,7 +119,7 @@ def local_service(
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
     started = [
-        start_rank(model_dir, replica, layout, format, source, scrub_s, serving)
+        start_rank(model_dir, replica, layout, format, source, scrub_s, serving, security, limits)
         for replica, layout in enumerate(layouts)
     ]
     ranks = [rank for rank, _ in started]
@@ -122,12 +132,16 @@ def local_service(
         state_file=state_dir / "state.sqlite",
         source=str(model_dir),
         loaded=weights.loaded,
+        security=security,
     )
     config = StoreConfig(directory=store_dir, keep=keep) if store_dir is not None else None
     keeper = None if config is None else keep_versions(shell, model_dir, config)
-    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper)
+    server = ControlServer(
+        shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper, security=security, limits=limits
+    )
+    models = [model for _, model in started]
     try:
-        yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
+        yield LocalService(address=server.address, ranks=ranks, models=models, shell=shell, server=server)
     finally:
         if keeper is not None:
             keeper.stop()

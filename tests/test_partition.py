@@ -34,8 +34,10 @@ from protos import transfuse_pb2 as pb, transfuse_pb2_grpc as pb_grpc
 from service.fleet import Fleet, FleetConfig
 from tests.tiny import tiny_llama
 from weight_update.client import Pusher
+from weight_update.security import Security
 from weight_update.transport import connect
 
+OPEN = Security(insecure_plaintext=True)  # nobody else is on these networks
 model, address = sys.argv[1:]
 host = address.rpartition(":")[0]
 
@@ -53,13 +55,20 @@ def say(text):
     assert sys.stdin.readline() == "done\\n"
 
 config = FleetConfig(
-    model=model, replicas=2, ranks=1, ray_address=address, listen=f"{host}:0", min_replicas=1, rebuild_after_s=600
+    model=model,
+    replicas=2,
+    ranks=1,
+    ray_address=address,
+    listen=f"{host}:0",
+    min_replicas=1,
+    rebuild_after_s=600,
+    security=OPEN,
 )
-with Fleet(config) as fleet, connect(fleet.address) as channel:
+with Fleet(config) as fleet, connect(fleet.address, OPEN) as channel:
     control = pb_grpc.ControlStub(channel)
     hosts = {rank.address.rpartition(":")[0] for rank in control.Describe(pb.DescribeRequest()).ranks}
     assert len(hosts) == 2, hosts
-    pusher = Pusher(fleet.address)
+    pusher = Pusher(fleet.address, security=OPEN)
     version = pusher.push(tiny_llama(seed=1)).version
     say("pull the cable")
     wait_for(lambda states: "fenced" in [state for state, _ in states])

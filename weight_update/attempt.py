@@ -88,7 +88,7 @@ class Attempt:
         failure: WeightUpdateError | None = None
         sent = 0
         try:
-            sent = self._transfer(begun.transaction)
+            sent = self._transfer(begun)
         except WeightUpdateError as error:
             failure = error
         for each in self.ranks.gather(failure):
@@ -195,15 +195,16 @@ class Attempt:
 
     # -- transfer
 
-    def _transfer(self, transaction: int) -> int:
+    def _transfer(self, begun: pb.BeginReply) -> int:
         streams = [
             StageStream(
                 self.channel(rank.address),
                 target=rank.address,
-                transaction=transaction,
+                transaction=begun.transaction,
                 epoch=self.described.epoch,
                 trainer_rank=self.ranks.rank,
                 retry_s=self.retry_s,
+                ticket=begun.ticket,
             )
             for rank in self.described.ranks
         ]

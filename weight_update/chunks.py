@@ -24,6 +24,7 @@ from .errors import TransferError
 
 CHUNK_BYTES = 2 << 20  # payload; 1 to 4 MiB measured best, 16 MiB is worse
 MAX_MESSAGE_BYTES = 16 << 20  # a chunk of small pieces is mostly index: 16 bytes a piece
+MAX_TICKET_BYTES = 64
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
@@ -38,6 +39,7 @@ class StageOpen:
     transaction: int
     epoch: int
     trainer_rank: int
+    ticket: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -180,7 +182,13 @@ def _read_open(body: memoryview) -> StageOpen:
     found = dict(_fields(body))
     numbers = [found.get(number, 0) for number in (1, 2, 3)]
     transaction, epoch, trainer_rank = (value if isinstance(value, int) else 0 for value in numbers)
-    return StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank)
+    ticket = found.get(4, b"")
+    return StageOpen(
+        transaction=transaction,
+        epoch=epoch,
+        trainer_rank=trainer_rank,
+        ticket=b"" if isinstance(ticket, int) else bytes(ticket[:MAX_TICKET_BYTES]),
+    )
 
 
 def _read_chunk(body: memoryview) -> Chunk:

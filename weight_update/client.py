@@ -31,14 +31,16 @@ from quant.names import IDENTITY, NameMap
 
 from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
+from .channels import PLAINTEXT
 from .encoder import global_scales, largest_bits, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
 from .handle import PushHandle
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock, PushReport, report_of
+from .security import Security
 from .source import Items, PushPlan, Scope, check_finite, plan_push
-from .transport import ControlClient, connect, from_manifest_proto
+from .transport import Channels, ControlClient, from_manifest_proto
 
 __all__ = ["PushHandle", "PushReport", "Pusher"]
 
@@ -60,8 +62,9 @@ class Pusher:
     push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
     device whose memory holds the bytes of the last confirmed push. lease_s: how long the service keeps an open push
     whose trainer went silent. retry_s: how long lost connections are retried. on_progress: called with (phase, bytes
-    done, bytes in all). Errors: see weight_update.errors; whatever is raised, the service serves the old version
-    unchanged, unless the message says that the outcome is not known; the next push then finds out.
+    done, bytes in all). security: certificates and token. Errors: see weight_update.errors; whatever is raised, the
+    service serves the old version unchanged, unless the message says that the outcome is not known; the next push then
+    finds out.
     """
 
     def __init__(
@@ -76,10 +79,11 @@ class Pusher:
         retry_s: float = 45.0,
         pushed_by: str | None = None,
         on_progress: Progress | None = None,
+        security: Security = PLAINTEXT,
     ) -> None:
         self.mode = mode
         self.run_id = uuid.uuid4().hex
-        self._control = ControlClient(target)
+        self._control = ControlClient(target, security)
         self._ranks = Ranks(group)
         self._apart: Ranks | None = None
         self._names = names
@@ -88,7 +92,7 @@ class Pusher:
         self._retry_s = retry_s
         self._pushed_by = pushed_by or f"{_user()}@{socket.gethostname()} pid {os.getpid()}"
         self._on_progress = on_progress or (lambda phase, done, total: None)
-        self._channels: dict[str, Any] = {}
+        self._channels = Channels(security)
         self._manifest: Manifest | None = None
         self._base: Base | None = None
         self._confirmed: tuple[int, str] = (0, "")  # version, digest
@@ -166,8 +170,7 @@ class Pusher:
         if self._running is not None:
             self._running.wait()
         self._control.close()
-        for channel in self._channels.values():
-            channel.close()
+        self._channels.close()
 
     # -- before anything is sent
 
@@ -361,9 +364,7 @@ class Pusher:
         )
 
     def _channel(self, address: str) -> Any:
-        if address not in self._channels:
-            self._channels[address] = connect(address)
-        return self._channels[address]
+        return self._channels(address)
 
 
 def _user() -> str:

@@ -17,15 +17,24 @@ import numpy.typing as npt
 
 from protos import transfuse_pb2 as pb
 
+from .channels import PLAINTEXT
 from .chunks import Chunk, check, decode_request
 from .errors import MemberError, TransferError
+from .security import Security
 from .transport import fetch_stream
 
 Rows = npt.NDArray[np.int64]  # one a tensor of the manifest
 Sink = Callable[[Chunk], object]
 
 
-def fetch(donors: Sequence[pb.RankSpec], version: int, row_start: Rows, row_stop: Rows, sink: Sink) -> None:
+def fetch(
+    donors: Sequence[pb.RankSpec],
+    version: int,
+    row_start: Rows,
+    row_stop: Rows,
+    sink: Sink,
+    security: Security = PLAINTEXT,
+) -> None:
     """Rows [row_start[i], row_stop[i]) of every tensor of the manifest from the ranks of one replica.
 
     sink: takes checked chunks, whose tensors are indices into the manifest, in any order and from several threads.
@@ -35,13 +44,15 @@ def fetch(donors: Sequence[pb.RankSpec], version: int, row_start: Rows, row_stop
     requests = _shares(donors, version, row_start, row_stop)
     failed = threading.Event()
     with ThreadPoolExecutor(max(1, len(requests)), thread_name_prefix="fetch") as pool:
-        for done in [pool.submit(_drain, address, request, sink, failed) for address, request in requests]:
+        for done in [pool.submit(_drain, address, request, sink, failed, security) for address, request in requests]:
             done.result()
 
 
-def _drain(address: str, request: pb.FetchRequest, sink: Sink, failed: threading.Event) -> None:
+def _drain(
+    address: str, request: pb.FetchRequest, sink: Sink, failed: threading.Event, security: Security
+) -> None:
     try:
-        for message in fetch_stream(address, request):
+        for message in fetch_stream(address, request, security):
             if failed.is_set():
                 return
             _take(address, message, sink)

@@ -85,7 +85,11 @@ def _components(row: ParameterRow) -> Iterator[tuple[TensorSpec, bool]]:
     fmt = FORMATS.get(row.format)
     if fmt is None:
         raise ManifestError(f"{row.name}: format {row.format!r}; known: {', '.join(FORMATS)}")
-    for spec, component in zip(fmt.tensors(row.name, row.shape), fmt.components, strict=True):
+    try:
+        specs = fmt.tensors(row.name, row.shape)
+    except ValueError as error:
+        raise ManifestError(str(error)) from None
+    for spec, component in zip(specs, fmt.components, strict=True):
         yield spec, component.kind != "input_scale"
 
 

@@ -1,4 +1,4 @@
-"""The one module of this folder that speaks gRPC: channels, errors on the wire, and the stream to one rank.
+"""What this folder says over gRPC: errors on the wire, values, the stream to one rank, the coordinator's calls.
 
 A stream survives its connection: chunks are kept until they are acknowledged. On a new connection the rank says first
 what it holds, and the rest is sent; a chunk that comes twice is harmless. Credits bound what is in flight, so a slow
@@ -22,10 +22,14 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from quant.formats import TensorSpec
 from quant.parameters import ParameterRow
 
+from .channels import CHANNEL_OPTIONS, CONTROL_MESSAGE_BYTES, PLAINTEXT, Channels, connect
 from .delta import BlobSize, DeltaPlan, RankDelta
 from .digest import Digests
 from .errors import ERRORS, MemberError, TransferError, WeightUpdateError
 from .manifest import Manifest
+from .security import Security
+
+__all__ = ["CHANNEL_OPTIONS", "CONTROL_MESSAGE_BYTES", "Channels", "connect"]
 
 log = logging.getLogger(__name__)
 
@@ -33,26 +37,8 @@ STAGE = "/transfuse.v1.Data/Stage"
 FETCH = "/transfuse.v1.Data/Fetch"
 ERROR_CODE_KEY = "transfuse-error-code"
 RETRY_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
+STREAM_RETRY_CODES = RETRY_CODES | {grpc.StatusCode.CANCELLED}  # by the rank: it drops streams that stay idle
 RETRY_DELAY_S = 0.2
-CONTROL_MESSAGE_BYTES = 256 << 20  # a manifest of a million tensors is about 100 MiB
-
-# An error that lists fifty tensors is longer than gRPC's default of 8 KiB of metadata.
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", CONTROL_MESSAGE_BYTES),
-    ("grpc.max_metadata_size", 256 << 10),
-    ("grpc.absolute_max_metadata_size", 512 << 10),
-    ("grpc.http2.max_frame_size", (1 << 24) - 1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
-
-
-def connect(target: str) -> grpc.Channel:
-    """A channel to `host:port`; it connects at the first call."""
-    options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", CONTROL_MESSAGE_BYTES)]
-    return grpc.insecure_channel(target, options=options)
 
 
 def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
@@ -185,16 +171,25 @@ def from_delta_proto(message: pb.Delta) -> DeltaPlan:
 class StageStream:
     """The stream of one trainer rank to one actor rank.
 
-    target: the rank's host:port. retry_s: how long a broken connection is retried before the push fails.
+    target: the rank's host:port. retry_s: how long a broken connection is retried before the push fails. ticket: of
+    the transaction, from its Begin.
     """
 
     def __init__(
-        self, channel: grpc.Channel, *, target: str, transaction: int, epoch: int, trainer_rank: int, retry_s: float
+        self,
+        channel: grpc.Channel,
+        *,
+        target: str,
+        transaction: int,
+        epoch: int,
+        trainer_rank: int,
+        retry_s: float,
+        ticket: bytes = b"",
     ) -> None:
         self._stage = channel.stream_stream(
             STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
         )
-        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank)
+        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank, ticket=ticket)
         self._opening = pb.StageRequest(open=opening).SerializeToString()
         self._target = target
         self._retry_s = retry_s
@@ -258,7 +253,7 @@ class StageStream:
                 now_s = time.monotonic()
                 if self._heard_s > broken_s:  # it had worked until now
                     broken_s = now_s
-                if error.code() not in RETRY_CODES or now_s > broken_s + self._retry_s:
+                if error.code() not in STREAM_RETRY_CODES or now_s > broken_s + self._retry_s:
                     self._fail(error_of(error, f"stream to {self._target}"))
                     return
                 log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
@@ -313,9 +308,9 @@ class StageStream:
             self._state.notify_all()
 
 
-def fetch_stream(target: str, request: pb.FetchRequest) -> Iterator[bytes]:
+def fetch_stream(target: str, request: pb.FetchRequest, security: Security = PLAINTEXT) -> Iterator[bytes]:
     """The rows that a rank gives away, as serialized chunks; raises the other end's error."""
-    with connect(target) as channel:
+    with connect(target, security) as channel:
         fetching = channel.unary_stream(FETCH, request_serializer=None, response_deserializer=None)
         try:
             yield from fetching(request.SerializeToString())
@@ -329,10 +324,19 @@ def fetch_stream(target: str, request: pb.FetchRequest) -> Iterator[bytes]:
 class ControlClient:
     """The coordinator as a trainer sees it: one method a step, errors raised as they were on the other end."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
         self.target = target
-        self.channel = connect(target)
-        self._stub = pb_grpc.ControlStub(self.channel)
+        self._channels = Channels(security)
+        self._stub  # noqa: B018 - what is wrong with the files or the address is said now
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """To the coordinator."""
+        return self._channels(self.target)
+
+    @property
+    def _stub(self) -> Any:
+        return pb_grpc.ControlStub(self.channel)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the coordinator answers: other calls fail at once where the connection is away for a moment."""
@@ -389,4 +393,4 @@ class ControlClient:
 
     def close(self) -> None:
         """Close the channel."""
-        self.channel.close()
+        self._channels.close()
