@@ -15,6 +15,7 @@ import typer
 from weight_update.errors import PlanError, WeightUpdateError
 
 from . import exits, proofs, replicas, tools
+from . import node as nodes
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
@@ -24,6 +25,7 @@ from .options import (
     Compile,
     Components,
     Format,
+    Grace,
     Json,
     Keep,
     KeepBytes,
@@ -112,11 +114,12 @@ def serve(
     on_commit: OnCommit = "continue",
     offload: Offload = "none",
     compile: Compile = False,
+    grace: Grace = 30.0,
     as_json: Json = False,
 ) -> None:
     """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
 
-    Prints the address once it serves, with --json as an object.
+    Prints the address once it serves, with --json as an object. A stop lets running requests end, for --grace seconds.
     """
     from tempfile import TemporaryDirectory
 
@@ -141,7 +144,8 @@ def serve(
             scrub_s=scrub,
             **how,
         )
-        run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json))
+        told = f"serving {model} at {{}}; Ctrl-C stops it"
+        run(config, lambda at: emit({"address": at}, told.format(at), as_json), grace_s=grace)
 
 
 @app.command()
@@ -324,6 +328,8 @@ def formats(
 
 
 for command in (
+    nodes.node,
+    nodes.doctor,
     stores.rollback,
     stores.reset,
     stores.export,

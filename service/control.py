@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,16 @@ from .wire import bind, make_server, refusing, refusing_stream, set_serving
 from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
+READINESS_S = 1.0
 
 
 class ControlServer:
     """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
-    version store, where there is one."""
+    version store, where there is one.
+
+    gRPC health: Generation is SERVING while a replica serves the committed version, whose bytes were verified; Control
+    and the server as a whole, while they answer.
+    """
 
     def __init__(
         self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path, keeper: Keeper | None = None
@@ -46,12 +52,27 @@ class ControlServer:
         pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper), self._server)
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec), self._server)
         self.address = bind(self._server, listen)
-        set_serving(self._checks, self._names, True)
+        set_serving(self._checks, self._names[:1], True)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch_readiness, args=(shell,), name="readiness", daemon=True).start()
+
+    def _watch_readiness(self, shell: CoordinatorShell) -> None:
+        while not self._stopped.is_set():
+            set_serving(self._checks, self._names[1:], is_ready(shell))
+            self._stopped.wait(READINESS_S)
 
     def stop(self) -> None:
         """End all calls."""
+        self._stopped.set()
         set_serving(self._checks, self._names, False)
         self._server.stop(grace=0.5).wait()
+
+
+def is_ready(shell: CoordinatorShell) -> bool:
+    """Whether a replica serves the committed version: what it holds was verified, and nobody paused it."""
+    states = shell.roster.states
+    paused = {member.id.replica for member in shell.members if (state := states.get(member.id)) and state.paused}
+    return not shell.lost() and bool(shell.leader_addresses().keys() - paused)
 
 
 def version_info(
