@@ -69,6 +69,11 @@ def security() -> Security:
     return found or Security()
 
 
+def use(given: Security) -> None:
+    """Of the command that runs, from elsewhere than its options."""
+    click.get_current_context().obj = given
+
+
 File = Annotated[Path, typer.Argument(help="A token file; only its owner may read it.")]
 Name = Annotated[str, typer.Argument(help="Whose token it is; shown in logs.")]
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ import typer
 from weight_update.errors import PlanError, WeightUpdateError
 
 from . import access, certs, exits, proofs, replicas, tools
+from . import node as nodes
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
@@ -24,6 +26,7 @@ from .options import (
     Compile,
     Components,
     Format,
+    Grace,
     Json,
     Keep,
     KeepBytes,
@@ -112,14 +115,13 @@ def serve(
     on_commit: OnCommit = "continue",
     offload: Offload = "none",
     compile: Compile = False,
+    grace: Grace = 30.0,
     as_json: Json = False,
 ) -> None:
     """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
 
-    Prints the address once it serves, with --json as an object.
+    Prints the address once it serves, with --json as an object. A stop lets running requests end, for --grace seconds.
     """
-    from tempfile import TemporaryDirectory
-
     with _loading():
         from service.keeper import StoreConfig
 
@@ -142,7 +144,7 @@ def serve(
             security=access.security(),
             **how,
         )
-        run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json))
+        run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json), grace)
 
 
 @app.command()
@@ -330,6 +332,8 @@ def formats(
 
 
 for command in (
+    nodes.node,
+    nodes.doctor,
     stores.rollback,
     stores.reset,
     stores.export,

@@ -78,6 +78,9 @@ KeepBytes = Annotated[int | None, typer.Option(min=1, metavar="B", help="And how
 Scrub = Annotated[
     float, typer.Option(min=0.0, metavar="S", help="Re-read every installed byte within S seconds; 0 is never.")
 ]
+Grace = Annotated[
+    float, typer.Option("--grace", min=0.0, metavar="S", help="Seconds a stop waits for running requests.")
+]
 
 
 def emit(value: Any, text: str, as_json: bool) -> None:

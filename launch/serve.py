@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from protos import transfuse_pb2 as pb
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS
 from service.fleet import FleetConfig
-from weight_update.errors import PlanError, raise_all
+from weight_update.errors import PlanError, WeightUpdateError, raise_all
 
-from .interrupts import ForegroundFleet, raise_interrupts
+from .interrupts import ForegroundFleet, hold_interrupts, raise_interrupts
 from .progress import Bars
+from .rpc import ask
+
+ANSWER_S = 10.0
 
 
 def configured(components: Sequence[str], **options: Any) -> FleetConfig:
@@ -22,8 +27,8 @@ def configured(components: Sequence[str], **options: Any) -> FleetConfig:
     return FleetConfig(components={name: path for name, _, path in pairs}, **options)
 
 
-def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
-    """Serve until interrupted; `ready` gets the address once the service answers."""
+def run(config: FleetConfig, ready: Callable[[str], None], grace_s: float) -> None:
+    """Serve until interrupted; `ready` gets the address once the service answers. grace_s: for what runs then."""
     raise_interrupts()
     check_names(config.format, config.layout)
     bars = Bars()
@@ -34,11 +39,26 @@ def run(config: FleetConfig, ready: Callable[[str], None]) -> None:
         raise_interrupts()
         ready(fleet.address)
         fleet.wait()
-    except KeyboardInterrupt:
-        pass  # how a service is meant to end
+    except KeyboardInterrupt:  # how a service is meant to end
+        if fleet.address and grace_s:
+            hold_interrupts()
+            drain(fleet.address, grace_s)
     finally:
         with bars.show("stop"):
             fleet.stop()
+
+
+def drain(address: str, grace_s: float, replicas: Sequence[int] = ()) -> None:
+    """Let replicas (none named: all) take no new requests, and the running ones end."""
+    request = pb.DrainRequest(replicas=replicas, timeout_s=grace_s)
+    try:
+        with Bars().show("drain"):
+            left = ask(address, "Drain", request, timeout_s=grace_s + ANSWER_S).num_sequences
+    except WeightUpdateError as error:  # it has to stop all the same
+        sys.stderr.write(f"not drained: {error}\n")
+    else:
+        if left:
+            sys.stderr.write(f"{left} running sequences did not end within {grace_s:.0f} s\n")
 
 
 def check_names(fmt: str, layouts: str) -> None:

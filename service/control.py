@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +36,16 @@ from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
 MAX_LEASE_S = 3600.0  # for which a push may be silent, whatever its trainer asks for
+READINESS_S = 1.0
 
 
 class ControlServer:
     """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
-    version store, where there is one. security, limits: of this door."""
+    version store, where there is one. security, limits: of this door.
+
+    gRPC health: Generation is SERVING while a replica serves the committed version, whose bytes were verified; Control
+    and the server as a whole, while they answer.
+    """
 
     def __init__(
         self,
@@ -59,13 +65,28 @@ class ControlServer:
         pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper, self.guard), self._server)
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec, security.as_service()), self._server)
         self.address = bind(self._server, listen, security)
-        set_serving(self._checks, self._names, True)
+        set_serving(self._checks, self._names[:1], True)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch_readiness, args=(shell,), name="readiness", daemon=True).start()
+
+    def _watch_readiness(self, shell: CoordinatorShell) -> None:
+        while not self._stopped.is_set():
+            set_serving(self._checks, self._names[1:], is_ready(shell))
+            self._stopped.wait(READINESS_S)
 
     def stop(self) -> None:
         """End all calls."""
+        self._stopped.set()
         set_serving(self._checks, self._names, False)
         self._server.stop(grace=0.5).wait()
         self.guard.stop()
+
+
+def is_ready(shell: CoordinatorShell) -> bool:
+    """Whether a replica serves the committed version: what it holds was verified, and nobody paused it."""
+    states = shell.roster.states
+    paused = {member.id.replica for member in shell.members if (state := states.get(member.id)) and state.paused}
+    return not shell.lost() and bool(shell.leader_addresses().keys() - paused)
 
 
 def version_info(

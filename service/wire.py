@@ -109,8 +109,8 @@ def make_server(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [service.full_name for service in services]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    for name in ("", *names):
-        checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    checks.set("", health_pb2.HealthCheckResponse.SERVING)  # it answers at all: what a liveness probe asks
+    set_serving(checks, names, False)
     return server, checks
 
 
@@ -130,9 +130,9 @@ def bind(server: grpc.Server, listen: str, security: Security = PLAINTEXT) -> st
 
 
 def set_serving(checks: health.HealthServicer, names: Sequence[str], serving: bool) -> None:
-    """What gRPC health answers for these services and for the server as a whole."""
+    """What gRPC health answers for these services: what a readiness probe asks."""
     states = health_pb2.HealthCheckResponse
-    for name in ("", *names):
+    for name in names:
         checks.set(name, states.SERVING if serving else states.NOT_SERVING)
 
 
