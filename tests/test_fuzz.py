@@ -104,8 +104,9 @@ def _dangers(node: ast.AST, path: Path) -> Iterator[str]:
     elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in banned:
         yield str(node.module)
     elif isinstance(node, ast.Call):
-        called = ast.unparse(node.func)
-        keywords = {each.arg: ast.unparse(each.value) for each in node.keywords}
+        called = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+        told = ("weights_only", "allow_pickle")
+        keywords = {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg in told}
         if called == "torch.load" and keywords.get("weights_only") != "True":
             yield "torch.load without weights_only=True"
         if called in ("np.load", "numpy.load", "pickle.load", "pickle.loads", "eval", "exec", "yaml.load"):
