@@ -13,7 +13,7 @@ import grpc
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.channels import PLAINTEXT
-from weight_update.errors import BusyError, MemberError, StoreError, VersionError
+from weight_update.errors import BusyError, MemberError, PlanError, StoreError, VersionError
 from weight_update.messages import Decision
 from weight_update.security import Security
 from weight_update.transaction import Phase
@@ -35,6 +35,7 @@ from .wire import bind, make_server, refusing, refusing_stream, set_serving
 from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
+MAX_STREAMS, MAX_ID = 65_536, 1024
 MAX_LEASE_S = 3600.0  # for which a push may be silent, whatever its trainer asks for
 READINESS_S = 1.0
 
@@ -146,6 +147,8 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginReply:
+        if request.num_streams > MAX_STREAMS or len(request.push_id) > MAX_ID or len(request.pushed_by) > MAX_ID:
+            raise PlanError(f"begin: at most {MAX_STREAMS} trainer ranks, and {MAX_ID} characters of push id and name")
         self._owners.claim(request.push_id)
         self._admit(request.push_id)
         result = self._shell.request(

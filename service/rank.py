@@ -256,8 +256,9 @@ class RankServer:
 
 def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
     """What the streams may hold; a delta is seldom as large as their windows."""
-    sizes = [STREAM_BYTES] * num_streams
-    return sum(sizes if blobs is None else (min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs))
+    if blobs is None:
+        return STREAM_BYTES * num_streams
+    return sum(min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs)
 
 
 class DataServicer:

@@ -18,7 +18,7 @@ from launch import authority
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import guard
-from service.fleet import FleetConfig
+from service.fleet import Fleet, FleetConfig
 from service.guard import Limits
 from service.wire import bind, make_server
 from tests.local import LocalService, local_service
@@ -27,7 +27,7 @@ from weight_update.channels import connect, server_credentials
 from weight_update.client import Pusher
 from weight_update.errors import DeniedError, PlanError
 from weight_update.security import ANYBODY, ROLES, Security, Tokens, is_loopback, token_line
-from weight_update.transport import STAGE, ControlClient, error_of, from_manifest_proto
+from weight_update.transport import STAGE, ControlClient, error_of, fetch_stream, from_manifest_proto
 
 LIMITS = Limits(idle_s=2.0, calls=16, reading_calls=24, slow_s=0.03, slowed=2)
 WITHOUT = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List", "/grpc.health.v1.Health/Watch"})
@@ -136,6 +136,39 @@ def test_a_push_over_tls_with_a_token(service: LocalService, files: Path) -> Non
     pusher.close()
 
 
+def test_a_rank_gives_rows_to_the_fleet(service: LocalService, files: Path) -> None:
+    rank = service.ranks[0]
+    tensors = rank.receiver.manifest.tensors
+    first, stop = [0] * len(tensors), [spec.num_rows for spec in tensors]
+    request = pb.FetchRequest(version=rank.member.version, row_start=first, row_stop=stop)
+    fleet = of(files, "all", "service").as_service()
+    assert sum(map(len, fetch_stream(rank.address, request, fleet))) > sum(spec.num_bytes for spec in tensors)
+    with pytest.raises(DeniedError, match="this takes service"):
+        list(fetch_stream(rank.address, request, of(files, "ppo")))
+
+
+@pytest.mark.slow
+def test_a_fleet_of_processes_pushes_and_fills_a_replica_with_certificates_and_tokens(
+    files: Path, tmp_path: Path
+) -> None:
+    model = save(tiny_llama(seed=0), tmp_path / "model")
+    config = FleetConfig(model=str(model), ranks=2, min_replicas=1, security=of(files, "all", "service"))
+    with Fleet(config) as fleet:
+        pusher = Pusher(fleet.address, security=of(files, "ppo"))
+        assert pusher.push(tiny_llama(seed=1)).digest_verified
+        pusher.close()
+        with connect(fleet.address, of(files, "oncall")) as channel:
+            control = pb_grpc.ControlStub(channel)
+            control.ReplicaAdd(pb.ReplicaAddRequest(), timeout=30)  # a live donor fills it, rank to rank
+            deadline_s = time.monotonic() + 200
+            while [each.state for each in control.Status(pb.StatusRequest(), timeout=30).replicas] != ["serving"] * 2:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.5)
+            assert control.Verify(pb.VerifyRequest(), timeout=60).ok
+            request = pb.GenerateRequest(prompts=[pb.Prompt(token_ids=[3, 4])], max_new_tokens=2, ignore_eos=True)
+            assert len(list(pb_grpc.GenerationStub(channel).Generate(request, timeout=60))) == 2
+
+
 # ---------------------------------------------------------------- one transaction and another
 
 
@@ -190,6 +223,14 @@ def stage(address: str, security: Security, reply: pb.BeginReply, ticket: bytes)
         except grpc.RpcError as error:
             raise error_of(error) from None
         return first
+
+
+def test_a_begin_that_announces_too_much_opens_nothing(service: LocalService, files: Path) -> None:
+    client = ControlClient(service.address, of(files, "ppo"))
+    for too_much in ({"num_streams": (1 << 32) - 1}, {"push_id": "x" * 2000}, {"pushed_by": "x" * 2000}):
+        with pytest.raises(PlanError, match="begin: at most"):
+            client.begin(tensors=[], **{"push_id": "many", **too_much})
+    client.close()
 
 
 # ---------------------------------------------------------------- failed attempts

@@ -63,8 +63,8 @@ def measure(rounds: int) -> dict[str, list[float]]:
         pushed.save_pretrained(scratch / "model")  # type: ignore[operator]
         pushers = []
         for case, security in zip(CASES, securities(scratch), strict=True):
-            state = scratch / case.replace(" ", "-")
-            state.mkdir()
+            state = scratch / "state" / case
+            state.mkdir(parents=True)
             service = stack.enter_context(local_service(scratch / "model", state, security=security))
             pushers.append(Pusher(service.address, mode="full", security=security))
         for number in range(rounds + 1):
