@@ -32,6 +32,12 @@ def test_random_schedules_with_faults_keep_every_invariant_and_end_in_health() -
 CRASHES = {"crash before", "crash after", "crash superseded", "torn write"}
 
 
+@pytest.mark.parametrize("seed", [28369, 28896])
+def test_seeds_that_were_broken_once_are_not_any_more(seed: int) -> None:
+    """Both: a version was lost, a rank died, and a push began before the coordinator could know of the death."""
+    Schedule(seed).run()
+
+
 def test_a_seed_replays_exactly() -> None:
     first, second = (Schedule(21, keeps_log=True) for _ in range(2))
     first.run()

@@ -108,4 +108,4 @@ class Schedule:
 
     def is_lost(self) -> bool:
         """Nobody holds the committed version any more, and status says so."""
-        return self.world.host.alive and not self.is_pushing and lost(self.world.host.protocol)
+        return self.world.is_whole and not self.is_pushing and lost(self.world.host.protocol)

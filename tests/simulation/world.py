@@ -449,6 +449,13 @@ class World:
         return True
 
     @property
+    def is_whole(self) -> bool:
+        """Every process lives, and the coordinator, which learns of deaths and births later, knows these processes."""
+        replicas = self.host.protocol.membership.replicas.items()
+        known = all(each.key == self.disk.keys.get(number, "") for number, each in replicas)
+        return self.host.alive and known and all(rank.alive and not rank.broken for rank in self.ranks.values())
+
+    @property
     def is_healthy(self) -> bool:
         """Every replica serves the committed version, nothing is open, nothing is staged."""
         protocol = self.host.protocol
