@@ -37,9 +37,9 @@ class Cluster:
     port: of Ray's head. interface: network interface of this cluster's traffic, "auto" for the one that leads to the
     head. state: folder of the coordinator's decisions, on the head; it must outlive a reboot. logs: folder of Ray's
     sessions and logs. tls_dir: folder of this node's certificates, "{host}" in it is its name. token_file: the
-    service's tokens, mode 0600, the same on every node. insecure_plaintext: go without both. shared_memory_bytes: of Ray's object
-    store; nothing of the weights goes through it. join_s: how long nodes wait for each other. grace_s: how long
-    a stop waits for running requests and an open push.
+    service's tokens, mode 0600, the same on every node. insecure_plaintext: go without both. shared_memory_bytes: of
+    Ray's object store; nothing of the weights goes through it. join_s: how long nodes wait for each other. grace_s: how
+    long a stop waits for running requests and an open push.
     """
 
     head: str
