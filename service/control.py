@@ -14,13 +14,8 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError, MemberError, StoreError, VersionError
 from weight_update.messages import Decision
 from weight_update.transaction import Phase
-from weight_update.transport import (
-    CONTROL_MESSAGE_BYTES,
-    from_delta_proto,
-    from_digests_proto,
-    from_spec_proto,
-    to_manifest_proto,
-)
+from weight_update.transport import CONTROL_MESSAGE_BYTES
+from weight_update.values import from_delta_proto, from_digests_proto, from_spec_proto, to_manifest_proto
 
 from .coordinator import CoordinatorShell
 from .keeper import Keeper

@@ -38,7 +38,7 @@ from weight_update.opening import loss, lost
 from weight_update.protocol import Coordinator
 from weight_update.store import StoredVersion
 from weight_update.transaction import Phase
-from weight_update.transport import from_manifest_proto
+from weight_update.values import from_manifest_proto
 from weight_update.versions import VersionIndex
 
 from .faults import Faults

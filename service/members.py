@@ -10,7 +10,8 @@ from protos import transfuse_pb2 as pb
 from weight_update.delta import DeltaPlan
 from weight_update.digest import Digests
 from weight_update.messages import Donor, Kept, MemberId, MemberState, Send
-from weight_update.transport import call, from_digests_proto, to_delta_proto
+from weight_update.transport import call
+from weight_update.values import from_digests_proto, to_delta_proto
 
 STEP_TIMEOUT_S = 120.0
 PAUSING_TIMEOUT_S = 600.0  # of steps that may wait for running samples to end

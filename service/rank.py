@@ -24,7 +24,7 @@ from weight_update.errors import BusyError, MemberError, TransferError, VersionE
 from weight_update.install import MemoryPlan
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
-from weight_update.transport import from_delta_proto
+from weight_update.values import from_delta_proto
 
 from .engine import Engine
 from .faults import Faults

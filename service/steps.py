@@ -14,7 +14,7 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError
-from weight_update.transport import to_digests_proto, to_manifest_proto
+from weight_update.values import to_digests_proto, to_manifest_proto
 
 from .wire import refusing
 

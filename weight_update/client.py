@@ -38,7 +38,8 @@ from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock, PushReport, report_of
 from .source import Items, PushPlan, Scope, check_finite, plan_push
-from .transport import ControlClient, connect, from_manifest_proto
+from .transport import ControlClient, connect
+from .values import from_manifest_proto
 
 __all__ = ["PushHandle", "PushReport", "Pusher"]
 
