@@ -29,6 +29,7 @@ EXITS: tuple[Exit, ...] = (
     Exit(code=4, means="refused: the input does not fit; nothing was changed", errors=("manifest", "plan", "layout")),
     Exit(code=5, means="busy: another push is open", errors=("busy",)),
     Exit(code=6, means="not the current version, or no such version", errors=("version",)),
+    Exit(code=8, means="not confirmed, nothing was done: answer yes, or add --yes", errors=("unconfirmed",)),
     Exit(code=130, means="interrupted; whatever the command started has stopped"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from weight_update.transaction import Phase
 from weight_update.transport import CONTROL_MESSAGE_BYTES
 from weight_update.values import from_delta_proto, from_digests_proto, from_spec_proto, to_manifest_proto
 
+from .audit import recorded
 from .coordinator import CoordinatorShell
 from .keeper import Keeper
+from .members import MemberSpec
+from .operators import Operators
 from .router import GenerationRouter
 from .text import TextCodec
+from .watching import event_of
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
 from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
+DRAIN_S = 300.0  # for running sequences to end, where nobody says otherwise
+EVENTS, MAX_EVENTS, MAX_KINDS = 100, 10_000, 32
 
 
 class ControlServer:
@@ -41,6 +48,7 @@ class ControlServer:
         pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper), self._server)
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec), self._server)
         self.address = bind(self._server, listen)
+        shell.roster.coordinator = self.address
         set_serving(self._checks, self._names, True)
 
     def stop(self) -> None:
@@ -79,6 +87,7 @@ class ControlServicer(pb_grpc.ControlServicer):
     def __init__(self, shell: CoordinatorShell, keeper: Keeper | None) -> None:
         self._shell = shell
         self._keeper = keeper
+        self._operators = Operators(shell)
         self._manifest = to_manifest_proto(shell.manifest)
 
     @refusing
@@ -104,28 +113,39 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginReply:
-        self._admit(request.push_id)
-        result = self._shell.request(
-            "begin",
-            push_id=request.push_id,
-            base_version=request.base_version,
-            fingerprint=request.fingerprint,
-            tensors=[from_spec_proto(spec) for spec in request.tensors],
-            pushed_by=request.pushed_by,
-            logical_bytes=request.logical_bytes,
-            lease_s=request.lease_s or 60.0,
-            num_streams=request.num_streams or 1,
-            delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
-            step=request.step,
-        )
+        said = f"push {request.push_id} by {request.pushed_by}, {len(request.tensors)} tensors"
+        with nullcontext() if self._is_known(request.push_id) else self._recorded("push", context, said):
+            self._admit(request.push_id)
+            result = self._shell.request(
+                "begin",
+                push_id=request.push_id,
+                base_version=request.base_version,
+                fingerprint=request.fingerprint,
+                tensors=[from_spec_proto(spec) for spec in request.tensors],
+                pushed_by=request.pushed_by,
+                logical_bytes=request.logical_bytes,
+                lease_s=request.lease_s or 60.0,
+                num_streams=request.num_streams or 1,
+                delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
+                step=request.step,
+            )
         return pb.BeginReply(epoch=self._shell.index.epoch, **result)
 
-    def _admit(self, push_id: str) -> None:
-        """Let a new transaction begin; one that is known already only asks how it stands."""
+    def _recorded(
+        self, kind: str, context: grpc.ServicerContext, text: str = "", version: int = 0
+    ) -> AbstractContextManager[None]:
+        """Around a call that changes something. version: the one it is about, the current one where none is named."""
+        return recorded(self._shell.notify, context, kind, version or self._shell.protocol.version, text)
+
+    def _is_known(self, push_id: str) -> bool:
+        """Whether a push only asks how its transaction stands."""
         protocol = self._shell.protocol
         open_ = protocol.transaction
-        known = push_id in protocol.committed or (open_ is not None and open_.push_id == push_id)
-        if self._keeper is not None and not known:
+        return push_id in protocol.committed or (open_ is not None and open_.push_id == push_id)
+
+    def _admit(self, push_id: str) -> None:
+        """Let a new transaction begin, once the store is ready for it."""
+        if self._keeper is not None and not self._is_known(push_id):
             self._keeper.admit()
 
     @refusing
@@ -185,7 +205,8 @@ class ControlServicer(pb_grpc.ControlServicer):
         if not transaction:
             return pb.AbortReply(aborted=False)
         try:
-            shell.request("abort", transaction=transaction, reason=request.reason)
+            with self._recorded("give up", context, f"transaction {transaction}: {request.reason}"):
+                shell.request("abort", transaction=transaction, reason=request.reason)
         except MemberError:
             return pb.AbortReply(aborted=True)  # the protocol answers an abort with the reason it was given
         except BusyError:
@@ -216,6 +237,19 @@ class ControlServicer(pb_grpc.ControlServicer):
             min_replicas=protocol.min_replicas,
             store="" if self._keeper is None else self._keeper.status(),
             store_dir="" if self._keeper is None else str(self._keeper.directory.resolve()),
+            ranks=[self._rank(member) for member in shell.members],
+        )
+
+    def _rank(self, member: MemberSpec) -> pb.RankStatus:
+        state = self._shell.roster.states[member.id]
+        return pb.RankStatus(
+            replica=member.id.replica,
+            rank=member.id.rank,
+            address=member.address,
+            version=state.version,
+            state=state.state,
+            pid=state.pid,
+            gauges=state.gauges,
         )
 
     def _replica(self, replica: int) -> pb.ReplicaStatus:
@@ -225,10 +259,11 @@ class ControlServicer(pb_grpc.ControlServicer):
         reason = shell.protocol.fenced.get(replica, "")
         if not states:  # not met since this coordinator started
             return pb.ReplicaStatus(replica=replica, state="fenced", reason=reason)
-        paused = any(state.paused for state in states)
+        stands = "paused" if any(state.paused for state in states) else ""
+        stands = stands or ("draining" if any(state.gauges.draining for state in states) else "serving")
         return pb.ReplicaStatus(
             replica=replica,
-            state="joining" if reason == "joining" else "fenced" if reason else "paused" if paused else "serving",
+            state="joining" if reason == "joining" else "fenced" if reason else stands,
             version=min(state.version for state in states),
             layout=members[0].layout,
             format=members[0].format,
@@ -247,59 +282,72 @@ class ControlServicer(pb_grpc.ControlServicer):
                 version_info(
                     each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
                 )
-                for each in index.decisions()
+                for each in index.decisions(last=request.last)
             ]
         )
 
     @refusing
     def Verify(self, request: pb.VerifyRequest, context: grpc.ServicerContext) -> pb.VerifyReply:
-        start_s = time.perf_counter()
-        version, num_bytes, problems = self._shell.verify()
-        return pb.VerifyReply(
-            ok=not problems,
-            version=version,
-            bytes=num_bytes,
-            seconds=time.perf_counter() - start_s,
-            mismatches=problems,
-        )
+        return self._operators.verify()
+
+    @refusing_stream
+    def Reread(self, request: pb.RereadRequest, context: grpc.ServicerContext) -> Iterator[pb.RereadProgress]:
+        yield from self._operators.reread(request.share, context.is_active)
 
     @refusing
     def Rollback(self, request: pb.RollbackRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
-        return self._restored("rollback", request.version, request)
+        return self._restored("rollback", request.version, request, context)
 
     @refusing
     def Reset(self, request: pb.ResetRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
         version = request.version or max(self._shell.index.durable(), default=0)
         if not version:
             raise VersionError("reset: no version is durable; push in full")
-        return self._restored("reset", version, request)
+        return self._restored("reset", version, request, context)
 
-    def _restored(self, op: str, version: int, request: Any) -> pb.RollbackReply:
-        self._admit(request.push_id)
-        result = self._shell.restore(op, version, request.push_id, request.pushed_by)
+    def _restored(self, op: str, version: int, request: Any, context: grpc.ServicerContext) -> pb.RollbackReply:
+        with self._recorded(op, context, f"to version {version}", version):
+            self._admit(request.push_id)
+            result = self._shell.restore(op, version, request.push_id, request.pushed_by)
         return pb.RollbackReply(version=version_info(self._shell.index.decision(result["version"]), 0.0))
 
     @refusing
     def ReplicaAdd(self, request: pb.ReplicaAddRequest, context: grpc.ServicerContext) -> pb.ReplicaAddReply:
         shell = self._shell
-        if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
-            return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
-        return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
+        with self._recorded("add replica", context, ", ".join(request.addresses)):
+            if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
+                return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
+            return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
 
     @refusing
     def ReplicaRemove(self, request: pb.ReplicaRemoveRequest, context: grpc.ServicerContext) -> pb.ReplicaRemoveReply:
-        self._shell.request("remove", replica=request.replica)
+        with self._recorded("remove replica", context, f"replica {request.replica}"):
+            self._shell.request("remove", replica=request.replica)
         return pb.ReplicaRemoveReply()
 
     @refusing
     def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.PauseReply:
-        self._shell.all_members("pause")
+        with self._recorded("pause", context, request.reason):
+            self._operators.every("pause")
         return pb.PauseReply()
 
     @refusing
     def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.ResumeReply:
-        self._shell.all_members("resume")
+        with self._recorded("resume", context):
+            self._operators.every("resume")
         return pb.ResumeReply()
+
+    @refusing
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        replicas = list(request.replicas)
+        with self._recorded("drain", context, f"replica {', '.join(map(str, replicas)) or 'all'}"):
+            return self._operators.drain(replicas, request.timeout_s or DRAIN_S, context.is_active)
+
+    @refusing
+    def Events(self, request: pb.EventsRequest, context: grpc.ServicerContext) -> pb.EventsReply:
+        limit = min(request.limit or EVENTS, MAX_EVENTS)
+        found = self._shell.index.events(after=request.after, limit=limit, kinds=list(request.kinds)[:MAX_KINDS])
+        return pb.EventsReply(events=[event_of(record) for record in found])
 
     @refusing_stream
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:

@@ -26,9 +26,11 @@ from weight_update.member import Member
 from weight_update.receiver import Receiver, State
 from weight_update.values import from_delta_proto
 
+from .elsewhere import Elsewhere
 from .engine import Engine
 from .faults import Faults
 from .fetching import fetched
+from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .leases import ServingLease
 from .scrubbing import Scrubber
@@ -45,7 +47,7 @@ PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last,
 RESUME_TIMEOUT_S = 60.0
 SCRUB_S = 600.0
 PAUSE_POLL_S = 0.1
-SERVICES = ("Data", "Member", "Generation")
+SERVICES = ("Data", "Member", "Generation", "Control")  # to calls of Control it answers where the coordinator is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,9 @@ class RankServer:
         self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
+        self.draining = False  # takes no new requests
+        self.gauges = Gauges()
+        self.coordinator = ""  # host:port of Control, as the coordinator said
         self.empty = False  # built to be filled: nothing was loaded
         self._reshard = reshard
         self._foresee = foresee
@@ -105,7 +110,8 @@ class RankServer:
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
         pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
-        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
+        elsewhere = Elsewhere(f"rank {identity.replica}.{identity.rank}", lambda: self.coordinator)
+        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)), elsewhere))
         self.address = bind(self._server, listen)
         self._lease.start()
         self._scrubber.start()
@@ -116,8 +122,12 @@ class RankServer:
             replica=self.identity.replica,
             version=lambda: self.member.version,
             may_serve=lambda: self.member.state == "installed" or self.member.serves(time.monotonic()),
-            paused=lambda: self.operator_paused,
+            refused=self._refused,
         )
+
+    def _refused(self) -> str:
+        """What an operator did that lets no request in; "" for nothing."""
+        return "paused" if self.operator_paused else "drained" if self.draining else ""
 
     @property
     def state(self) -> str:
@@ -197,6 +207,7 @@ class RankServer:
         if self.receiver.state is State.INSTALLED:  # not so where serving did not go on at the first attempt
             self.receiver.publish()
         self.receiver.version, self.damage = request.version, ""
+        self.gauges.digest = self.receiver.known_digest()
         self._resume(request.version, refresh=True)
         self.timing.pause_stop_s = time.time()
         if installed:
@@ -217,8 +228,11 @@ class RankServer:
         self._pause()
         self.set_serving(False)
 
+    def drain(self, request: Any) -> None:
+        self.draining = True
+
     def resume(self, request: Any) -> None:
-        self.operator_paused = False
+        self.operator_paused = self.draining = False
         self._resume(self.member.version, refresh=False)
 
     def _pause(self) -> None:
@@ -259,12 +273,12 @@ class DataServicer:
 
     def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
         try:
-            yield from self._stage(messages)
+            yield from self._stage(messages, context.peer())
         except WeightUpdateError as error:
             refuse(context, error)
 
-    def _stage(self, messages: Iterator[bytes]) -> Iterator[pb.StageReply]:
-        rank, received_bytes = self._rank, 0
+    def _stage(self, messages: Iterator[bytes], peer: str) -> Iterator[pb.StageReply]:
+        rank = self._rank
         opening = decode_request(next(messages, b""))
         if not isinstance(opening, StageOpen):
             raise TransferError("stage: the first message must be StageOpen; open the stream first")
@@ -274,18 +288,24 @@ class DataServicer:
                 f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
                 f" {opening.transaction}; begin again"
             )
-        yield pb.StageReply(credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes)
+        with rank.gauges.stream(opening.trainer_rank, peer, WINDOW_BYTES) as stream:
+            yield from self._take(messages, opening, stream)
+        rank.timing.staged_bytes = rank.receiver.staged_bytes
+
+    def _take(self, messages: Iterator[bytes], opening: StageOpen, stream: OpenStream) -> Iterator[pb.StageReply]:
+        rank = self._rank
+        yield pb.StageReply(credit_bytes=stream.credit_bytes, staged_bytes=rank.receiver.staged_bytes)
         for message in messages:
             chunk = decode_request(message)
             if not isinstance(chunk, Chunk):
                 raise TransferError("stage: a second StageOpen on one stream; open another stream")
             rank.faults.reached("stage")
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
-            received_bytes += len(chunk.payload)
+            stream.received_bytes += len(chunk.payload)
+            stream.credit_bytes = stream.received_bytes + WINDOW_BYTES
             yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes
+                sequence=chunk.sequence, credit_bytes=stream.credit_bytes, staged_bytes=staged_bytes
             )
-        rank.timing.staged_bytes = rank.receiver.staged_bytes
 
     def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:

@@ -21,7 +21,7 @@ from weight_update.store import StoredVersion
 from weight_update.transaction import replica_sums
 from weight_update.transport import call, connect
 
-from .members import SENDERS, STEP_TIMEOUT_S, MemberSpec
+from .members import SENDERS, STEP_TIMEOUT_S, Around, MemberSpec
 
 MEET_RETRY_S = 0.5
 
@@ -34,14 +34,15 @@ class Roster:
         self._channels: dict[str, Any] = {}
         self._stubs: dict[MemberId, Any] = {}
         self._guard = threading.Lock()  # guards the channels and what is asked for; nothing blocks under it
+        self.coordinator = ""  # host:port of Control, once it listens
         self.states: dict[MemberId, pb.HelloReply] = {}
         self.specs: dict[MemberId, MemberSpec] = {}
         self.asked: set[int] = set()  # replicas that an operator wants and that are not here yet
 
-    def hello(self, address: str) -> pb.HelloReply | WeightUpdateError:
-        """Greet whoever has this address: its manifest and rows, or why there is no answer."""
+    def hello(self, address: str, *, brief: bool = False) -> pb.HelloReply | WeightUpdateError:
+        """Greet whoever has this address: its manifest and rows, or why there is no answer. brief: ask how it is."""
         stub = pb_grpc.MemberStub(self._channel(address))
-        request = pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
+        request = pb.HelloRequest() if brief else pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
         try:
             reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
         except WeightUpdateError as error:
@@ -86,11 +87,15 @@ class Roster:
         """The process that has the member's address now, and none that comes after it."""
         return self._stubs[member]
 
-    def donors(self, send: Send) -> list[pb.RankSpec]:
-        """The ranks that a member fills itself from."""
-        if not isinstance(send.source, Donor):
-            return []
-        return [spec.spec for member, spec in self.specs.items() if member.replica == send.source.replica]
+    def around(self, send: Send) -> Around:
+        """What a member is told beside its step."""
+        source = send.source
+        donors = [
+            spec.spec
+            for member, spec in self.specs.items()
+            if isinstance(source, Donor) and member.replica == source.replica
+        ]
+        return Around(donors=donors, coordinator=self.coordinator)
 
     def step(self, member: MemberId, step: str, version: int = 0) -> Any:
         """One step beside the protocol, in the caller's thread."""
@@ -103,7 +108,7 @@ class Roster:
             version=version,
             token=self.states[member].token,
         )
-        return SENDERS[step](self._stubs[member], send, []).result
+        return SENDERS[step](self._stubs[member], send, Around()).result
 
     def close(self) -> None:
         """Close all connections."""

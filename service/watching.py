@@ -7,8 +7,24 @@ import threading
 from collections.abc import Callable, Iterator
 
 from protos import transfuse_pb2 as pb
+from weight_update.versions import Record
 
 POLL_S = 0.5
+
+
+def event_of(record: Record) -> pb.Event:
+    """A recorded event for the wire."""
+    event = record.event
+    return pb.Event(
+        number=record.number,
+        time_s=record.time_s,
+        kind=event.kind,
+        version=event.version,
+        transaction=event.transaction,
+        text=event.text,
+        who=record.who,
+        peer=record.peer,
+    )
 
 
 class Watchers:

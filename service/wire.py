@@ -22,6 +22,7 @@ from weight_update.errors import (
     PlanError,
     StoreError,
     TransferError,
+    UnconfirmedError,
     VersionError,
     WeightUpdateError,
 )
@@ -39,6 +40,7 @@ STATUS_CODES: Mapping[type[WeightUpdateError], grpc.StatusCode] = {
     BusyError: grpc.StatusCode.ABORTED,
     MemberError: grpc.StatusCode.INTERNAL,
     StoreError: grpc.StatusCode.INTERNAL,
+    UnconfirmedError: grpc.StatusCode.FAILED_PRECONDITION,
     WeightUpdateError: grpc.StatusCode.INTERNAL,
 }
 MAX_WORKERS = 64

@@ -10,6 +10,7 @@
       BusyError(RuntimeError)          another transaction is open, or serving is paused
       MemberError(RuntimeError)        a rank failed or is fenced
       StoreError(RuntimeError)         a version cannot be written to, or read from, the version store
+      UnconfirmedError(RuntimeError)   nobody said yes to a command that takes something away
 
 All are picklable, since they cross processes. `code` is stable: scripts and the wire use it.
 """
@@ -79,6 +80,12 @@ class StoreError(WeightUpdateError, RuntimeError):
     code = "store"
 
 
+class UnconfirmedError(WeightUpdateError, RuntimeError):
+    """A command that takes something away was not confirmed; nothing was done."""
+
+    code = "unconfirmed"
+
+
 ERRORS: dict[str, type[WeightUpdateError]] = {
     error.code: error
     for error in (
@@ -92,6 +99,7 @@ ERRORS: dict[str, type[WeightUpdateError]] = {
         BusyError,
         MemberError,
         StoreError,
+        UnconfirmedError,
     )
 }
 
