@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from launch import settings
+from launch.errors_page import PAGE, page
 from launch.top import bars, rates, replica_digest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
@@ -353,3 +354,7 @@ def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
     assert rates(seen(1.0, 100), seen(3.0, 500)) == {(1, 0, 0): 200.0}
     assert rates(None, seen(3.0, 500)) == {}
     assert [ord(each) - 0x2580 for each in bars([1.0, 8.0, 4.0])] == [1, 8, 4] and bars([0.0]) == " "
+
+
+def test_the_page_of_errors_is_current() -> None:
+    assert PAGE.read_text() == page(), "run 'python -m launch.errors_page'"
