@@ -31,6 +31,8 @@ from .options import (
     KeepBytes,
     Layout,
     Listen,
+    LogFormat,
+    MetricsPort,
     MinReplicas,
     Offload,
     OnCommit,
@@ -115,6 +117,8 @@ def serve(
     on_commit: OnCommit = "continue",
     offload: Offload = "none",
     compile: Compile = False,
+    metrics_port: MetricsPort = 0,
+    log_format: LogFormat = "text",
     as_json: Json = False,
 ) -> None:
     """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
@@ -142,6 +146,8 @@ def serve(
             min_replicas=min_replicas,
             store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
             scrub_s=scrub,
+            metrics_port=metrics_port,
+            log_format=log_format,
             **how,
         )
         run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json))

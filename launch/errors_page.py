@@ -21,8 +21,8 @@ def page() -> str:
     )
     return (
         "# Error codes\n\nWritten by `python -m launch.errors_page`; `transfuse explain CODE` says the same. Every"
-        " error that a command prints has\nits code in brackets, with `--json` as `error`; on the wire it is the trailing"
-        " metadata `transfuse-error-code`.\n\n"
+        " error that a command prints has\nits code in brackets, with `--json` as `error`; on the wire it is the"
+        " trailing metadata `transfuse-error-code`.\n\n"
         f"| exit code | means | error codes |\n| --- | --- | --- |\n{exits}\n\n{codes}\n"
     )
 

@@ -78,6 +78,17 @@ KeepBytes = Annotated[int | None, typer.Option(min=1, metavar="B", help="And how
 Scrub = Annotated[
     float, typer.Option(min=0.0, metavar="S", help="Re-read every installed byte within S seconds; 0 is never.")
 ]
+MetricsPort = Annotated[
+    int,
+    typer.Option(
+        "--metrics-port",
+        min=0,
+        max=65535,
+        metavar="PORT",
+        help="Metrics and a status page on loopback; the ranks' metrics on the ports after it. 0 is none.",
+    ),
+]
+LogFormat = Annotated[str, typer.Option("--log-format", metavar="text|json", help="Of the processes' logs.")]
 
 
 def emit(value: Any, text: str, as_json: bool) -> None:

@@ -363,20 +363,22 @@ class RankStatus(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., gauges: _Optional[_Union[RankGauges, _Mapping]] = ...) -> None: ...
 
 class RankGauges(_message.Message):
-    __slots__ = ("planned_bytes", "staged_bytes", "reserved_bytes", "streams", "draining", "digest")
+    __slots__ = ("planned_bytes", "staged_bytes", "reserved_bytes", "streams", "draining", "digest", "metrics")
     PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     planned_bytes: int
     staged_bytes: int
     reserved_bytes: int
     streams: _containers.RepeatedCompositeFieldContainer[StreamStatus]
     draining: bool
     digest: str
-    def __init__(self, planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamStatus, _Mapping]]] = ..., draining: _Optional[bool] = ..., digest: _Optional[str] = ...) -> None: ...
+    metrics: str
+    def __init__(self, planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamStatus, _Mapping]]] = ..., draining: _Optional[bool] = ..., digest: _Optional[str] = ..., metrics: _Optional[str] = ...) -> None: ...
 
 class StreamStatus(_message.Message):
     __slots__ = ("trainer_rank", "received_bytes", "credit_bytes", "seconds", "peer")
@@ -547,20 +549,6 @@ class EventsReply(_message.Message):
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     events: _containers.RepeatedCompositeFieldContainer[Event]
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
-
-class RecordRequest(_message.Message):
-    __slots__ = ("transaction",)
-    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
-    transaction: int
-    def __init__(self, transaction: _Optional[int] = ...) -> None: ...
-
-class RecordReply(_message.Message):
-    __slots__ = ("transaction", "document")
-    TRANSACTION_FIELD_NUMBER: _ClassVar[int]
-    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
-    transaction: int
-    document: bytes
-    def __init__(self, transaction: _Optional[int] = ..., document: _Optional[bytes] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

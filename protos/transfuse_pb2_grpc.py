@@ -136,11 +136,6 @@ class ControlStub:
                 request_serializer=protos_dot_transfuse__pb2.EventsRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.EventsReply.FromString,
                 _registered_method=True)
-        self.Record = channel.unary_unary(
-                '/transfuse.v1.Control/Record',
-                request_serializer=protos_dot_transfuse__pb2.RecordRequest.SerializeToString,
-                response_deserializer=protos_dot_transfuse__pb2.RecordReply.FromString,
-                _registered_method=True)
 
 
 class ControlServicer:
@@ -268,12 +263,6 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Record(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -376,11 +365,6 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=protos_dot_transfuse__pb2.EventsRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.EventsReply.SerializeToString,
-            ),
-            'Record': grpc.unary_unary_rpc_method_handler(
-                    servicer.Record,
-                    request_deserializer=protos_dot_transfuse__pb2.RecordRequest.FromString,
-                    response_serializer=protos_dot_transfuse__pb2.RecordReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -935,33 +919,6 @@ class Control:
             metadata,
             _registered_method=True)
 
-    @staticmethod
-    def Record(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/transfuse.v1.Control/Record',
-            protos_dot_transfuse__pb2.RecordRequest.SerializeToString,
-            protos_dot_transfuse__pb2.RecordReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
 
 class DataStub:
     """---------------------------------------------------------------- data
@@ -1170,11 +1127,6 @@ class MemberStub:
                 request_serializer=protos_dot_transfuse__pb2.MemberRereadRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.MemberRereadReply.FromString,
                 _registered_method=True)
-        self.Record = channel.unary_unary(
-                '/transfuse.v1.Member/Record',
-                request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
-                response_deserializer=protos_dot_transfuse__pb2.RecordReply.FromString,
-                _registered_method=True)
 
 
 class MemberServicer:
@@ -1272,12 +1224,6 @@ class MemberServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Record(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_MemberServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1355,11 +1301,6 @@ def add_MemberServicer_to_server(servicer, server):
                     servicer.Reread,
                     request_deserializer=protos_dot_transfuse__pb2.MemberRereadRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.MemberRereadReply.SerializeToString,
-            ),
-            'Record': grpc.unary_unary_rpc_method_handler(
-                    servicer.Record,
-                    request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
-                    response_serializer=protos_dot_transfuse__pb2.RecordReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1769,33 +1710,6 @@ class Member:
             '/transfuse.v1.Member/Reread',
             protos_dot_transfuse__pb2.MemberRereadRequest.SerializeToString,
             protos_dot_transfuse__pb2.MemberRereadReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Record(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/transfuse.v1.Member/Record',
-            protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
-            protos_dot_transfuse__pb2.RecordReply.FromString,
             options,
             channel_credentials,
             insecure,

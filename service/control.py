@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,30 +24,44 @@ from .audit import recorded
 from .coordinator import CoordinatorShell
 from .keeper import Keeper
 from .members import MemberSpec
+from .metrics import CoordinatorMetrics
 from .operators import Operators
+from .pages import Pages
 from .router import GenerationRouter
+from .status_page import render
 from .text import TextCodec
 from .watching import event_of
 from .wire import bind, make_server, refusing, refusing_stream, set_serving
 from .witness import of_replica
 
 SERVICES = ("Control", "Generation")
+COMMITS, SHOWN = 8, 60  # pushes and versions on the status page
 DRAIN_S = 300.0  # for running sequences to end, where nobody says otherwise
 EVENTS, MAX_EVENTS, MAX_KINDS = 100, 10_000, 32
 
 
 class ControlServer:
     """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
-    version store, where there is one."""
+    version store, where there is one. pages: host:port of metrics and the status page, "" for none."""
 
     def __init__(
-        self, shell: CoordinatorShell, *, listen: str, tokenizer_dir: Path, keeper: Keeper | None = None
+        self,
+        shell: CoordinatorShell,
+        *,
+        listen: str,
+        tokenizer_dir: Path,
+        keeper: Keeper | None = None,
+        pages: str = "",
     ) -> None:
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
         self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES)
         self._names = [service.full_name for service in services]
         codec = TextCodec(tokenizer_dir)
-        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper), self._server)
+        servicer = ControlServicer(shell, keeper)
+        pb_grpc.add_ControlServicer_to_server(servicer, self._server)
+        metrics = CoordinatorMetrics(shell, servicer.status)
+        shown = {"/": servicer.page, "/metrics": metrics.text, "/targets": servicer.targets}
+        self.pages = Pages(pages, shown) if pages else None
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec), self._server)
         self.address = bind(self._server, listen)
         shell.roster.coordinator = self.address
@@ -53,6 +69,8 @@ class ControlServer:
 
     def stop(self) -> None:
         """End all calls."""
+        if self.pages is not None:
+            self.pages.stop()
         set_serving(self._checks, self._names, False)
         self._server.stop(grace=0.5).wait()
 
@@ -88,6 +106,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         self._shell = shell
         self._keeper = keeper
         self._operators = Operators(shell)
+        self._commits: deque[pb.DecideReply] = deque(maxlen=COMMITS)
         self._manifest = to_manifest_proto(shell.manifest)
 
     @refusing
@@ -174,12 +193,14 @@ class ControlServicer(pb_grpc.ControlServicer):
             f"{replica}: " + (f"fenced, {fenced[replica]}" if replica in fenced else f"version {decision.version}")
             for replica in sorted({member.id.replica for member in shell.members})
         ]
-        return pb.DecideReply(
+        reply = pb.DecideReply(
             version=version_info(decision, pause_s),
             timings=timings,
             digest_verified=result["digest_verified"],
             replicas=states,
         )
+        self._commits.append(reply)
+        return reply
 
     def _durably(self, request: pb.DecideRequest) -> Any:
         """A commit that its trainer will see stored before it is replaced."""
@@ -215,6 +236,24 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
+        return self.status()
+
+    def page(self) -> tuple[str, bytes]:
+        """The status page."""
+        html = render(self.status(), self.versions(SHOWN), list(self._commits))
+        return "text/html; charset=utf-8", html.encode()
+
+    def targets(self) -> tuple[str, bytes]:
+        """The ranks' metrics, as Prometheus' HTTP service discovery wants them."""
+        found = [
+            {"targets": [rank.gauges.metrics], "labels": {"replica": str(rank.replica), "rank": str(rank.rank)}}
+            for rank in self.status().ranks
+            if rank.gauges.metrics
+        ]
+        return "application/json", json.dumps(found).encode()
+
+    def status(self) -> pb.StatusReply:
+        """What the service does now."""
         shell, protocol = self._shell, self._shell.protocol
         open_ = protocol.transaction
         decision = shell.index.decision()
@@ -275,16 +314,18 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Versions(self, request: pb.VersionsRequest, context: grpc.ServicerContext) -> pb.VersionsReply:
+        return pb.VersionsReply(versions=self.versions(request.last))
+
+    def versions(self, last: int = 0) -> list[pb.VersionInfo]:
+        """The newest committed versions, 0 for all of them, oldest first."""
         index, reachable = self._shell.index, self._shell.reachable()
         pauses, durable = index.pauses(), set(index.durable())
-        return pb.VersionsReply(
-            versions=[
-                version_info(
-                    each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
-                )
-                for each in index.decisions(last=request.last)
-            ]
-        )
+        return [
+            version_info(
+                each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
+            )
+            for each in index.decisions(last=last)
+        ]
 
     @refusing
     def Verify(self, request: pb.VerifyRequest, context: grpc.ServicerContext) -> pb.VerifyReply:

@@ -89,7 +89,7 @@ class CoordinatorShell:
         self._guard = threading.Lock()  # guards _next_request, _futures, _greeting; nothing blocks under it
         self._stopped = threading.Event()
         self._watchers = Watchers(self._stopped)
-        self.watch = self._watchers.watch
+        self.watch, self.listen = self._watchers.watch, self._watchers.listen
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._start(addresses, loaded, min_replicas)

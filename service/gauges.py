@@ -69,5 +69,6 @@ def gauges_of(rank: RankServer) -> pb.RankGauges:
         reserved_bytes=rank.receiver.reserved_bytes,
         streams=[each.status() for each in rank.gauges.streams()],
         draining=rank.draining,
+        metrics="" if rank.pages is None else rank.pages.address,
         digest="" if lanes is None else "".join(f"{lane:016x}" for lane in lanes),
     )

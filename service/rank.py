@@ -33,6 +33,8 @@ from .fetching import fetched
 from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .leases import ServingLease
+from .metrics import RankMetrics
+from .pages import Pages
 from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
@@ -112,6 +114,8 @@ class RankServer:
         pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
         elsewhere = Elsewhere(f"rank {identity.replica}.{identity.rank}", lambda: self.coordinator)
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)), elsewhere))
+        self.metrics = RankMetrics(self)
+        self.pages: Pages | None = None
         self.address = bind(self._server, listen)
         self._lease.start()
         self._scrubber.start()
@@ -128,6 +132,13 @@ class RankServer:
     def _refused(self) -> str:
         """What an operator did that lets no request in; "" for nothing."""
         return "paused" if self.operator_paused else "drained" if self.draining else ""
+
+    def show(self, listen: str) -> None:
+        """Serve this rank's metrics on host:port. A port that is taken is no reason not to serve the model."""
+        try:
+            self.pages = Pages(listen, {"/metrics": self.metrics.text})
+        except MemberError as error:
+            log.warning("rank %s.%s shows no metrics: %s", self.identity.replica, self.identity.rank, error)
 
     @property
     def state(self) -> str:
@@ -146,6 +157,8 @@ class RankServer:
         """End all calls and stop generating."""
         self._lease.stop()
         self._scrubber.stop()
+        if self.pages is not None:
+            self.pages.stop()
         self._server.stop(grace=0.5).wait()
         self.engine.stop()
 
@@ -212,6 +225,7 @@ class RankServer:
         self.timing.pause_stop_s = time.time()
         if installed:
             self.sources.remember()
+            self.metrics.observe("transfuse_pause_s", self.timing.pause_stop_s - self.timing.pause_start_s)
 
     def undo(self, request: Any) -> None:
         if self.receiver.state is State.INSTALLED:
@@ -302,6 +316,7 @@ class DataServicer:
             rank.faults.reached("stage")
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
             stream.received_bytes += len(chunk.payload)
+            rank.metrics.add("transfuse_received_bytes_total", len(chunk.payload))
             stream.credit_bytes = stream.received_bytes + WINDOW_BYTES
             yield pb.StageReply(
                 sequence=chunk.sequence, credit_bytes=stream.credit_bytes, staged_bytes=staged_bytes

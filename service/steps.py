@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +16,12 @@ from weight_update.errors import BusyError
 from weight_update.values import to_digests_proto, to_manifest_proto
 
 from .gauges import gauges_of
+from .logs import phase
 from .scrubbing import reread
 from .wire import refusing, refusing_stream
 
 if TYPE_CHECKING:
     from .rank import RankServer
-
-log = logging.getLogger(__name__)
 
 # step -> what does it
 STEPS: Mapping[str, Callable[[RankServer, Any], Any]] = {
@@ -63,10 +61,9 @@ class MemberServicer(pb_grpc.MemberServicer):
             rank.faults.reached(step)
             start_s = time.perf_counter()
             result = STEPS[step](rank, request)
-            log.info(
-                "%s version=%d rank=%s.%s seconds=%.4f",
-                step, request.version, rank.identity.replica, rank.identity.rank, time.perf_counter() - start_s,
-            )  # fmt: skip
+            seconds, who = time.perf_counter() - start_s, f"{rank.identity.replica}.{rank.identity.rank}"
+            phase(step, version=request.version, rank=who, num_bytes=rank.receiver.staged_bytes, seconds=seconds)
+            rank.metrics.observe("transfuse_phase_s", seconds, step)
             return rank.member.done(step, transaction=request.transaction, version=request.version, result=result)
 
     def _digests(self, digests: np.ndarray) -> pb.MemberDigests:

@@ -33,10 +33,17 @@ class Watchers:
     def __init__(self, stopped: threading.Event) -> None:
         self._stopped = stopped
         self._guard = threading.Lock()  # guards the set; nothing blocks under it
+        self._listeners: list[Callable[[pb.Event], None]] = []
         self._queues: set[queue.SimpleQueue[pb.Event]] = set()
+
+    def listen(self, listener: Callable[[pb.Event], None]) -> None:
+        """Call this with every event, in the thread that it comes from; it must not block."""
+        self._listeners.append(listener)
 
     def tell(self, event: pb.Event) -> None:
         """All who watch now get it."""
+        for listener in self._listeners:
+            listener(event)
         with self._guard:
             for each in self._queues:
                 each.put(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NoReturn
@@ -44,6 +45,7 @@ STATUS_CODES: Mapping[type[WeightUpdateError], grpc.StatusCode] = {
     WeightUpdateError: grpc.StatusCode.INTERNAL,
 }
 MAX_WORKERS = 64
+REFUSALS: Counter[str] = Counter()  # calls that this process ended with an error, by its code
 
 # Without this two servers share one port silently, and each gets half of the calls.
 SERVER_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
@@ -51,6 +53,7 @@ SERVER_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
 
 def refuse(context: grpc.ServicerContext, error: WeightUpdateError) -> NoReturn:
     """End the call with this error; the other end raises it again."""
+    REFUSALS[error.code] += 1
     context.set_trailing_metadata(((ERROR_CODE_KEY, error.code),))
     context.abort(STATUS_CODES[type(error)], str(error))
     raise AssertionError("abort returned")

@@ -32,12 +32,13 @@ SERVING = Serving(max_tokens=512)
 
 @dataclass(frozen=True)
 class LocalService:
-    """address: of Control and Generation. ranks, models: one a replica."""
+    """address: of Control and Generation. ranks, models: one a replica. pages: host:port of metrics and status page."""
 
     address: str
     ranks: Sequence[RankServer]
     models: Sequence[nn.Module]
     shell: CoordinatorShell
+    pages: str = ""
 
     def bytes(self) -> list[dict[str, bytes]]:
         """Every live storage of every replica, as it lies in memory."""
@@ -102,9 +103,10 @@ def local_service(
     store_dir: Path | None = None,
     keep: int = 4,
     scrub_s: float = 0.0,
+    pages: bool = False,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
-    is served, as after a restart."""
+    is served, as after a restart. pages: with metrics and a status page."""
     torch.set_num_threads(1)
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
@@ -125,9 +127,14 @@ def local_service(
     )
     config = StoreConfig(directory=store_dir, keep=keep) if store_dir is not None else None
     keeper = None if config is None else keep_versions(shell, model_dir, config)
-    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper)
+    shown = "127.0.0.1:0" if pages else ""
+    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper, pages=shown)
+    for rank in ranks if pages else ():
+        rank.show(shown)
+    models = [model for _, model in started]
+    at = "" if server.pages is None else server.pages.address
     try:
-        yield LocalService(address=server.address, ranks=ranks, models=[model for _, model in started], shell=shell)
+        yield LocalService(address=server.address, ranks=ranks, models=models, shell=shell, pages=at)
     finally:
         if keeper is not None:
             keeper.stop()

@@ -358,3 +358,8 @@ def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
 
 def test_the_page_of_errors_is_current() -> None:
     assert PAGE.read_text() == page(), "run 'python -m launch.errors_page'"
+
+
+def test_the_runbook_has_a_section_for_each_error_code() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert all(f"\n### {code}\n" in text for code in CODES)
