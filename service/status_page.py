@@ -34,7 +34,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 th, td { text-align: left; padding: 4px 12px 4px 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--quiet); font-weight: 500; } tr:last-child td { border-bottom: 0; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; } .wait { color: var(--wait); }
-svg { display: block; width: 100%; min-width: 620px; height: auto; } svg text { fill: var(--quiet); font: 11px system-ui, sans-serif; }
+svg { display: block; width: 100%; min-width: 620px; height: auto; }
+svg text { fill: var(--quiet); font: 11px system-ui, sans-serif; }
 .stage { fill: var(--stage); } .pause { fill: var(--pause); } .bar { fill: var(--bar); } .axis { stroke: var(--line); }
 figure { margin: 0 0 14px; } figcaption { font-size: 13px; color: var(--quiet); margin-bottom: 3px; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 5px; }
