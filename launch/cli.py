@@ -12,14 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import access, certs, exits, proofs, replicas, tools
+from . import access, admin, certs, exits, proofs, replicas, settings, tools
 from . import node as nodes
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
+from .explain import explain
 from .options import (
     DEFAULT_TARGET,
     CommitBetween,
@@ -32,6 +34,8 @@ from .options import (
     KeepBytes,
     Layout,
     Listen,
+    LogFormat,
+    MetricsPort,
     MinReplicas,
     Offload,
     OnCommit,
@@ -41,13 +45,14 @@ from .options import (
     Target,
     emit,
 )
+from .top import top
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
 app = typer.Typer(
     name="transfuse",
     help="Puts new weights into running, quantized, FSDP-sharded models.",
-    epilog="\b\nExit codes:\n" + exits.as_text(),
+    epilog=f"\b\nExit codes:\n{exits.as_text()}\n\nOptions with an environment variable come from {settings.WHERE}.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -116,6 +121,8 @@ def serve(
     offload: Offload = "none",
     compile: Compile = False,
     grace: Grace = 30.0,
+    metrics_port: MetricsPort = 0,
+    log_format: LogFormat = "text",
     as_json: Json = False,
 ) -> None:
     """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
@@ -142,6 +149,8 @@ def serve(
             store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
             scrub_s=scrub,
             security=access.security(),
+            metrics_port=metrics_port,
+            log_format=log_format,
             **how,
         )
         run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json), grace)
@@ -191,77 +200,6 @@ def push(
 
 
 # ---------------------------------------------------------------- what asks a running service
-
-
-@app.command()
-def status(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Version, replicas and the open push."""
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import ask, values
-    from .tables import status_text
-
-    reply = values(ask(target, "Status", pb.StatusRequest()))
-    emit(reply, status_text(reply), as_json)
-
-
-@app.command()
-def versions(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Committed versions, oldest first."""
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import ask, values
-    from .tables import aligned, version_row
-
-    rows = values(ask(target, "Versions", pb.VersionsRequest()))["versions"]
-    emit(rows, aligned([version_row(row) for row in rows]), as_json)
-
-
-@app.command()
-def verify(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Read back and compare all that is served.
-
-    Exit code 1 where a digest is not the committed one, naming the tensor and the rank.
-    """
-    from protos import transfuse_pb2 as pb
-
-    from .progress import Bars
-    from .rpc import ask, values
-    from .tables import mebibytes
-
-    with Bars().show("verify"):
-        reply = values(ask(target, "Verify", pb.VerifyRequest(), timeout_s=600.0))
-    found = f"version {reply['version']}: {mebibytes(reply['bytes'])} read back in {reply['seconds']:.2f} s"
-    outcome = "all as committed" if reply["ok"] else "MISMATCH"
-    emit(reply, "\n".join([f"{found}, {outcome}", *reply["mismatches"]]), as_json)
-    if not reply["ok"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-def pause(
-    reason: Annotated[str, typer.Option(help="Kept in the service's log.")] = "",
-    target: Target = DEFAULT_TARGET,
-    as_json: Json = False,
-) -> None:
-    """Stop generation; running sequences wait."""
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import ask
-
-    ask(target, "Pause", pb.PauseRequest(reason=reason), timeout_s=60.0)
-    emit({"paused": True}, "paused; 'transfuse resume' goes on", as_json)
-
-
-@app.command()
-def resume(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Go on after a pause."""
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import ask
-
-    ask(target, "Resume", pb.ResumeRequest(), timeout_s=60.0)
-    emit({"paused": False}, "serving", as_json)
 
 
 @app.command()
@@ -334,6 +272,17 @@ def formats(
 for command in (
     nodes.node,
     nodes.doctor,
+    admin.status,
+    admin.versions,
+    admin.verify,
+    admin.pause,
+    admin.resume,
+    admin.drain,
+    admin.abort,
+    admin.watch,
+    admin.events,
+    top,
+    explain,
     stores.rollback,
     stores.reset,
     stores.export,
@@ -381,9 +330,11 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if args is None else args)
     try:
-        app(args=given, prog_name="transfuse")
+        command, path = get_command(app), settings.config_file()
+        command(args=given, prog_name="transfuse", default_map=settings.defaults(command, settings.read(path), path))
     except WeightUpdateError as error:
         code = exits.exit_code(error)
         told = {"error": error.code, "message": str(error), "exit_code": code}
-        sys.stderr.write((json.dumps(told) if "--json" in given else f"transfuse: {error}") + "\n")
+        text = f"transfuse: [{error.code}] {error}\n  'transfuse explain {error.code}' says more"
+        sys.stderr.write((json.dumps(told) if "--json" in given else text) + "\n")
         sys.exit(code)

@@ -30,6 +30,7 @@ EXITS: tuple[Exit, ...] = (
     Exit(code=5, means="busy: another push is open", errors=("busy",)),
     Exit(code=6, means="not the current version, or no such version", errors=("version",)),
     Exit(code=7, means="denied: the token or its role; see 'transfuse tokens --help'", errors=("denied",)),
+    Exit(code=8, means="not confirmed, nothing was done: answer yes, or add --yes", errors=("unconfirmed",)),
     Exit(code=130, means="interrupted; whatever the command started has stopped"),
 )
 

@@ -81,6 +81,17 @@ Scrub = Annotated[
 Grace = Annotated[
     float, typer.Option("--grace", min=0.0, metavar="S", help="Seconds a stop waits for running requests.")
 ]
+MetricsPort = Annotated[
+    int,
+    typer.Option(
+        "--metrics-port",
+        min=0,
+        max=65535,
+        metavar="PORT",
+        help="Metrics and a status page on loopback; the ranks' metrics on the ports after it. 0 is none.",
+    ),
+]
+LogFormat = Annotated[str, typer.Option("--log-format", metavar="text|json", help="Of the processes' logs.")]
 
 
 def emit(value: Any, text: str, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .confirming import Yes, confirm
 from .options import DEFAULT_TARGET, Json, Target, emit
 
 POLL_S = 0.5
@@ -47,6 +48,7 @@ def remove(
     replica: Annotated[int, typer.Argument(min=0, help="Its number in 'transfuse status'.")],
     target: Target = DEFAULT_TARGET,
     timeout_s: Wait = 120.0,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Take a replica out and end its processes.
@@ -58,6 +60,7 @@ def remove(
     from .progress import Bars
     from .rpc import ask
 
+    confirm(f"remove replica {replica} of {target}: its processes end, and what they generate ends early", yes=yes)
     with Bars().show("remove replica"):
         ask(target, "ReplicaRemove", pb.ReplicaRemoveRequest(replica=replica), timeout_s=timeout_s)
     emit({"replica": replica, "state": "removed"}, f"replica {replica} is removed", as_json)

@@ -10,6 +10,7 @@ from protos import transfuse_pb2 as pb
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS
 from service.fleet import FleetConfig
+from service.logs import FORMATS as FORMATS_OF_LOGS
 from weight_update.errors import PlanError, WeightUpdateError, raise_all
 
 from .interrupts import ForegroundFleet, hold_interrupts, raise_interrupts
@@ -23,6 +24,8 @@ def configured(components: Sequence[str], **options: Any) -> FleetConfig:
     """A config from the command line; components: NAME=PATH each."""
     pairs = [each.partition("=") for each in components]
     problems = [f"--component {name}: expected NAME=PATH" for name, equals, path in pairs if not (name and path)]
+    log_format = options.get("log_format", "text")
+    problems += [] if log_format in FORMATS_OF_LOGS else [f"--log-format {log_format}: expected text or json"]
     raise_all(PlanError, "serve refused", problems)
     return FleetConfig(components={name: path for name, _, path in pairs}, **options)
 

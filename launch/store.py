@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .confirming import Yes, confirm
 from .options import DEFAULT_TARGET, Json, Target, address_of, emit
 
 TIMEOUT_S = 3600.0
@@ -45,7 +46,7 @@ def export(
     emit(value, f"version {version} in {directory}: {mebibytes(num_bytes)}, digests as committed", as_json)
 
 
-def rollback(version: Version, target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+def rollback(version: Version, yes: Yes = False, target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     """Bring an older version back.
 
     Its bytes become the next version, on all ranks or on none; 'transfuse versions' shows which can be reached.
@@ -55,6 +56,8 @@ def rollback(version: Version, target: Target = DEFAULT_TARGET, as_json: Json = 
     from .progress import Bars
     from .rpc import ask, values
 
+    if not yes:  # what is said costs two calls
+        confirm(_rollback_text(target, version), yes=yes)
     with Bars().show("roll back"):
         reply = ask(target, "Rollback", pb.RollbackRequest(version=version), timeout_s=TIMEOUT_S)
     emit(values(reply)["version"], _told(reply.version), as_json)
@@ -72,6 +75,7 @@ def reset(
             help="The service's coordinator.",
         ),
     ] = DEFAULT_TARGET,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Go on with an older version where the current one is lost.
@@ -86,6 +90,8 @@ def reset(
 
     if to != DURABLE and not (to.isdigit() and int(to)):
         raise typer.BadParameter(f"{to!r}: expected {DURABLE!r} or a version")
+    which = "the newest durable version" if to == DURABLE else f"version {to}"
+    confirm(f"reset {target}: the current version is given up as lost, {which} is served as the next one", yes=yes)
     request = pb.ResetRequest(version=0 if to == DURABLE else int(to))
     with Bars().show("reset"):
         reply = ask(target, "Reset", request, timeout_s=TIMEOUT_S)
@@ -104,6 +110,23 @@ def _store_of(target: str) -> Path:
     if not Path(folder).is_dir():
         raise StoreError(f"{target}: its store {folder} is not on this machine; run this there, or name one by --store")
     return Path(folder)
+
+
+def _rollback_text(target: str, version: int) -> str:
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask
+    from .tables import moment
+
+    status = ask(target, "Status", pb.StatusRequest())
+    listed = ask(target, "Versions", pb.VersionsRequest(), timeout_s=60.0).versions
+    meant = next((each for each in listed if each.version == version), None)
+    of = f" (of {moment(meant.created_s)}, step {meant.step}, digest {meant.digest})" if meant else ", which is unknown"
+    serving = ", ".join(str(each.replica) for each in status.replicas if each.state == "serving")
+    return (
+        f"roll back {target}: replica {serving or '(none)'} leaves version {status.version} and serves the bytes of"
+        f" version {version}{of} as the next version"
+    )
 
 
 def _told(info: Any) -> str:

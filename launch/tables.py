@@ -53,6 +53,30 @@ def _store_text(reply: Row) -> str:
     return f"store {reply['store_dir']}: {durable}" + (f"; {reply['store']}" if reply["store"] else "")
 
 
+def event_row(event: Row) -> Row:
+    """Event for people, in a table."""
+    return {
+        "number": event["number"],
+        "time": moment(event["time_s"]),
+        "kind": event["kind"],
+        "version": event["version"],
+        "who": event["who"] or "-",
+        "from": event["peer"] or "-",
+        "text": event["text"],
+    }
+
+
+def event_line(event: Row) -> str:
+    """Event for people, by itself."""
+    by = f" by {event['who']} from {event['peer']}" if event["who"] else ""
+    return f"{moment(event['time_s'])}  {event['kind']:<8}  version {event['version']}{by}  {event['text']}".rstrip()
+
+
+def moment(time_s: float) -> str:
+    """Unix seconds for people, in their time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
 def version_row(info: Row) -> Row:
     """VersionInfo for people."""
     return {
@@ -61,7 +85,7 @@ def version_row(info: Row) -> Row:
         "step": info["step"],
         "state": info["state"],
         "rollback": "yes" if info["reachable"] else "no",
-        "committed": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info["created_s"])),
+        "committed": moment(info["created_s"]),
         "wire": mebibytes(info["wire_bytes"]),
         "seconds": round(info["seconds"], 2),
         "pause ms": round(1e3 * info["pause_s"]),

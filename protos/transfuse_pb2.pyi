@@ -311,7 +311,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store", "store_dir")
+    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store", "store_dir", "ranks")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +327,7 @@ class StatusReply(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     STORE_DIR_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     epoch: int
@@ -342,7 +343,58 @@ class StatusReply(_message.Message):
     min_replicas: int
     store: str
     store_dir: str
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ..., store: _Optional[str] = ..., store_dir: _Optional[str] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ..., store: _Optional[str] = ..., store_dir: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ...) -> None: ...
+
+class RankStatus(_message.Message):
+    __slots__ = ("replica", "rank", "address", "version", "state", "pid", "gauges")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    GAUGES_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    rank: int
+    address: str
+    version: int
+    state: str
+    pid: int
+    gauges: RankGauges
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., gauges: _Optional[_Union[RankGauges, _Mapping]] = ...) -> None: ...
+
+class RankGauges(_message.Message):
+    __slots__ = ("planned_bytes", "staged_bytes", "reserved_bytes", "streams", "draining", "digest", "metrics")
+    PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    planned_bytes: int
+    staged_bytes: int
+    reserved_bytes: int
+    streams: _containers.RepeatedCompositeFieldContainer[StreamStatus]
+    draining: bool
+    digest: str
+    metrics: str
+    def __init__(self, planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamStatus, _Mapping]]] = ..., draining: _Optional[bool] = ..., digest: _Optional[str] = ..., metrics: _Optional[str] = ...) -> None: ...
+
+class StreamStatus(_message.Message):
+    __slots__ = ("trainer_rank", "received_bytes", "credit_bytes", "seconds", "peer")
+    TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    trainer_rank: int
+    received_bytes: int
+    credit_bytes: int
+    seconds: float
+    peer: str
+    def __init__(self, trainer_rank: _Optional[int] = ..., received_bytes: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., peer: _Optional[str] = ...) -> None: ...
 
 class WaitDurableRequest(_message.Message):
     __slots__ = ("version",)
@@ -355,8 +407,10 @@ class WaitDurableReply(_message.Message):
     def __init__(self) -> None: ...
 
 class VersionsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("last",)
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    def __init__(self, last: _Optional[int] = ...) -> None: ...
 
 class VersionsReply(_message.Message):
     __slots__ = ("versions",)
@@ -450,23 +504,77 @@ class ResumeReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DrainRequest(_message.Message):
+    __slots__ = ("replicas", "timeout_s")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    replicas: _containers.RepeatedScalarFieldContainer[int]
+    timeout_s: float
+    def __init__(self, replicas: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("num_sequences", "replicas")
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    num_sequences: int
+    replicas: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_sequences: _Optional[int] = ..., replicas: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RereadRequest(_message.Message):
+    __slots__ = ("share",)
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    share: float
+    def __init__(self, share: _Optional[float] = ...) -> None: ...
+
+class RereadProgress(_message.Message):
+    __slots__ = ("done_bytes", "total_bytes", "outcome")
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    done_bytes: int
+    total_bytes: int
+    outcome: VerifyReply
+    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., outcome: _Optional[_Union[VerifyReply, _Mapping]] = ...) -> None: ...
+
+class EventsRequest(_message.Message):
+    __slots__ = ("after", "limit", "kinds")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    limit: int
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, after: _Optional[int] = ..., limit: _Optional[int] = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class EventsReply(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("time_s", "kind", "version", "transaction", "text")
+    __slots__ = ("time_s", "kind", "version", "transaction", "text", "who", "peer", "number")
     TIME_S_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     time_s: float
     kind: str
     version: int
     transaction: int
     text: str
-    def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    who: str
+    peer: str
+    number: int
+    def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ..., who: _Optional[str] = ..., peer: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StageOpen(_message.Message):
     __slots__ = ("transaction", "epoch", "trainer_rank", "ticket")
@@ -525,21 +633,23 @@ class FetchRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("epoch", "round", "version", "token", "brief")
+    __slots__ = ("epoch", "round", "version", "token", "brief", "coordinator")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     BRIEF_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     round: int
     version: int
     token: float
     brief: bool
-    def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., token: _Optional[float] = ..., brief: _Optional[bool] = ...) -> None: ...
+    coordinator: str
+    def __init__(self, epoch: _Optional[int] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., token: _Optional[float] = ..., brief: _Optional[bool] = ..., coordinator: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept", "damage", "checkpoint")
+    __slots__ = ("manifest", "spec", "version", "state", "transaction", "layout", "format", "pid", "num_sequences", "paused", "serves", "token", "kept", "damage", "checkpoint", "gauges")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -555,6 +665,7 @@ class HelloReply(_message.Message):
     KEPT_FIELD_NUMBER: _ClassVar[int]
     DAMAGE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    GAUGES_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     spec: RankSpec
     version: int
@@ -570,7 +681,8 @@ class HelloReply(_message.Message):
     kept: _containers.RepeatedScalarFieldContainer[int]
     damage: str
     checkpoint: str
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., damage: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    gauges: RankGauges
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., damage: _Optional[str] = ..., checkpoint: _Optional[str] = ..., gauges: _Optional[_Union[RankGauges, _Mapping]] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors")
@@ -635,6 +747,26 @@ class MemberDigests(_message.Message):
     timing: RankTiming
     token: float
     def __init__(self, digests: _Optional[_Union[Digests, _Mapping]] = ..., timing: _Optional[_Union[RankTiming, _Mapping]] = ..., token: _Optional[float] = ...) -> None: ...
+
+class MemberRereadRequest(_message.Message):
+    __slots__ = ("epoch", "version", "share")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: int
+    share: float
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+
+class MemberRereadReply(_message.Message):
+    __slots__ = ("done_bytes", "total_bytes", "digests")
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    done_bytes: int
+    total_bytes: int
+    digests: Digests
+    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., digests: _Optional[_Union[Digests, _Mapping]] = ...) -> None: ...
 
 class ReachReply(_message.Message):
     __slots__ = ("versions", "token")

@@ -121,6 +121,21 @@ class ControlStub:
                 request_serializer=protos_dot_transfuse__pb2.WatchRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.Event.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/transfuse.v1.Control/Drain',
+                request_serializer=protos_dot_transfuse__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.DrainReply.FromString,
+                _registered_method=True)
+        self.Reread = channel.unary_stream(
+                '/transfuse.v1.Control/Reread',
+                request_serializer=protos_dot_transfuse__pb2.RereadRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.RereadProgress.FromString,
+                _registered_method=True)
+        self.Events = channel.unary_unary(
+                '/transfuse.v1.Control/Events',
+                request_serializer=protos_dot_transfuse__pb2.EventsRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.EventsReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -230,6 +245,24 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reread(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Events(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -317,6 +350,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=protos_dot_transfuse__pb2.WatchRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.Event.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_transfuse__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.DrainReply.SerializeToString,
+            ),
+            'Reread': grpc.unary_stream_rpc_method_handler(
+                    servicer.Reread,
+                    request_deserializer=protos_dot_transfuse__pb2.RereadRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.RereadProgress.SerializeToString,
+            ),
+            'Events': grpc.unary_unary_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=protos_dot_transfuse__pb2.EventsRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.EventsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -790,6 +838,87 @@ class Control:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/Drain',
+            protos_dot_transfuse__pb2.DrainRequest.SerializeToString,
+            protos_dot_transfuse__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/transfuse.v1.Control/Reread',
+            protos_dot_transfuse__pb2.RereadRequest.SerializeToString,
+            protos_dot_transfuse__pb2.RereadProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Control/Events',
+            protos_dot_transfuse__pb2.EventsRequest.SerializeToString,
+            protos_dot_transfuse__pb2.EventsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class DataStub:
     """---------------------------------------------------------------- data
@@ -988,6 +1117,16 @@ class MemberStub:
                 request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
                 response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/transfuse.v1.Member/Drain',
+                request_serializer=protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.MemberReply.FromString,
+                _registered_method=True)
+        self.Reread = channel.unary_stream(
+                '/transfuse.v1.Member/Reread',
+                request_serializer=protos_dot_transfuse__pb2.MemberRereadRequest.SerializeToString,
+                response_deserializer=protos_dot_transfuse__pb2.MemberRereadReply.FromString,
+                _registered_method=True)
 
 
 class MemberServicer:
@@ -1073,6 +1212,18 @@ class MemberServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reread(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemberServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1140,6 +1291,16 @@ def add_MemberServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
                     response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_transfuse__pb2.MemberRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.MemberReply.SerializeToString,
+            ),
+            'Reread': grpc.unary_stream_rpc_method_handler(
+                    servicer.Reread,
+                    request_deserializer=protos_dot_transfuse__pb2.MemberRereadRequest.FromString,
+                    response_serializer=protos_dot_transfuse__pb2.MemberRereadReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1495,6 +1656,60 @@ class Member:
             '/transfuse.v1.Member/Resume',
             protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
             protos_dot_transfuse__pb2.MemberReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/transfuse.v1.Member/Drain',
+            protos_dot_transfuse__pb2.MemberRequest.SerializeToString,
+            protos_dot_transfuse__pb2.MemberReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/transfuse.v1.Member/Reread',
+            protos_dot_transfuse__pb2.MemberRereadRequest.SerializeToString,
+            protos_dot_transfuse__pb2.MemberRereadReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,12 +28,13 @@ from weight_update.receiver import Receiver
 from weight_update.security import Security, is_loopback
 from weight_update.store import Store, StoredVersion
 
-from .control import ControlServer
+from .control_server import ControlServer
 from .coordinator import CoordinatorShell
 from .engine import Engine
 from .faults import Faults
 from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
+from .logs import LogFormat, set_up
 from .rank import SCRUB_S, RankIdentity, RankServer
 from .refresh import Refresher
 from .witness import Witness
@@ -68,13 +69,15 @@ class RankConfig:
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
     security: Security = PLAINTEXT
+    metrics_port: int = 0
+    log_format: LogFormat = "text"
 
 
 class RankActor:
     """One rank: its FSDP2 shard of the quantized model behind its own gRPC door."""
 
     def __init__(self, config: RankConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up(config.log_format)
         self._config = config
         self._faults = Faults()
         self._server: RankServer | None = None
@@ -135,6 +138,8 @@ class RankActor:
             security=config.security,
         )
         self._server.empty = source is None
+        if config.metrics_port:
+            self._server.show(f"127.0.0.1:{config.metrics_port}")
         if config.store_dir is not None:
             self._server.sources.store = Store(
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True
@@ -232,8 +237,10 @@ class CoordinatorActor:
         loaded: StoredVersion | None,
         store: StoreConfig | None,
         security: Security = PLAINTEXT,
+        metrics_port: int = 0,
+        log_format: LogFormat = "text",
     ) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up(log_format)
         self._shell = CoordinatorShell(
             addresses=addresses,
             state_file=Path(state_file),
@@ -244,7 +251,12 @@ class CoordinatorActor:
         )
         self._keeper = keep_versions(self._shell, Path(config_dir), store) if store is not None else None
         self._server = ControlServer(
-            self._shell, listen=listen, tokenizer_dir=Path(config_dir), keeper=self._keeper, security=security
+            self._shell,
+            listen=listen,
+            tokenizer_dir=Path(config_dir),
+            keeper=self._keeper,
+            security=security,
+            pages=f"127.0.0.1:{metrics_port}" if metrics_port else "",
         )
 
     def address(self) -> str:

@@ -2,92 +2,40 @@
 
 from __future__ import annotations
 
-import threading
+import json
 import time
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.channels import PLAINTEXT
 from weight_update.errors import BusyError, MemberError, PlanError, StoreError, VersionError
 from weight_update.messages import Decision
-from weight_update.security import Security
 from weight_update.transaction import Phase
-from weight_update.transport import (
-    CONTROL_MESSAGE_BYTES,
-    from_delta_proto,
-    from_digests_proto,
-    from_spec_proto,
-    to_manifest_proto,
-)
+from weight_update.transport import CONTROL_MESSAGE_BYTES
+from weight_update.values import from_delta_proto, from_digests_proto, from_spec_proto, to_manifest_proto
 
+from .audit import recorded
 from .coordinator import CoordinatorShell
-from .guard import Guard, Limits
+from .guard import Guard
 from .keeper import Keeper
+from .members import MemberSpec
+from .operators import Operators
 from .owners import Owners
-from .router import GenerationRouter
-from .text import TextCodec
-from .wire import bind, make_server, refusing, refusing_stream, set_serving
+from .status_page import render
+from .watching import event_of
+from .wire import refusing, refusing_stream
 from .witness import of_replica
 
-SERVICES = ("Control", "Generation")
 MAX_STREAMS, MAX_ID = 65_536, 1024
 MAX_LEASE_S = 3600.0  # for which a push may be silent, whatever its trainer asks for
-READINESS_S = 1.0
-
-
-class ControlServer:
-    """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
-    version store, where there is one. security, limits: of this door.
-
-    gRPC health: Generation is SERVING while a replica serves the committed version, whose bytes were verified; Control
-    and the server as a whole, while they answer.
-    """
-
-    def __init__(
-        self,
-        shell: CoordinatorShell,
-        *,
-        listen: str,
-        tokenizer_dir: Path,
-        keeper: Keeper | None = None,
-        security: Security = PLAINTEXT,
-        limits: Limits | None = None,
-    ) -> None:
-        services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self.guard = Guard(security, limits)
-        self._server, self._checks = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES, guard=self.guard)
-        self._names = [service.full_name for service in services]
-        codec = TextCodec(tokenizer_dir)
-        pb_grpc.add_ControlServicer_to_server(ControlServicer(shell, keeper, self.guard), self._server)
-        pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec, security.as_service()), self._server)
-        self.address = bind(self._server, listen, security)
-        set_serving(self._checks, self._names[:1], True)
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch_readiness, args=(shell,), name="readiness", daemon=True).start()
-
-    def _watch_readiness(self, shell: CoordinatorShell) -> None:
-        while not self._stopped.is_set():
-            set_serving(self._checks, self._names[1:], is_ready(shell))
-            self._stopped.wait(READINESS_S)
-
-    def stop(self) -> None:
-        """End all calls."""
-        self._stopped.set()
-        set_serving(self._checks, self._names, False)
-        self._server.stop(grace=0.5).wait()
-        self.guard.stop()
-
-
-def is_ready(shell: CoordinatorShell) -> bool:
-    """Whether a replica serves the committed version: what it holds was verified, and nobody paused it."""
-    states = shell.roster.states
-    paused = {member.id.replica for member in shell.members if (state := states.get(member.id)) and state.paused}
-    return not shell.lost() and bool(shell.leader_addresses().keys() - paused)
+COMMITS, SHOWN = 8, 60  # pushes and versions on the status page
+DRAIN_S = 300.0  # for running sequences to end, where nobody says otherwise
+EVENTS, MAX_EVENTS, MAX_KINDS = 100, 10_000, 32
 
 
 def version_info(
@@ -122,6 +70,8 @@ class ControlServicer(pb_grpc.ControlServicer):
         self._guard = guard
         self._owners = Owners()
         self._keeper = keeper
+        self._operators = Operators(shell)
+        self._commits: deque[pb.DecideReply] = deque(maxlen=COMMITS)
         self._manifest = to_manifest_proto(shell.manifest)
 
     @refusing
@@ -150,30 +100,41 @@ class ControlServicer(pb_grpc.ControlServicer):
         if request.num_streams > MAX_STREAMS or len(request.push_id) > MAX_ID or len(request.pushed_by) > MAX_ID:
             raise PlanError(f"begin: at most {MAX_STREAMS} trainer ranks, and {MAX_ID} characters of push id and name")
         self._owners.claim(request.push_id)
-        self._admit(request.push_id)
-        result = self._shell.request(
-            "begin",
-            push_id=request.push_id,
-            base_version=request.base_version,
-            fingerprint=request.fingerprint,
-            tensors=[from_spec_proto(spec) for spec in request.tensors],
-            pushed_by=request.pushed_by,
-            logical_bytes=request.logical_bytes,
-            lease_s=min(request.lease_s or 60.0, MAX_LEASE_S),
-            num_streams=request.num_streams or 1,
-            delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
-            step=request.step,
-        )
+        said = f"push {request.push_id} by {request.pushed_by}, {len(request.tensors)} tensors"
+        with nullcontext() if self._is_known(request.push_id) else self._recorded("push", context, said):
+            self._admit(request.push_id)
+            result = self._shell.request(
+                "begin",
+                push_id=request.push_id,
+                base_version=request.base_version,
+                fingerprint=request.fingerprint,
+                tensors=[from_spec_proto(spec) for spec in request.tensors],
+                pushed_by=request.pushed_by,
+                logical_bytes=request.logical_bytes,
+                lease_s=min(request.lease_s or 60.0, MAX_LEASE_S),
+                num_streams=request.num_streams or 1,
+                delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
+                step=request.step,
+            )
         transaction = result.get("transaction", 0)
         self._owners.begun(request.push_id, transaction)
         return pb.BeginReply(epoch=self._shell.index.epoch, ticket=self._guard.ticket(transaction), **result)
 
-    def _admit(self, push_id: str) -> None:
-        """Let a new transaction begin; one that is known already only asks how it stands."""
+    def _recorded(
+        self, kind: str, context: grpc.ServicerContext, text: str = "", version: int = 0
+    ) -> AbstractContextManager[None]:
+        """Around a call that changes something. version: the one it is about, the current one where none is named."""
+        return recorded(self._shell.notify, context, kind, version or self._shell.protocol.version, text)
+
+    def _is_known(self, push_id: str) -> bool:
+        """Whether a push only asks how its transaction stands."""
         protocol = self._shell.protocol
         open_ = protocol.transaction
-        known = push_id in protocol.committed or (open_ is not None and open_.push_id == push_id)
-        if self._keeper is not None and not known:
+        return push_id in protocol.committed or (open_ is not None and open_.push_id == push_id)
+
+    def _admit(self, push_id: str) -> None:
+        """Let a new transaction begin, once the store is ready for it."""
+        if self._keeper is not None and not self._is_known(push_id):
             self._keeper.admit()
 
     @refusing
@@ -205,12 +166,14 @@ class ControlServicer(pb_grpc.ControlServicer):
             f"{replica}: " + (f"fenced, {fenced[replica]}" if replica in fenced else f"version {decision.version}")
             for replica in sorted({member.id.replica for member in shell.members})
         ]
-        return pb.DecideReply(
+        reply = pb.DecideReply(
             version=version_info(decision, pause_s),
             timings=timings,
             digest_verified=result["digest_verified"],
             replicas=states,
         )
+        self._commits.append(reply)
+        return reply
 
     def _durably(self, request: pb.DecideRequest) -> Any:
         """A commit that its trainer will see stored before it is replaced."""
@@ -236,7 +199,8 @@ class ControlServicer(pb_grpc.ControlServicer):
         if not transaction:
             return pb.AbortReply(aborted=False)
         try:
-            shell.request("abort", transaction=transaction, reason=request.reason)
+            with self._recorded("give up", context, f"transaction {transaction}: {request.reason}"):
+                shell.request("abort", transaction=transaction, reason=request.reason)
         except MemberError:
             return pb.AbortReply(aborted=True)  # the protocol answers an abort with the reason it was given
         except BusyError:
@@ -245,6 +209,24 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
+        return self.status()
+
+    def page(self) -> tuple[str, bytes]:
+        """The status page."""
+        html = render(self.status(), self.versions(SHOWN), list(self._commits))
+        return "text/html; charset=utf-8", html.encode()
+
+    def targets(self) -> tuple[str, bytes]:
+        """The ranks' metrics, as Prometheus' HTTP service discovery wants them."""
+        found = [
+            {"targets": [rank.gauges.metrics], "labels": {"replica": str(rank.replica), "rank": str(rank.rank)}}
+            for rank in self.status().ranks
+            if rank.gauges.metrics
+        ]
+        return "application/json", json.dumps(found).encode()
+
+    def status(self) -> pb.StatusReply:
+        """What the service does now."""
         shell, protocol = self._shell, self._shell.protocol
         open_ = protocol.transaction
         decision = shell.index.decision()
@@ -267,6 +249,19 @@ class ControlServicer(pb_grpc.ControlServicer):
             min_replicas=protocol.min_replicas,
             store="" if self._keeper is None else self._keeper.status(),
             store_dir="" if self._keeper is None else str(self._keeper.directory.resolve()),
+            ranks=[self._rank(member) for member in shell.members],
+        )
+
+    def _rank(self, member: MemberSpec) -> pb.RankStatus:
+        state = self._shell.roster.states[member.id]
+        return pb.RankStatus(
+            replica=member.id.replica,
+            rank=member.id.rank,
+            address=member.address,
+            version=state.version,
+            state=state.state,
+            pid=state.pid,
+            gauges=state.gauges,
         )
 
     def _replica(self, replica: int) -> pb.ReplicaStatus:
@@ -276,10 +271,11 @@ class ControlServicer(pb_grpc.ControlServicer):
         reason = shell.protocol.fenced.get(replica, "")
         if not states:  # not met since this coordinator started
             return pb.ReplicaStatus(replica=replica, state="fenced", reason=reason)
-        paused = any(state.paused for state in states)
+        stands = "paused" if any(state.paused for state in states) else ""
+        stands = stands or ("draining" if any(state.gauges.draining for state in states) else "serving")
         return pb.ReplicaStatus(
             replica=replica,
-            state="joining" if reason == "joining" else "fenced" if reason else "paused" if paused else "serving",
+            state="joining" if reason == "joining" else "fenced" if reason else stands,
             version=min(state.version for state in states),
             layout=members[0].layout,
             format=members[0].format,
@@ -291,66 +287,81 @@ class ControlServicer(pb_grpc.ControlServicer):
 
     @refusing
     def Versions(self, request: pb.VersionsRequest, context: grpc.ServicerContext) -> pb.VersionsReply:
+        return pb.VersionsReply(versions=self.versions(request.last))
+
+    def versions(self, last: int = 0) -> list[pb.VersionInfo]:
+        """The newest committed versions, 0 for all of them, oldest first."""
         index, reachable = self._shell.index, self._shell.reachable()
         pauses, durable = index.pauses(), set(index.durable())
-        return pb.VersionsReply(
-            versions=[
-                version_info(
-                    each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
-                )
-                for each in index.decisions()
-            ]
-        )
+        return [
+            version_info(
+                each, pauses[each.version], reachable=each.version in reachable, durable=each.version in durable
+            )
+            for each in index.decisions(last=last)
+        ]
 
     @refusing
     def Verify(self, request: pb.VerifyRequest, context: grpc.ServicerContext) -> pb.VerifyReply:
-        start_s = time.perf_counter()
-        version, num_bytes, problems = self._shell.verify()
-        return pb.VerifyReply(
-            ok=not problems,
-            version=version,
-            bytes=num_bytes,
-            seconds=time.perf_counter() - start_s,
-            mismatches=problems,
-        )
+        return self._operators.verify()
+
+    @refusing_stream
+    def Reread(self, request: pb.RereadRequest, context: grpc.ServicerContext) -> Iterator[pb.RereadProgress]:
+        yield from self._operators.reread(request.share, context.is_active)
 
     @refusing
     def Rollback(self, request: pb.RollbackRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
-        return self._restored("rollback", request.version, request)
+        return self._restored("rollback", request.version, request, context)
 
     @refusing
     def Reset(self, request: pb.ResetRequest, context: grpc.ServicerContext) -> pb.RollbackReply:
         version = request.version or max(self._shell.index.durable(), default=0)
         if not version:
             raise VersionError("reset: no version is durable; push in full")
-        return self._restored("reset", version, request)
+        return self._restored("reset", version, request, context)
 
-    def _restored(self, op: str, version: int, request: Any) -> pb.RollbackReply:
-        self._admit(request.push_id)
-        result = self._shell.restore(op, version, request.push_id, request.pushed_by)
+    def _restored(self, op: str, version: int, request: Any, context: grpc.ServicerContext) -> pb.RollbackReply:
+        with self._recorded(op, context, f"to version {version}", version):
+            self._admit(request.push_id)
+            result = self._shell.restore(op, version, request.push_id, request.pushed_by)
         return pb.RollbackReply(version=version_info(self._shell.index.decision(result["version"]), 0.0))
 
     @refusing
     def ReplicaAdd(self, request: pb.ReplicaAddRequest, context: grpc.ServicerContext) -> pb.ReplicaAddReply:
         shell = self._shell
-        if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
-            return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
-        return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
+        with self._recorded("add replica", context, ", ".join(request.addresses)):
+            if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
+                return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
+            return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
 
     @refusing
     def ReplicaRemove(self, request: pb.ReplicaRemoveRequest, context: grpc.ServicerContext) -> pb.ReplicaRemoveReply:
-        self._shell.request("remove", replica=request.replica)
+        with self._recorded("remove replica", context, f"replica {request.replica}"):
+            self._shell.request("remove", replica=request.replica)
         return pb.ReplicaRemoveReply()
 
     @refusing
     def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.PauseReply:
-        self._shell.all_members("pause")
+        with self._recorded("pause", context, request.reason):
+            self._operators.every("pause")
         return pb.PauseReply()
 
     @refusing
     def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.ResumeReply:
-        self._shell.all_members("resume")
+        with self._recorded("resume", context):
+            self._operators.every("resume")
         return pb.ResumeReply()
+
+    @refusing
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        replicas = list(request.replicas)
+        with self._recorded("drain", context, f"replica {', '.join(map(str, replicas)) or 'all'}"):
+            return self._operators.drain(replicas, request.timeout_s or DRAIN_S, context.is_active)
+
+    @refusing
+    def Events(self, request: pb.EventsRequest, context: grpc.ServicerContext) -> pb.EventsReply:
+        limit = min(request.limit or EVENTS, MAX_EVENTS)
+        found = self._shell.index.events(after=request.after, limit=limit, kinds=list(request.kinds)[:MAX_KINDS])
+        return pb.EventsReply(events=[event_of(record) for record in found])
 
     @refusing_stream
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:

@@ -40,13 +40,14 @@ from weight_update.protocol import Coordinator
 from weight_update.security import Security
 from weight_update.store import StoredVersion
 from weight_update.transaction import Phase
-from weight_update.transport import from_manifest_proto
+from weight_update.values import from_manifest_proto
 from weight_update.versions import VersionIndex
 
+from .audit import Caller
 from .faults import Faults
 from .members import SENDERS, MemberSpec, state_of
-from .roster import Roster, differing, first_version, key_of, require_one_manifest, stored_version
-from .watching import Watchers
+from .roster import Roster, first_version, key_of, require_one_manifest, stored_version
+from .watching import Watchers, event_of
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class CoordinatorShell:
         self._guard = threading.Lock()  # guards _next_request, _futures, _greeting; nothing blocks under it
         self._stopped = threading.Event()
         self._watchers = Watchers(self._stopped)
-        self.watch = self._watchers.watch
+        self.watch, self.listen = self._watchers.watch, self._watchers.listen
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._start(addresses, loaded, min_replicas)
@@ -226,7 +227,7 @@ class CoordinatorShell:
             time.sleep(RETRY_DELAY_S if attempt else 0.0)
             error = None
             try:
-                answer = SENDERS[send.step](stub, send, self.roster.donors(send))
+                answer = SENDERS[send.step](stub, send, self.roster.around(send))
                 token, result = answer.token, answer.result
             except WeightUpdateError as failure:
                 error = failure
@@ -284,13 +285,11 @@ class CoordinatorShell:
         timer.daemon = True
         timer.start()
 
-    def notify(self, notify: Notify) -> None:
-        now_s = self.index.record(notify.kind, notify.version, notify.transaction, notify.text)
+    def notify(self, notify: Notify, caller: Caller = Caller()) -> None:  # noqa: B008 - it is frozen
+        """Record an event and tell whoever watches. caller: whose call it was, if it was one."""
+        record = self.index.record(notify, who=caller.who, peer=caller.peer)
         log.info("%s version=%d transaction=%d %s", notify.kind, notify.version, notify.transaction, notify.text)
-        event = pb.Event(
-            time_s=now_s, kind=notify.kind, version=notify.version, transaction=notify.transaction, text=notify.text
-        )
-        self._watchers.tell(event)
+        self._watchers.tell(event_of(record))
 
     # -- members that come and go
 
@@ -343,25 +342,25 @@ class CoordinatorShell:
 
     # -- what operators ask
 
-    def verify(self) -> tuple[int, int, list[str]]:
-        """Re-read all installed bytes on all ranks: (version, bytes read, names that differ from the committed
-        digest)."""
+    def committed(self, asked: str) -> tuple[int, Digests]:
+        """The version that all serving ranks hold now, and its digests; BusyError while a commit is in progress."""
 
-        def expected() -> tuple[int, Digests]:
+        def held() -> tuple[int, Digests]:
             if self.protocol.phase in INSTALLING:
-                raise BusyError("verify: a commit is in progress; ask again")
+                raise BusyError(f"{asked}: a commit is in progress; ask again")
             return self.protocol.version, self.protocol.digests
 
-        version, digests = self.between_events(expected)
-        live = self.live_members()
-        replies = self._pool.map(lambda member: self.roster.step(member.id, "digest"), live)
-        found = dict(zip((member.id for member in live), replies, strict=True))
-        num_bytes = sum(spec.num_bytes for spec in self.manifest.tensors)
-        return version, num_bytes * len({member.replica for member in found}), differing(found, digests, self.manifest)
+        found: tuple[int, Digests] = self.between_events(held)
+        return found
 
-    def all_members(self, step: str) -> None:
-        """One plain step on every live member."""
-        list(self._pool.map(lambda member: self.roster.step(member.id, step), self.live_members()))
+    def beside(self, work: Callable[[], None]) -> None:
+        """Run work that takes long in a thread of the members' calls."""
+        self._pool.submit(work)
+
+    def of_all(self, members: Sequence[MemberSpec], step: str) -> dict[MemberId, Any]:
+        """The answers of these members to one step beside the protocol."""
+        answers = self._pool.map(lambda member: self.roster.step(member.id, step), members)
+        return dict(zip((member.id for member in members), answers, strict=True))
 
     def live_members(self) -> list[MemberSpec]:
         """Members of replicas that are not fenced."""
@@ -375,7 +374,8 @@ class CoordinatorShell:
 
     def leader_addresses(self) -> dict[int, str]:
         """Replica -> address of the rank that answers Generate, serving replicas only."""
-        return {member.id.replica: member.address for member in self.live_members() if member.id.rank == 0}
+        leaders = [member for member in self.live_members() if member.id.rank == 0]
+        return {each.id.replica: each.address for each in leaders if not self.roster.states[each.id].gauges.draining}
 
     def stop(self) -> None:
         """Stop the loop; the members go on serving."""

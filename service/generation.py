@@ -25,7 +25,8 @@ SERVED = {"Generate": "a language model", "Denoise": "a diffusion pipeline"}
 
 
 class GenerationServicer(pb_grpc.GenerationServicer):
-    """Tokens or latents of this replica. version, may_serve, paused: of the rank, as they are now."""
+    """Tokens or latents of this replica. version, may_serve: of the rank, as they are now. refused: what an operator
+    did that lets no request in, "" for nothing."""
 
     def __init__(
         self,
@@ -34,13 +35,13 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         replica: int,
         version: Callable[[], int],
         may_serve: Callable[[], bool],
-        paused: Callable[[], bool],
+        refused: Callable[[], str],
     ) -> None:
         self._engine = engine
         self._replica = replica
         self._version = version
         self._may_serve = may_serve
-        self._paused = paused
+        self._refused = refused
 
     def _submit(self, rpc: str, context: grpc.ServicerContext, *args: Any, **kwargs: Any) -> Stream[Any]:
         served = self._engine.rpc
@@ -50,8 +51,8 @@ class GenerationServicer(pb_grpc.GenerationServicer):
             raise BusyError(f"{rpc}: no version is published on this replica yet; wait for health SERVING")
         if not self._has_right():
             raise BusyError(f"{rpc}: this replica has no right to serve now; see 'transfuse status'")
-        if self._paused():
-            raise BusyError(f"{rpc}: serving is paused by an operator; 'transfuse resume' ends it")
+        if why := self._refused():
+            raise BusyError(f"{rpc}: serving is {why} by an operator; 'transfuse resume' ends it")
         stream = self._engine.submit(*args, **kwargs)
         context.add_callback(stream.cancel)
         return stream

@@ -33,13 +33,15 @@ log = logging.getLogger(__name__)
 OPEN = ""  # asked for without a token
 _METHODS: Mapping[str, Mapping[str, str]] = {
     "transfuse.v1.Control": {
-        "read": "Describe Status Versions Watch",
+        "read": "Describe Status Versions Watch Events",
         "push": "Begin Prepare Install Decide Abort WaitDurable",
-        "admin": "Verify Rollback Reset ReplicaAdd ReplicaRemove Pause Resume",
+        "admin": "Verify Reread Rollback Reset ReplicaAdd ReplicaRemove Pause Resume Drain Record",
     },
     "transfuse.v1.Data": {"push": "Stage", "service": "Fetch"},
     "transfuse.v1.Member": {
-        "service": "Hello Open Prepare Install Confirm Publish Adopt Reach Undo Abort Digest Pause Resume"
+        "service": (
+            "Hello Open Prepare Install Confirm Publish Adopt Reach Undo Abort Digest Pause Resume Drain Reread Record"
+        )
     },
     "transfuse.v1.Generation": {"read": "Generate Denoise"},
     "grpc.health.v1.Health": {OPEN: "Check List Watch"},

@@ -10,7 +10,8 @@ from protos import transfuse_pb2 as pb
 from weight_update.delta import DeltaPlan
 from weight_update.digest import Digests
 from weight_update.messages import Donor, Kept, MemberId, MemberState, Send
-from weight_update.transport import call, from_digests_proto, to_delta_proto
+from weight_update.transport import call
+from weight_update.values import from_digests_proto, to_delta_proto
 
 STEP_TIMEOUT_S = 120.0
 PAUSING_TIMEOUT_S = 600.0  # of steps that may wait for running samples to end
@@ -46,6 +47,15 @@ class Answer:
     result: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What a member is told beside its step. donors: the ranks of send.source, where it is a replica. coordinator:
+    host:port of Control."""
+
+    donors: Sequence[pb.RankSpec] = ()
+    coordinator: str = ""
+
+
 def state_of(reply: pb.HelloReply) -> MemberState:
     """What a member says of itself, as the protocol takes it."""
     return MemberState(
@@ -63,13 +73,20 @@ def _request(send: Send) -> pb.MemberRequest:
     )
 
 
-def _hello(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
-    request = pb.HelloRequest(epoch=send.epoch, round=send.round, version=send.version, token=send.token, brief=True)
+def _hello(stub: Any, send: Send, around: Around) -> Answer:
+    request = pb.HelloRequest(
+        epoch=send.epoch,
+        round=send.round,
+        version=send.version,
+        token=send.token,
+        brief=True,
+        coordinator=around.coordinator,
+    )
     reply: pb.HelloReply = call(stub.Hello, request, timeout_s=HELLO_TIMEOUT_S, where=str(send.member))
     return Answer(token=reply.token, result=reply)
 
 
-def _open(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+def _open(stub: Any, send: Send, around: Around) -> Answer:
     tensors = [] if send.tensors is None else send.tensors.tolist()
     request = pb.OpenRequest(
         epoch=send.epoch,
@@ -80,19 +97,19 @@ def _open(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
         num_streams=send.num_streams,
         delta=to_delta_proto(send.source) if isinstance(send.source, DeltaPlan) else None,
         restores=send.source.version if isinstance(send.source, Kept) else 0,
-        donors=donors,
+        donors=around.donors,
     )
     reply = call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member))
     return Answer(token=reply.token, result=int(reply.planned_bytes))
 
 
-def _reach(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+def _reach(stub: Any, send: Send, around: Around) -> Answer:
     reply = call(stub.Reach, _request(send), timeout_s=STEP_TIMEOUT_S, where=str(send.member))
     return Answer(token=reply.token, result=tuple(reply.versions))
 
 
-def _digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]:
-    def step(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+def _digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Around], Answer]:
+    def step(stub: Any, send: Send, around: Around) -> Answer:
         allowed_s = FILL_TIMEOUT_S if isinstance(send.source, Donor) else timeout_s
         reply = call(getattr(stub, name), _request(send), timeout_s=allowed_s, where=str(send.member))
         digests: Digests = from_digests_proto(reply.digests)
@@ -101,16 +118,16 @@ def _digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Sen
     return step
 
 
-def _plain(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]:
-    def step(stub: Any, send: Send, donors: Sequence[pb.RankSpec]) -> Answer:
+def _plain(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Around], Answer]:
+    def step(stub: Any, send: Send, around: Around) -> Answer:
         reply = call(getattr(stub, name), _request(send), timeout_s=timeout_s, where=str(send.member))
         return Answer(token=reply.token, result=reply.timing)
 
     return step
 
 
-# step -> the call that carries it to a member; donors: the ranks of send.source, where it is a replica
-SENDERS: Mapping[str, Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]] = {
+# step -> the call that carries it to a member
+SENDERS: Mapping[str, Callable[[Any, Send, Around], Answer]] = {
     "hello": _hello,
     "open": _open,
     "reach": _reach,
@@ -124,4 +141,5 @@ SENDERS: Mapping[str, Callable[[Any, Send, Sequence[pb.RankSpec]], Answer]] = {
     "abort": _plain("Abort"),
     "pause": _plain("Pause", PAUSING_TIMEOUT_S),
     "resume": _plain("Resume"),
+    "drain": _plain("Drain"),
 }

@@ -26,14 +26,18 @@ from weight_update.install import MemoryPlan
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
 from weight_update.security import Security
-from weight_update.transport import from_delta_proto
+from weight_update.values import from_delta_proto
 
+from .elsewhere import Elsewhere
 from .engine import Engine
 from .faults import Faults
 from .fetching import fetched
+from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .guard import Guard, Limits
 from .leases import ServingLease
+from .metrics import RankMetrics
+from .pages import Pages
 from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
@@ -48,7 +52,7 @@ PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last,
 RESUME_TIMEOUT_S = 60.0
 SCRUB_S = 600.0
 PAUSE_POLL_S = 0.1
-SERVICES = ("Data", "Member", "Generation")
+SERVICES = ("Data", "Member", "Generation", "Control")  # to calls of Control it answers where the coordinator is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,9 @@ class RankServer:
         self.damage = ""  # what the scrub found, until these bytes are replaced or compared anew
         self.timing = pb.RankTiming(replica=identity.replica, rank=identity.rank)
         self.operator_paused = False
+        self.draining = False  # takes no new requests
+        self.gauges = Gauges()
+        self.coordinator = ""  # host:port of Control, as the coordinator said
         self.empty = False  # built to be filled: nothing was loaded
         self._reshard = reshard
         self._foresee = foresee
@@ -113,7 +120,10 @@ class RankServer:
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
         pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
-        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
+        elsewhere = Elsewhere(f"rank {identity.replica}.{identity.rank}", lambda: self.coordinator)
+        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)), elsewhere))
+        self.metrics = RankMetrics(self)
+        self.pages: Pages | None = None
         self.address = bind(self._server, listen, security)
         self._lease.start()
         self._scrubber.start()
@@ -124,8 +134,19 @@ class RankServer:
             replica=self.identity.replica,
             version=lambda: self.member.version,
             may_serve=lambda: self.member.state == "installed" or self.member.serves(time.monotonic()),
-            paused=lambda: self.operator_paused,
+            refused=self._refused,
         )
+
+    def _refused(self) -> str:
+        """What an operator did that lets no request in; "" for nothing."""
+        return "paused" if self.operator_paused else "drained" if self.draining else ""
+
+    def show(self, listen: str) -> None:
+        """Serve this rank's metrics on host:port. A port that is taken is no reason not to serve the model."""
+        try:
+            self.pages = Pages(listen, {"/metrics": self.metrics.text})
+        except MemberError as error:
+            log.warning("rank %s.%s shows no metrics: %s", self.identity.replica, self.identity.rank, error)
 
     @property
     def state(self) -> str:
@@ -144,6 +165,8 @@ class RankServer:
         """End all calls and stop generating."""
         self._lease.stop()
         self._scrubber.stop()
+        if self.pages is not None:
+            self.pages.stop()
         self._server.stop(grace=0.5).wait()
         self.guard.stop()
         self.engine.stop()
@@ -206,10 +229,12 @@ class RankServer:
         if self.receiver.state is State.INSTALLED:  # not so where serving did not go on at the first attempt
             self.receiver.publish()
         self.receiver.version, self.damage = request.version, ""
+        self.gauges.digest = self.receiver.known_digest()
         self._resume(request.version, refresh=True)
         self.timing.pause_stop_s = time.time()
         if installed:
             self.sources.remember()
+            self.metrics.observe("transfuse_pause_s", self.timing.pause_stop_s - self.timing.pause_start_s)
 
     def undo(self, request: Any) -> None:
         if self.receiver.state is State.INSTALLED:
@@ -226,8 +251,11 @@ class RankServer:
         self._pause()
         self.set_serving(False)
 
+    def drain(self, request: Any) -> None:
+        self.draining = True
+
     def resume(self, request: Any) -> None:
-        self.operator_paused = False
+        self.operator_paused = self.draining = False
         self._resume(self.member.version, refresh=False)
 
     def _pause(self) -> None:
@@ -271,12 +299,12 @@ class DataServicer:
 
     def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
         try:
-            yield from self._stage(messages)
+            yield from self._stage(messages, context.peer())
         except WeightUpdateError as error:
             refuse(context, error)
 
-    def _stage(self, messages: Iterator[bytes]) -> Iterator[pb.StageReply]:
-        rank, received_bytes = self._rank, 0
+    def _stage(self, messages: Iterator[bytes], peer: str) -> Iterator[pb.StageReply]:
+        rank = self._rank
         opening = decode_request(next(messages, b""))
         if not isinstance(opening, StageOpen):
             raise TransferError("stage: the first message must be StageOpen; open the stream first")
@@ -287,10 +315,17 @@ class DataServicer:
                 f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
                 f" {opening.transaction}; begin again"
             )
-        key = opening.transaction, opening.trainer_rank
         self._placed = {each: placed for each, placed in self._placed.items() if each[0] == opening.transaction}
+        with rank.gauges.stream(opening.trainer_rank, peer, WINDOW_BYTES) as stream:
+            yield from self._take(messages, opening, stream)
+        rank.timing.staged_bytes = rank.receiver.staged_bytes
+
+    def _take(self, messages: Iterator[bytes], opening: StageOpen, stream: OpenStream) -> Iterator[pb.StageReply]:
+        rank, key = self._rank, (opening.transaction, opening.trainer_rank)
         yield pb.StageReply(
-            sequence=self._placed.get(key, 0), credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes
+            sequence=self._placed.get(key, 0),
+            credit_bytes=stream.credit_bytes,
+            staged_bytes=rank.receiver.staged_bytes,
         )
         for message in messages:
             chunk = decode_request(message)
@@ -299,11 +334,12 @@ class DataServicer:
             rank.faults.reached("stage")
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
             self._placed[key] = chunk.sequence
-            received_bytes += len(chunk.payload)
+            stream.received_bytes += len(chunk.payload)
+            rank.metrics.add("transfuse_received_bytes_total", len(chunk.payload))
+            stream.credit_bytes = stream.received_bytes + WINDOW_BYTES
             yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes
+                sequence=chunk.sequence, credit_bytes=stream.credit_bytes, staged_bytes=staged_bytes
             )
-        rank.timing.staged_bytes = rank.receiver.staged_bytes
 
     def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:

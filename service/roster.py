@@ -23,7 +23,7 @@ from weight_update.store import StoredVersion
 from weight_update.transaction import replica_sums
 from weight_update.transport import call
 
-from .members import SENDERS, STEP_TIMEOUT_S, MemberSpec
+from .members import SENDERS, STEP_TIMEOUT_S, Around, MemberSpec
 
 MEET_RETRY_S = 0.5
 
@@ -36,14 +36,15 @@ class Roster:
         self._channels = Channels(security)
         self._addresses: dict[MemberId, str] = {}
         self._guard = threading.Lock()  # guards what is asked for; nothing blocks under it
+        self.coordinator = ""  # host:port of Control, once it listens
         self.states: dict[MemberId, pb.HelloReply] = {}
         self.specs: dict[MemberId, MemberSpec] = {}
         self.asked: set[int] = set()  # replicas that an operator wants and that are not here yet
 
-    def hello(self, address: str) -> pb.HelloReply | WeightUpdateError:
-        """Greet whoever has this address: its manifest and rows, or why there is no answer."""
+    def hello(self, address: str, *, brief: bool = False) -> pb.HelloReply | WeightUpdateError:
+        """Greet whoever has this address: its manifest and rows, or why there is no answer. brief: ask how it is."""
         stub = pb_grpc.MemberStub(self._channels(address))
-        request = pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
+        request = pb.HelloRequest() if brief else pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
         try:
             reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
         except WeightUpdateError as error:
@@ -88,11 +89,15 @@ class Roster:
         """The process that has the member's address now, and none that comes after it."""
         return pb_grpc.MemberStub(self._channels(self._addresses[member]))
 
-    def donors(self, send: Send) -> list[pb.RankSpec]:
-        """The ranks that a member fills itself from."""
-        if not isinstance(send.source, Donor):
-            return []
-        return [spec.spec for member, spec in self.specs.items() if member.replica == send.source.replica]
+    def around(self, send: Send) -> Around:
+        """What a member is told beside its step."""
+        source = send.source
+        donors = [
+            spec.spec
+            for member, spec in self.specs.items()
+            if isinstance(source, Donor) and member.replica == source.replica
+        ]
+        return Around(donors=donors, coordinator=self.coordinator)
 
     def step(self, member: MemberId, step: str, version: int = 0) -> Any:
         """One step beside the protocol, in the caller's thread."""
@@ -105,7 +110,7 @@ class Roster:
             version=version,
             token=self.states[member].token,
         )
-        return SENDERS[step](self.stub(member), send, []).result
+        return SENDERS[step](self.stub(member), send, Around()).result
 
     def close(self) -> None:
         """Close all connections."""

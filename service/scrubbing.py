@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from protos import transfuse_pb2 as pb
 from weight_update.digest import MASK, Lanes, digest_rows, name_key
-from weight_update.errors import VersionError
+from weight_update.errors import BusyError, PlanError, VersionError
+from weight_update.values import to_digests_proto
 
 if TYPE_CHECKING:
     from weight_update.receiver import Receiver
@@ -28,6 +32,7 @@ SHARE = 0.9  # of the period that a round is spread over
 RETRY_S = 0.05
 ATTEMPTS = 20  # at one tensor, while commits come in between
 IDLE_S = 0.1
+TOLD_S = 0.1  # between two words on how far a re-read is
 
 
 class Scrub:
@@ -69,6 +74,34 @@ class Scrub:
         start, stop = int(receiver.row_start[index]), int(receiver.row_stop[index])
         step = max(1, SLICE_BYTES // max(1, receiver.manifest.tensors[index].row_bytes))
         return ((first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def reread(receiver: Receiver, version: int, share: float) -> Iterator[pb.MemberRereadReply]:
+    """Read all rows of a rank again, as an operator asked, within `share` of the time; the digests come last.
+
+    A slice at a time and a rest after each, so that neither commits nor generation wait for it. Raises BusyError where
+    the rank leaves this version meanwhile.
+    """
+    if not 0.0 < share <= 1.0:
+        raise PlanError(f"reread: share {share}, expected above 0 and at most 1")
+    scrub, specs = Scrub(receiver), receiver.manifest.tensors
+    total_bytes = sum((stop - first) * specs[i].row_bytes for i, cut in enumerate(scrub.slices) for first, stop in cut)
+    done_bytes, found = 0, np.zeros((len(specs), 2), np.uint64)
+    told_s = float("-inf")
+    for index, spec in enumerate(specs):
+        for first, stop in scrub.slices[index]:
+            start_s = time.perf_counter()
+            try:
+                rows = receiver.rows(version, index, first, stop)
+            except VersionError as error:
+                raise BusyError(f"reread: a commit came in between ({error}); ask again") from None
+            found[index] += np.array(digest_rows(name_key(spec.name), rows, first), np.uint64)
+            done_bytes += rows.numel()
+            time.sleep((time.perf_counter() - start_s) * (1.0 / share - 1.0))
+            if time.monotonic() > told_s + TOLD_S:
+                told_s = time.monotonic()
+                yield pb.MemberRereadReply(done_bytes=done_bytes, total_bytes=total_bytes)
+    yield pb.MemberRereadReply(done_bytes=done_bytes, total_bytes=total_bytes, digests=to_digests_proto(found))
 
 
 class Pace:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,14 +13,15 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError
-from weight_update.transport import to_digests_proto, to_manifest_proto
+from weight_update.values import to_digests_proto, to_manifest_proto
 
-from .wire import refusing
+from .gauges import gauges_of
+from .logs import phase
+from .scrubbing import reread
+from .wire import refusing, refusing_stream
 
 if TYPE_CHECKING:
     from .rank import RankServer
-
-log = logging.getLogger(__name__)
 
 # step -> what does it
 STEPS: Mapping[str, Callable[[RankServer, Any], Any]] = {
@@ -61,10 +61,9 @@ class MemberServicer(pb_grpc.MemberServicer):
             rank.faults.reached(step)
             start_s = time.perf_counter()
             result = STEPS[step](rank, request)
-            log.info(
-                "%s version=%d rank=%s.%s seconds=%.4f",
-                step, request.version, rank.identity.replica, rank.identity.rank, time.perf_counter() - start_s,
-            )  # fmt: skip
+            seconds, who = time.perf_counter() - start_s, f"{rank.identity.replica}.{rank.identity.rank}"
+            phase(step, version=request.version, rank=who, num_bytes=rank.receiver.staged_bytes, seconds=seconds)
+            rank.metrics.observe("transfuse_phase_s", seconds, step)
             return rank.member.done(step, transaction=request.transaction, version=request.version, result=result)
 
     def _digests(self, digests: np.ndarray) -> pb.MemberDigests:
@@ -78,6 +77,7 @@ class MemberServicer(pb_grpc.MemberServicer):
         rank, in_full = self._rank, bool(request.epoch) and not request.brief
         if request.epoch:
             rank.member.hello(epoch=request.epoch, round=request.round, version=request.version, token=request.token)
+            rank.coordinator = request.coordinator or rank.coordinator
         return pb.HelloReply(
             manifest=to_manifest_proto(rank.receiver.manifest) if in_full else None,
             spec=pb.RankSpec(
@@ -100,6 +100,7 @@ class MemberServicer(pb_grpc.MemberServicer):
             damage=rank.damage,
             checkpoint=rank.witness.status,
             token=time.monotonic(),
+            gauges=gauges_of(rank),
         )
 
     @refusing
@@ -153,6 +154,19 @@ class MemberServicer(pb_grpc.MemberServicer):
             if self._rank.member.state == "installed":
                 raise BusyError("digest: a commit is in progress on this rank; ask again")
             return self._digests(self._rank.receiver.digests())
+
+    @refusing_stream
+    def Reread(
+        self, request: pb.MemberRereadRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.MemberRereadReply]:
+        self._rank.member.follow("reread", request.epoch)
+        yield from reread(self._rank.receiver, request.version, request.share)
+
+    @refusing
+    def Drain(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:
+        with self._rank.steps:
+            self._rank.drain(request)
+        return self._reply()
 
     @refusing
     def Pause(self, request: pb.MemberRequest, context: grpc.ServicerContext) -> pb.MemberReply:

@@ -46,6 +46,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # before a replica whose build faile
 DYING_S = 10.0  # for a killed rank to leave its port
 LONELY_S = 5.0  # an empty replica that no donor has filled for so long, and none serves, loads by itself
 
+SERVING = ("serving", "draining")  # of a status: it holds the current version
+
 RankConfigs = Callable[[int], Sequence[RankConfig]]  # of the ranks of a replica, by its number
 Progress = Callable[[str, int, int], None]
 
@@ -249,7 +251,7 @@ class Supervisor:
         told = {each.replica: each for each in status.replicas}
         self._follow(told)
         # The coordinator learns later than this thread that a rank died.
-        donors = [number for number, each in told.items() if each.state == "serving" and self._is_running(number)]
+        donors = [number for number, each in told.items() if each.state in SERVING and self._is_running(number)]
         lonely = not donors
         for number, replica in list(self._replicas.items()):
             try:
@@ -299,7 +301,7 @@ class Supervisor:
         if replica.state != "running" or told is None or told.state == "joining":
             return
         if told.state != "fenced":
-            replica.served, replica.fenced_s = replica.served or told.state == "serving", float("inf")
+            replica.served, replica.fenced_s = replica.served or told.state in SERVING, float("inf")
             return
         now_s = time.monotonic()
         replica.fenced_s = min(replica.fenced_s, now_s)

@@ -7,8 +7,24 @@ import threading
 from collections.abc import Callable, Iterator
 
 from protos import transfuse_pb2 as pb
+from weight_update.versions import Record
 
 POLL_S = 0.5
+
+
+def event_of(record: Record) -> pb.Event:
+    """A recorded event for the wire."""
+    event = record.event
+    return pb.Event(
+        number=record.number,
+        time_s=record.time_s,
+        kind=event.kind,
+        version=event.version,
+        transaction=event.transaction,
+        text=event.text,
+        who=record.who,
+        peer=record.peer,
+    )
 
 
 class Watchers:
@@ -17,10 +33,17 @@ class Watchers:
     def __init__(self, stopped: threading.Event) -> None:
         self._stopped = stopped
         self._guard = threading.Lock()  # guards the set; nothing blocks under it
+        self._listeners: list[Callable[[pb.Event], None]] = []
         self._queues: set[queue.SimpleQueue[pb.Event]] = set()
+
+    def listen(self, listener: Callable[[pb.Event], None]) -> None:
+        """Call this with every event, in the thread that it comes from; it must not block."""
+        self._listeners.append(listener)
 
     def tell(self, event: pb.Event) -> None:
         """All who watch now get it."""
+        for listener in self._listeners:
+            listener(event)
         with self._guard:
             for each in self._queues:
                 each.put(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from weight_update.errors import (
     PlanError,
     StoreError,
     TransferError,
+    UnconfirmedError,
     VersionError,
     WeightUpdateError,
 )
@@ -43,10 +45,12 @@ STATUS_CODES: Mapping[type[WeightUpdateError], grpc.StatusCode] = {
     MemberError: grpc.StatusCode.INTERNAL,
     StoreError: grpc.StatusCode.INTERNAL,
     DeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    UnconfirmedError: grpc.StatusCode.FAILED_PRECONDITION,
     WeightUpdateError: grpc.StatusCode.INTERNAL,
 }
 MAX_WORKERS = 160  # calls that run at once; service.guard leaves 64 of them to those who push and to the fleet itself
 MAX_CALLS = 1024  # those that wait for a thread included
+REFUSALS: Counter[str] = Counter()  # calls that this process ended with an error, by its code
 
 SERVER_OPTIONS = (
     *CHANNEL_OPTIONS,
@@ -59,6 +63,7 @@ SERVER_OPTIONS = (
 
 def refuse(context: grpc.ServicerContext, error: WeightUpdateError) -> NoReturn:
     """End the call with this error; the other end raises it again."""
+    REFUSALS[error.code] += 1
     context.set_trailing_metadata(((ERROR_CODE_KEY, error.code),))
     context.abort(STATUS_CODES[type(error)], str(error))
     raise AssertionError("abort returned")

@@ -13,7 +13,7 @@ from torch import nn
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, owners_of
 from quant.modules import layouts_of, mark_all_applied
-from service.control import ControlServer
+from service.control_server import ControlServer
 from service.coordinator import CoordinatorShell
 from service.engine import Engine
 from service.faults import Faults
@@ -35,13 +35,14 @@ SERVING = Serving(max_tokens=512)
 
 @dataclass(frozen=True)
 class LocalService:
-    """address: of Control and Generation. ranks, models: one a replica."""
+    """address: of Control and Generation. ranks, models: one a replica. pages: host:port of metrics and status page."""
 
     address: str
     ranks: Sequence[RankServer]
     models: Sequence[nn.Module]
     shell: CoordinatorShell
     server: ControlServer
+    pages: str = ""
 
     def bytes(self) -> list[dict[str, bytes]]:
         """Every live storage of every replica, as it lies in memory."""
@@ -112,9 +113,10 @@ def local_service(
     scrub_s: float = 0.0,
     security: Security = PLAINTEXT,
     limits: Limits | None = None,
+    pages: bool = False,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
-    is served, as after a restart."""
+    is served, as after a restart. pages: with metrics and a status page."""
     torch.set_num_threads(1)
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
@@ -136,12 +138,22 @@ def local_service(
     )
     config = StoreConfig(directory=store_dir, keep=keep) if store_dir is not None else None
     keeper = None if config is None else keep_versions(shell, model_dir, config)
+    shown = "127.0.0.1:0" if pages else ""
     server = ControlServer(
-        shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper, security=security, limits=limits
+        shell,
+        listen="127.0.0.1:0",
+        tokenizer_dir=model_dir,
+        keeper=keeper,
+        security=security,
+        limits=limits,
+        pages=shown,
     )
+    for rank in ranks if pages else ():
+        rank.show(shown)
     models = [model for _, model in started]
+    at = "" if server.pages is None else server.pages.address
     try:
-        yield LocalService(address=server.address, ranks=ranks, models=models, shell=shell, server=server)
+        yield LocalService(address=server.address, ranks=ranks, models=models, shell=shell, server=server, pages=at)
     finally:
         if keeper is not None:
             keeper.stop()

@@ -15,7 +15,8 @@ from launch import cli, exits
 from tests.local import LocalService, local_service
 from tests.tiny import save, tiny_llama
 from weight_update.errors import ERRORS
-from weight_update.transport import ControlClient, from_manifest_proto
+from weight_update.transport import ControlClient
+from weight_update.values import from_manifest_proto
 
 COMMANDS = sorted(each.callback.__name__.replace("_", "-") for each in cli.app.registered_commands if each.callback)
 README = Path(__file__).parents[1] / "README.md"

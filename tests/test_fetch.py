@@ -20,7 +20,8 @@ from weight_update.client import Pusher
 from weight_update.errors import ManifestError, MemberError, VersionError
 from weight_update.fetch import fetch
 from weight_update.manifest import Manifest
-from weight_update.transport import ControlClient, fetch_stream, from_manifest_proto
+from weight_update.transport import ControlClient, fetch_stream
+from weight_update.values import from_manifest_proto
 
 # Rows of these are cut apart, padded, swizzled and swapped by the layout.
 LAYOUT = "trtllm"

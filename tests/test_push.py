@@ -32,7 +32,8 @@ from weight_update.errors import (
     VersionError,
     WeightUpdateError,
 )
-from weight_update.transport import STAGE, ControlClient, StageStream, connect, from_manifest_proto
+from weight_update.transport import STAGE, ControlClient, StageStream, connect
+from weight_update.values import from_manifest_proto
 
 LAYOUTS = ("trtllm", "cutlass")
 GOLDEN = Path(__file__).parent / "golden"

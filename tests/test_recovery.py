@@ -78,7 +78,7 @@ def test_replicas_are_added_and_removed_while_requests_run(healthy: Drill, capsy
     drill.settle()
     pids = await_state(drill, 2, "serving").pids
     tokens = drill.traffic.num_tokens
-    main_of(["replica", "remove", "2", "--to", drill.address])
+    main_of(["replica", "remove", "2", "--yes", "--to", drill.address])
     assert drill.traffic.num_tokens > tokens
     assert [each.replica for each in drill.status().replicas] == [0, 1]
     deadline_s = time.monotonic() + 20

@@ -92,11 +92,11 @@ def test_what_is_not_there_cannot_be_exported(shell: Shell, place: Path, tmp_pat
 def test_rollback_brings_a_version_back_and_reset_is_for_lost_ones_only(
     shell: Shell, service: LocalService, tmp_path: Path
 ) -> None:
-    told = shell.json("rollback", "2")
+    told = shell.json("rollback", "2", "--yes")
     assert (told["version"], told["restores"]) == (4, 2)
     save(tiny_llama(seed=1), tmp_path)
     assert service.bytes()[0] == cold(tmp_path, "trtllm")[1].storage_bytes()
-    code, out, err = shell("reset", "--to", "durable", "--service", shell._address)
+    code, out, err = shell("reset", "--to", "durable", "--service", shell._address, "--yes")
     assert (code, out) == (6, "") and "nothing is lost" in err
     assert shell("reset", "--to", "yesterday", "--service", shell._address)[0] == 2
 

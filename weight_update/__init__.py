@@ -18,7 +18,8 @@ the trainer side
     encoder     its rows in checkpoint form, block by block
     door        encoded rows become chunks on the streams of their owners
     ranks       the few collectives that a push needs
-    transport   the one module that speaks gRPC
+    transport   the one module that speaks gRPC; loads no torch, so that administrators' commands start at once
+    values      manifests, digests and delta plans, to their messages and back
 
 the transaction
     protocol    the coordinator's side, without I/O

@@ -26,7 +26,8 @@ from .ranks import Ranks
 from .report import Clock
 from .sending import Packed, Streams, announced, destinations_of, pack_for, send_packed, send_whole
 from .source import PushPlan
-from .transport import ControlClient, StageStream, to_delta_proto
+from .transport import ControlClient, StageStream
+from .values import to_delta_proto
 
 log = logging.getLogger(__name__)
 

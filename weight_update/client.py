@@ -40,7 +40,8 @@ from .ranks import Ranks
 from .report import Clock, PushReport, report_of
 from .security import Security
 from .source import Items, PushPlan, Scope, check_finite, plan_push
-from .transport import Channels, ControlClient, from_manifest_proto
+from .transport import Channels, ControlClient
+from .values import from_manifest_proto
 
 __all__ = ["PushHandle", "PushReport", "Pusher"]
 

@@ -11,6 +11,7 @@
       MemberError(RuntimeError)        a rank failed or is fenced
       StoreError(RuntimeError)         a version cannot be written to, or read from, the version store
       DeniedError(PermissionError)     whoever asks may not do this
+      UnconfirmedError(RuntimeError)   nobody said yes to a command that takes something away
 
 All are picklable, since they cross processes. `code` is stable: scripts and the wire use it.
 """
@@ -86,6 +87,12 @@ class DeniedError(WeightUpdateError, PermissionError):
     code = "denied"
 
 
+class UnconfirmedError(WeightUpdateError, RuntimeError):
+    """A command that takes something away was not confirmed; nothing was done."""
+
+    code = "unconfirmed"
+
+
 ERRORS: dict[str, type[WeightUpdateError]] = {
     error.code: error
     for error in (
@@ -100,6 +107,7 @@ ERRORS: dict[str, type[WeightUpdateError]] = {
         MemberError,
         StoreError,
         DeniedError,
+        UnconfirmedError,
     )
 }
 

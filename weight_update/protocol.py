@@ -300,7 +300,9 @@ class Coordinator:
 
     def _aborted(self) -> list[Action]:
         fences = self._fence_failed()
-        return [*fences, self.notify("abort", str(self.open().failure)), *self.close(None)]
+        failure = self.open().failure
+        code = "" if failure is None else f"[{failure.code}] "
+        return [*fences, self.notify("abort", f"{code}{failure}"), *self.close(None)]
 
     def _fence_failed(self) -> list[Action]:
         assert self._round is not None

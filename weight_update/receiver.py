@@ -258,6 +258,12 @@ class Receiver:
             lane0, lane1 = self._known[tensor].tolist()
             return (lane0, lane1) if self._is_known[tensor] else None
 
+    def known_digest(self) -> Lanes | None:
+        """Digest of all of this rank's rows as they were last read back; None where some never were."""
+        with self._lock:
+            lane0, lane1 = self._known.sum(axis=0, dtype=np.uint64).tolist()
+            return (lane0, lane1) if self._is_known.all() else None
+
     @property
     def last_undo_bytes(self) -> int:
         """Bytes that the last publish overwrote; 0 once the next transaction began."""

@@ -12,22 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
-import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from quant.formats import TensorSpec
-from quant.parameters import ParameterRow
 
 from .channels import CHANNEL_OPTIONS, CONTROL_MESSAGE_BYTES, PLAINTEXT, Channels, connect
-from .delta import BlobSize, DeltaPlan, RankDelta
-from .digest import Digests
 from .errors import ERRORS, MemberError, TransferError, WeightUpdateError
-from .manifest import Manifest
 from .security import Security
+
+if TYPE_CHECKING:  # they load torch, which administrators' commands do without
+    from quant.formats import TensorSpec
+
+    from .digest import Digests
 
 __all__ = ["CHANNEL_OPTIONS", "CONTROL_MESSAGE_BYTES", "Channels", "connect"]
 
@@ -36,6 +35,8 @@ log = logging.getLogger(__name__)
 STAGE = "/transfuse.v1.Data/Stage"
 FETCH = "/transfuse.v1.Data/Fetch"
 ERROR_CODE_KEY = "transfuse-error-code"
+COORDINATOR_KEY = "transfuse-coordinator"  # in the answer of a rank: where Control is
+USER_KEY = "transfuse-user"  # in a call: who makes it, for the record
 RETRY_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
 STREAM_RETRY_CODES = RETRY_CODES | {grpc.StatusCode.CANCELLED}  # by the rank: it drops streams that stay idle
 RETRY_DELAY_S = 0.2
@@ -65,104 +66,6 @@ def call(method: Callable[..., Message], request: Any, *, timeout_s: float | Non
         return method(request, timeout=timeout_s)
     except grpc.RpcError as error:
         raise error_of(error, where) from None
-
-
-# ---------------------------------------------------------------- values on the wire
-
-
-def to_spec_proto(spec: TensorSpec) -> pb.TensorSpec:
-    """One tensor of a manifest, for the wire."""
-    return pb.TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape)
-
-
-def from_spec_proto(spec: pb.TensorSpec) -> TensorSpec:
-    """One tensor of a manifest, from the wire."""
-    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(spec.shape))
-
-
-def to_manifest_proto(manifest: Manifest) -> pb.Manifest:
-    """A manifest for the wire."""
-    parameters = [
-        pb.ParameterSpec(
-            name=row.name,
-            shape=row.shape,
-            format=row.format,
-            group=row.group,
-            tensors=[manifest.index[spec.name] for spec in manifest.tensors_of(row)],
-            aliases=row.aliases,
-        )
-        for row in manifest.parameters
-    ]
-    tensors = [to_spec_proto(spec) for spec in manifest.tensors]
-    return pb.Manifest(tensors=tensors, parameters=parameters, fingerprint=manifest.fingerprint)
-
-
-def from_manifest_proto(message: pb.Manifest) -> Manifest:
-    """A manifest from the wire; a fingerprint that does not fit means that the two ends' versions differ."""
-    manifest = Manifest(
-        tensors=tuple(from_spec_proto(spec) for spec in message.tensors),
-        parameters=tuple(
-            ParameterRow(
-                name=row.name, shape=tuple(row.shape), format=row.format, group=row.group, aliases=tuple(row.aliases)
-            )
-            for row in message.parameters
-        ),
-    )
-    if manifest.fingerprint != message.fingerprint:
-        raise TransferError(
-            f"manifest fingerprint: service says {message.fingerprint:016x}, computed {manifest.fingerprint:016x};"
-            " install the same release of transfuse on both ends"
-        )
-    return manifest
-
-
-def to_digests_proto(digests: Digests) -> pb.Digests:
-    """[n, 2] uint64 to its message."""
-    return pb.Digests(lane0=digests[:, 0].tolist(), lane1=digests[:, 1].tolist())
-
-
-def from_digests_proto(message: pb.Digests) -> Digests:
-    """A message to [n, 2] uint64."""
-    if len(message.lane0) != len(message.lane1):
-        raise TransferError(f"digests: {len(message.lane0)} first lanes, {len(message.lane1)} second lanes")
-    return np.stack([np.array(message.lane0, np.uint64), np.array(message.lane1, np.uint64)], axis=1)
-
-
-def to_delta_proto(plan: DeltaPlan) -> pb.Delta:
-    """What a delta push brings, for the wire."""
-    ranks = [
-        pb.RankDelta(
-            replica=each.replica,
-            rank=each.rank,
-            blobs=[
-                pb.BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
-                for blob in each.blobs
-            ],
-        )
-        for each in plan.ranks
-    ]
-    return pb.Delta(base_version=plan.base_version, base_digest=plan.base_digest, changed=plan.changed, ranks=ranks)
-
-
-def from_delta_proto(message: pb.Delta) -> DeltaPlan:
-    """What a delta push brings, from the wire."""
-    ranks = tuple(
-        RankDelta(
-            replica=each.replica,
-            rank=each.rank,
-            blobs=tuple(
-                BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
-                for blob in each.blobs
-            ),
-        )
-        for each in message.ranks
-    )
-    return DeltaPlan(
-        base_version=message.base_version,
-        base_digest=message.base_digest,
-        changed=tuple(message.changed),
-        ranks=ranks,
-    )
 
 
 # ---------------------------------------------------------------- one rank's stream
@@ -353,6 +256,8 @@ class ControlClient:
 
     def begin(self, **fields: Any) -> pb.BeginReply:
         """Open a transaction, or renew the lease of the one with this push id."""
+        from .values import to_spec_proto
+
         tensors: Sequence[TensorSpec] = fields.pop("tensors")
         request = pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors], **fields)
         reply: pb.BeginReply = call(self._stub.Begin, request, timeout_s=120, where=self.target)
@@ -360,6 +265,8 @@ class ControlClient:
 
     def prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
         """All bytes are sent: every rank checks that they arrived as meant."""
+        from .values import to_digests_proto
+
         request = pb.PrepareRequest(transaction=transaction, digests=to_digests_proto(digests), wire_bytes=wire_bytes)
         call(self._stub.Prepare, request, timeout_s=600, where=self.target)
 

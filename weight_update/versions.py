@@ -9,15 +9,17 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from .errors import VersionError
-from .messages import Decision, MemberId
+from .messages import Decision, MemberId, Notify
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -30,13 +32,46 @@ CREATE TABLE IF NOT EXISTS members (
     replica INTEGER NOT NULL, rank INTEGER NOT NULL, address TEXT NOT NULL, PRIMARY KEY (replica, rank));
 CREATE TABLE IF NOT EXISTS events (
     time_s REAL NOT NULL, kind TEXT NOT NULL, version INTEGER NOT NULL, txn INTEGER NOT NULL, text TEXT NOT NULL);
+CREATE TRIGGER IF NOT EXISTS events_stay BEFORE DELETE ON events
+    BEGIN SELECT RAISE(ABORT, 'events is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS events_stand BEFORE UPDATE ON events
+    BEGIN SELECT RAISE(ABORT, 'events is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS events_follow BEFORE INSERT ON events
+    WHEN EXISTS (SELECT 1 FROM events WHERE rowid = NEW.rowid) BEGIN SELECT RAISE(ABORT, 'events is append-only'); END;
 """
-# columns of `versions` that files of earlier releases lack
-ADDED = {"step": "INTEGER NOT NULL DEFAULT 0", "restores": "INTEGER NOT NULL DEFAULT 0", "durable": "REAL"}
+# columns that files of earlier releases lack
+ADDED = {
+    "versions": {"step": "INTEGER NOT NULL DEFAULT 0", "restores": "INTEGER NOT NULL DEFAULT 0", "durable": "REAL"},
+    "events": {"who": "TEXT NOT NULL DEFAULT ''", "peer": "TEXT NOT NULL DEFAULT ''"},
+}
 COLUMNS = (
     'version, base_version, txn AS "transaction", push_id, pushed_by, created_s, digest, digests, num_tensors,'
     " wire_bytes, logical_bytes, seconds, step, restores"
 )
+EVENT_COLUMNS = "time_s, kind, version, txn, text, who, peer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """An event as it was recorded. number: grows by one with each. who, peer: see `VersionIndex.record`."""
+
+    time_s: float
+    event: Notify
+    who: str
+    peer: str
+    number: int = 0
+
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Record:
+        """From the file."""
+        number, time_s, kind, version, transaction, text, who, peer = row
+        event = Notify(kind=kind, version=version, transaction=transaction, text=text)
+        return cls(time_s=time_s, event=event, who=who, peer=peer, number=number)
+
+    def row(self) -> tuple[object, ...]:
+        """Values of EVENT_COLUMNS."""
+        event = self.event
+        return (self.time_s, event.kind, event.version, event.transaction, event.text, self.who, self.peer)
 
 
 class VersionIndex:
@@ -52,9 +87,11 @@ class VersionIndex:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(SCHEMA)
-        held = {row[1] for row in self._db.execute("PRAGMA table_info(versions)")}
-        for name in ADDED.keys() - held:
-            self._db.execute(f"ALTER TABLE versions ADD COLUMN {name} {ADDED[name]}")
+        for table, columns in ADDED.items():
+            held = {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}
+            for name in columns.keys() - held:
+                self._db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {columns[name]}")
+        self._newest: Decision | None = None  # the last decision: it is asked for at every call, and is large
         self._db.execute("INSERT INTO meta VALUES ('epoch', 1) ON CONFLICT (key) DO UPDATE SET value = value + 1")
         self.epoch: int = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
 
@@ -104,6 +141,7 @@ class VersionIndex:
                 " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 row,
             )
+            self._newest = None
 
     def set_durable(self, version: int, durable: bool = True) -> None:
         """The version store has this version, or has it no more."""
@@ -153,16 +191,23 @@ class VersionIndex:
         with self._writing() as db:
             db.execute("UPDATE versions SET pause_s = ? WHERE version = ?", (pause_s, version))
 
-    def decisions(self) -> list[Decision]:
-        """All decisions, oldest first."""
-        return self._decisions("ORDER BY version")
+    def decisions(self, last: int = 0) -> list[Decision]:
+        """The `last` newest decisions, 0 for all of them, oldest first."""
+        limit = f" LIMIT {last:d}" if last else ""
+        return self._decisions(f"ORDER BY version DESC{limit}")[::-1]
 
     def decision(self, version: int | None = None) -> Decision:
         """The decision of one version, the last one by default."""
+        newest = self._newest
+        if newest is not None and version in (None, newest.version):
+            return newest
         where = "ORDER BY version DESC LIMIT 1" if version is None else f"WHERE version = {version:d}"
-        found = self._decisions(where)
-        if not found:
-            raise VersionError(f"version {version}: unknown; 'transfuse versions' lists what was committed")
+        with self._lock:
+            found = self._decisions(where)
+            if not found:
+                raise VersionError(f"version {version}: unknown; 'transfuse versions' lists what was committed")
+            if version is None:
+                self._newest = found[0]
         return found[0]
 
     def _decisions(self, where: str) -> list[Decision]:
@@ -183,12 +228,23 @@ class VersionIndex:
         """The largest version ever decided; 0 when there is none. Versions are never reused."""
         return int(self._db.execute("SELECT COALESCE(MAX(version), 0) FROM versions").fetchone()[0])
 
-    def record(self, kind: str, version: int, transaction: int, text: str) -> float:
-        """Append one event; returns its time in Unix seconds."""
-        now_s = time.time()
+    def record(self, notify: Notify, *, who: str = "", peer: str = "") -> Record:
+        """Append one event. who, peer: of the call that it was, "" for what the service did by itself."""
+        record = Record(time_s=time.time(), event=notify, who=who, peer=peer)
         with self._lock:
-            self._db.execute("INSERT INTO events VALUES (?,?,?,?,?)", (now_s, kind, version, transaction, text))
-        return now_s
+            cursor = self._db.execute(f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?,?,?,?,?,?,?)", record.row())
+        return replace(record, number=cursor.lastrowid or 0)
+
+    def events(self, *, after: int = 0, limit: int = 100, kinds: Sequence[str] = ()) -> list[Record]:
+        """The newest `limit` events of these kinds, of all where none is named, oldest first. after: only those with a
+        larger number."""
+        among = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT rowid, {EVENT_COLUMNS} FROM events WHERE rowid > ?{among} ORDER BY rowid DESC LIMIT ?",
+                (after, *kinds, limit),
+            ).fetchall()
+        return [Record.of(row) for row in reversed(rows)]
 
     def close(self) -> None:
         """Close the file; nobody is reading it then."""

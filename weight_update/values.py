@@ -1,0 +1,109 @@
+"""Values on the wire: manifests, digests and delta plans, to their messages and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protos import transfuse_pb2 as pb
+from quant.formats import TensorSpec
+from quant.parameters import ParameterRow
+
+from .delta import BlobSize, DeltaPlan, RankDelta
+from .digest import Digests
+from .errors import TransferError
+from .manifest import Manifest
+
+
+def to_spec_proto(spec: TensorSpec) -> pb.TensorSpec:
+    """One tensor of a manifest, for the wire."""
+    return pb.TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+
+
+def from_spec_proto(spec: pb.TensorSpec) -> TensorSpec:
+    """One tensor of a manifest, from the wire."""
+    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(spec.shape))
+
+
+def to_manifest_proto(manifest: Manifest) -> pb.Manifest:
+    """A manifest for the wire."""
+    parameters = [
+        pb.ParameterSpec(
+            name=row.name,
+            shape=row.shape,
+            format=row.format,
+            group=row.group,
+            tensors=[manifest.index[spec.name] for spec in manifest.tensors_of(row)],
+            aliases=row.aliases,
+        )
+        for row in manifest.parameters
+    ]
+    tensors = [to_spec_proto(spec) for spec in manifest.tensors]
+    return pb.Manifest(tensors=tensors, parameters=parameters, fingerprint=manifest.fingerprint)
+
+
+def from_manifest_proto(message: pb.Manifest) -> Manifest:
+    """A manifest from the wire; a fingerprint that does not fit means that the two ends' versions differ."""
+    manifest = Manifest(
+        tensors=tuple(from_spec_proto(spec) for spec in message.tensors),
+        parameters=tuple(
+            ParameterRow(
+                name=row.name, shape=tuple(row.shape), format=row.format, group=row.group, aliases=tuple(row.aliases)
+            )
+            for row in message.parameters
+        ),
+    )
+    if manifest.fingerprint != message.fingerprint:
+        raise TransferError(
+            f"manifest fingerprint: service says {message.fingerprint:016x}, computed {manifest.fingerprint:016x};"
+            " install the same release of transfuse on both ends"
+        )
+    return manifest
+
+
+def to_digests_proto(digests: Digests) -> pb.Digests:
+    """[n, 2] uint64 to its message."""
+    return pb.Digests(lane0=digests[:, 0].tolist(), lane1=digests[:, 1].tolist())
+
+
+def from_digests_proto(message: pb.Digests) -> Digests:
+    """A message to [n, 2] uint64."""
+    if len(message.lane0) != len(message.lane1):
+        raise TransferError(f"digests: {len(message.lane0)} first lanes, {len(message.lane1)} second lanes")
+    return np.stack([np.array(message.lane0, np.uint64), np.array(message.lane1, np.uint64)], axis=1)
+
+
+def to_delta_proto(plan: DeltaPlan) -> pb.Delta:
+    """What a delta push brings, for the wire."""
+    ranks = [
+        pb.RankDelta(
+            replica=each.replica,
+            rank=each.rank,
+            blobs=[
+                pb.BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
+                for blob in each.blobs
+            ],
+        )
+        for each in plan.ranks
+    ]
+    return pb.Delta(base_version=plan.base_version, base_digest=plan.base_digest, changed=plan.changed, ranks=ranks)
+
+
+def from_delta_proto(message: pb.Delta) -> DeltaPlan:
+    """What a delta push brings, from the wire."""
+    ranks = tuple(
+        RankDelta(
+            replica=each.replica,
+            rank=each.rank,
+            blobs=tuple(
+                BlobSize(**{field.name: getattr(blob, field.name) for field in pb.BlobSize.DESCRIPTOR.fields})
+                for blob in each.blobs
+            ),
+        )
+        for each in message.ranks
+    )
+    return DeltaPlan(
+        base_version=message.base_version,
+        base_digest=message.base_digest,
+        changed=tuple(message.changed),
+        ranks=ranks,
+    )
