@@ -26,7 +26,7 @@ from weight_update.chunks import StageOpen, decode_request, encode_chunk
 from weight_update.delta import BlobSize, Patch, pack, unpack
 from weight_update.errors import ManifestError, TransferError
 from weight_update.manifest import check_push
-from weight_update.transport import from_manifest_proto, from_spec_proto, to_manifest_proto
+from weight_update.values import from_manifest_proto, from_spec_proto, to_manifest_proto
 
 DELTA_BUDGET = 1 << 20  # what a rank would have had room for when the delta was announced
 EDGES = [b"\xff" * 8, b"\x00" * 8, b"\xff\xff\xff\xff\x0f", b"\x80" * 10, b"\xff" * 9 + b"\x01", b"\x7f", b"[" * 2000]

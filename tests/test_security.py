@@ -27,7 +27,8 @@ from weight_update.channels import connect, server_credentials
 from weight_update.client import Pusher
 from weight_update.errors import DeniedError, PlanError
 from weight_update.security import ANYBODY, ROLES, Security, Tokens, is_loopback, token_line
-from weight_update.transport import STAGE, ControlClient, error_of, fetch_stream, from_manifest_proto
+from weight_update.transport import STAGE, ControlClient, error_of, fetch_stream
+from weight_update.values import from_manifest_proto
 
 LIMITS = Limits(idle_s=2.0, calls=16, reading_calls=24, slow_s=0.03, slowed=2)
 WITHOUT = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List", "/grpc.health.v1.Health/Watch"})

@@ -91,6 +91,14 @@ ROWS = (
         " few seconds. For a damaged file export another version.",
     ),
     Code(
+        code="denied",
+        means="whoever asks may not do this",
+        cause="No token was shown, one that the service does not know, one of a lesser role than the call takes, or a"
+        " push of another name is to be joined.",
+        cure="Name the file with --token-file or TRANSFUSE_TOKEN_FILE. 'transfuse tokens list' shows names and roles;"
+        " 'transfuse tokens add' makes one, which running services take up at once.",
+    ),
+    Code(
         code="unconfirmed",
         means="a command that takes something away was not confirmed",
         cause="It runs without a terminal, so that nobody could be asked, or the answer was no. Nothing was done.",
