@@ -17,8 +17,7 @@ from tests.tiny import save, tiny_llama
 NODES = {"tf-here": "10.231.7.1", "tf-there": "10.231.7.2"}
 CABLE = "tf-cable"
 PARTITION_S = 30.0
-STARTED = "Ray runtime started."
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}  # nobody else is on these networks
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}  # nobody else is on these networks
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,14 +85,6 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def await_started(process: subprocess.Popen[str], log: Path, timeout_s: float = 90.0) -> None:
-    """Return once `ray start --block` says that its node runs."""
-    deadline_s = time.monotonic() + timeout_s
-    while STARTED not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.2)
-
-
 @pytest.fixture
 def nodes() -> Iterator[None]:
     """Two namespaces, one cable, their own loopback."""
@@ -135,7 +126,8 @@ def cluster(nodes: None, tmp_path: Path) -> Iterator[str]:
                 )
             )
             log.close()
-            await_started(processes[-1], tmp_path / f"{name}.log")
+            time.sleep(15)
+            assert processes[-1].poll() is None, (tmp_path / f"{name}.log").read_text()
         yield address
     finally:
         for process in processes:

@@ -607,7 +607,7 @@ def test_versions_are_listed_with_their_digests_and_events_are_watched(service: 
         time.sleep(0.3)
         report = pusher.push(tiny_llama(seed=31))
         reader.join(10)
-        assert seen == ["begin", "prepare", "decide"]
+        assert seen == ["push", "begin", "prepare", "decide"]
         last = stub.Versions(pb.VersionsRequest()).versions[-1]
         assert (last.version, last.digest) == (report.version, report.digest)
 
