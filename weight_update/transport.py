@@ -330,7 +330,7 @@ class ControlClient:
 
     @property
     def _stub(self) -> Any:
-        return pb_grpc.ControlStub(self.channel)
+        return self._channels.stub(self.target, pb_grpc.ControlStub)
 
     def describe(self, fingerprint: int = 0) -> pb.DescribeReply:
         """What the service holds and where; without the manifest where the caller's has this fingerprint."""
