@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from weight_update.errors import PlanError
@@ -41,15 +41,19 @@ Insecure = Annotated[
 ]
 
 
-def take(
-    context: typer.Context, tls_dir: TlsDir = None, token_file: TokenFile = None, insecure_plaintext: Insecure = False
-) -> None:
+NOTHING = Security()
+# Typer hides the context of the command that runs from what the command calls.
+_GIVEN: ContextVar[Security] = ContextVar("security", default=NOTHING)
+
+
+def take(tls_dir: TlsDir = None, token_file: TokenFile = None, insecure_plaintext: Insecure = False) -> None:
     """Puts new weights into running, quantized, FSDP-sharded models."""
-    context.obj = Security(
+    given = Security(
         tls_dir=None if tls_dir is None else tls_dir.absolute(),
         token_file=None if token_file is None else token_file.absolute(),
         insecure_plaintext=insecure_plaintext,
     )
+    _GIVEN.set(given)
 
 
 def from_environment() -> Security:
@@ -64,9 +68,7 @@ def from_environment() -> Security:
 
 def security() -> Security:
     """Of the command that runs."""
-    context = click.get_current_context(silent=True)
-    found = None if context is None else context.find_object(Security)
-    return found or Security()
+    return _GIVEN.get()
 
 
 def use(given: Security) -> None:

@@ -43,7 +43,7 @@ class Roster:
 
     def hello(self, address: str, *, brief: bool = False) -> pb.HelloReply | WeightUpdateError:
         """Greet whoever has this address: its manifest and rows, or why there is no answer. brief: ask how it is."""
-        stub = pb_grpc.MemberStub(self._channels(address))
+        stub = self._channels.stub(address, pb_grpc.MemberStub)
         request = pb.HelloRequest() if brief else pb.HelloRequest(epoch=self._epoch, round=self._epoch << 32)
         try:
             reply: pb.HelloReply = call(stub.Hello, request, timeout_s=STEP_TIMEOUT_S, where=address)
@@ -87,7 +87,7 @@ class Roster:
 
     def stub(self, member: MemberId) -> Any:
         """The process that has the member's address now, and none that comes after it."""
-        return pb_grpc.MemberStub(self._channels(self._addresses[member]))
+        return self._channels.stub(self._addresses[member], pb_grpc.MemberStub)
 
     def around(self, send: Send) -> Around:
         """What a member is told beside its step."""

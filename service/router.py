@@ -99,7 +99,7 @@ class GenerationRouter(pb_grpc.GenerationServicer):
         address: str,
         merged: queue.SimpleQueue[Any],
     ) -> Any:
-        stream = getattr(pb_grpc.GenerationStub(self._channels(address)), rpc)(request)
+        stream = getattr(self._channels.stub(address, pb_grpc.GenerationStub), rpc)(request)
 
         def read() -> None:
             try:

@@ -233,7 +233,7 @@ class Supervisor:
     def _watch(self, coordinator: str) -> None:
         while not self._stopped.is_set():
             try:
-                self._turn(pb_grpc.ControlStub(self._channels(coordinator)))
+                self._turn(self._channels.stub(coordinator, pb_grpc.ControlStub))
             except WeightUpdateError as error:  # the coordinator is being restarted: look again
                 log.info("supervisor: %s", error)
                 self._stopped.wait(TURN_S)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from launch import authority
+from launch import access, authority, cli
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import guard
@@ -23,7 +24,7 @@ from service.guard import Limits
 from service.wire import bind, make_server
 from tests.local import LocalService, local_service
 from tests.tiny import save, tiny_llama
-from weight_update.channels import connect, server_credentials
+from weight_update.channels import Channels, connect, server_credentials
 from weight_update.client import Pusher
 from weight_update.errors import DeniedError, PlanError
 from weight_update.security import ANYBODY, ROLES, Security, Tokens, is_loopback, token_line
@@ -374,6 +375,72 @@ def shown_by(address: str, folder: Path) -> bytes:
         found = end.getpeercert(binary_form=True)
         assert found
         return found
+
+
+def test_a_client_connects_anew_with_new_files_and_only_then(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.touch(0o600)
+    path.write_text(token_line("read", "a"))
+    channels = Channels(Security(token_file=path))
+    first = channels("127.0.0.1:1")
+    assert channels("127.0.0.1:1") is first and channels("127.0.0.1:2") is not first
+    path.write_text(token_line("read", "longer"))
+    assert channels("127.0.0.1:1") is not first
+    channels.close()
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(args)
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+def test_the_command_shows_its_token_and_says_what_it_may_not(
+    service: LocalService, files: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ("--tls-dir", str(files / "trainer"), "--token-file", str(files / "eve.token"))
+    assert shell(*first, "status", "--to", service.address, "--json")[0] == 0
+    code, out, err = shell(*first, "pause", "--to", service.address)
+    assert (code, out) == (7, "") and "eve has role read; this takes admin" in err
+    assert shell("--tls-dir", str(files / "trainer"), "status", "--to", service.address)[0] == 7
+    monkeypatch.setenv("TRANSFUSE_TLS_DIR", str(files / "trainer"))
+    monkeypatch.setenv("TRANSFUSE_TOKEN_FILE", str(files / "eve.token"))
+    assert shell("versions", "--to", service.address)[0] == 0
+    assert access.from_environment() == of(files, "eve")
+    code, _, err = shell("status", "--to", "192.0.2.1:1")
+    assert code == 3  # it may connect there; nobody answers
+    monkeypatch.delenv("TRANSFUSE_TLS_DIR")
+    code, _, err = shell("status", "--to", "192.0.2.1:1")
+    assert code == 4 and "--tls-dir" in err and "--insecure-plaintext" in err
+
+
+def test_the_command_makes_token_files(tmp_path: Path, shell: Shell) -> None:
+    path = tmp_path / "deep" / "tokens"
+    assert shell("tokens", "init", str(path))[0] == 0
+    made = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert shell("tokens", "init", str(path))[0] == 4 and path.read_bytes() == made
+    code, out, _ = shell("tokens", "add", str(path), "push", "ppo")
+    assert code == 0 and "tf_" not in out and path.read_bytes().startswith(made)
+    assert path.stat().st_mode & 0o777 == 0o600
+    for role, name in (("push", "ppo"), ("root", "x"), ("read", "a b")):
+        assert shell("tokens", "add", str(path), role, name)[0] == 4
+    rows = json.loads(shell("tokens", "list", str(path), "--json")[1])
+    assert [row["role"] for row in rows] == [*ROLES, "push"]
+    code, line, _ = shell("tokens", "show", str(path), "ppo")
+    found = Tokens(path).find(line.split()[2])
+    assert code == 0 and found is not None and (found.name, found.role) == ("ppo", "push")
 
 
 # ---------------------------------------------------------------- limits

@@ -76,6 +76,7 @@ class Channels:
         self._security = security
         self._guard = threading.Lock()  # guards the rest; nothing blocks under it
         self._made: dict[str, tuple[tuple[int, ...], grpc.Channel]] = {}
+        self._stubs: dict[tuple[str, Callable[..., Any]], tuple[grpc.Channel, Any]] = {}
         self._former: list[grpc.Channel] = []
 
     def __call__(self, address: str) -> grpc.Channel:
@@ -90,12 +91,22 @@ class Channels:
                 self._made[address] = (stamp, channel)
             return channel
 
+    def stub(self, address: str, make: Callable[[grpc.Channel], Any]) -> Any:
+        """What `make` made of the channel to host:port: to make a stub costs more than a call."""
+        channel = self(address)
+        with self._guard:
+            known, stub = self._stubs.get((address, make), (None, None))
+            if known is not channel:
+                stub = make(channel)
+                self._stubs[address, make] = (channel, stub)
+            return stub
+
     def close(self) -> None:
         """Close them all."""
         with self._guard:
             for channel in (*self._former, *(channel for _, channel in self._made.values())):
                 channel.close()
-            self._made, self._former = {}, []
+            self._made, self._stubs, self._former = {}, {}, []
 
 
 def _stamp(security: Security) -> tuple[int, ...]:

@@ -239,7 +239,7 @@ class ControlClient:
 
     @property
     def _stub(self) -> Any:
-        return pb_grpc.ControlStub(self.channel)
+        return self._channels.stub(self.target, pb_grpc.ControlStub)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the coordinator answers: other calls fail at once where the connection is away for a moment."""
