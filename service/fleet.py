@@ -28,7 +28,7 @@ from weight_update.errors import MemberError, PlanError
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
 from .keeper import StoreConfig
-from .logs import LogFormat
+from .logs import Seeing
 from .rank import SCRUB_S
 from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
@@ -54,9 +54,9 @@ class FleetConfig:
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
     even though they live. store: where committed versions are kept; its newest one is what a start serves. scrub_s:
-    within which every installed byte is read again and compared, 0 for never. metrics_port: of the coordinator's
-    metrics and status page on loopback, 0 for none; those of the ranks follow it, in order. log_format: text or json.
-    For the rest see Serving.
+    within which every installed byte is read again and compared, 0 for never. seeing: what
+    its processes show of themselves; the ports of the ranks' metrics follow the coordinator's, in order. For the rest
+    see Serving.
     """
 
     model: str
@@ -79,8 +79,7 @@ class FleetConfig:
     rebuild_after_s: float = 120.0
     store: StoreConfig | None = None
     scrub_s: float = SCRUB_S
-    metrics_port: int = 0
-    log_format: LogFormat = "text"
+    seeing: Seeing = field(default_factory=Seeing)
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -160,8 +159,7 @@ class Fleet:
             min_replicas=config.min_replicas,
             loaded=self._weights.loaded,
             store=config.store,
-            metrics_port=config.metrics_port,
-            log_format=config.log_format,
+            seeing=config.seeing,
         )
         self.address = value_of(self.coordinator.address.remote(), "the coordinator")
         self._supervisor.watch(self.address)
@@ -223,8 +221,7 @@ class Fleet:
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
             scrub_s=config.scrub_s,
-            metrics_port=config.metrics_port and config.metrics_port + 1 + replica * config.ranks + rank,
-            log_format=config.log_format,
+            seeing=config.seeing.after(replica * config.ranks + rank),
         )
 
     @property

@@ -19,6 +19,8 @@ from service.engine import Engine
 from service.faults import Faults
 from service.keeper import StoreConfig, keep_versions
 from service.loading import cold_load
+from service.logs import Seeing
+from service.pages import Pages
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
 from service.restart import Weights
@@ -104,6 +106,7 @@ def local_service(
     keep: int = 4,
     scrub_s: float = 0.0,
     pages: bool = False,
+    record_dir: Path | None = None,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
     is served, as after a restart. pages: with metrics and a status page."""
@@ -128,9 +131,12 @@ def local_service(
     config = StoreConfig(directory=store_dir, keep=keep) if store_dir is not None else None
     keeper = None if config is None else keep_versions(shell, model_dir, config)
     shown = "127.0.0.1:0" if pages else ""
-    server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper, pages=shown)
-    for rank in ranks if pages else ():
-        rank.show(shown)
+    server = ControlServer(
+        shell, listen="127.0.0.1:0", tokenizer_dir=model_dir, keeper=keeper, pages=shown, record_dir=record_dir
+    )
+    for rank in ranks:
+        rank.show(Seeing(record_dir=record_dir))
+        rank.pages = Pages(shown, {"/metrics": rank.metrics.text}) if pages else None
     models = [model for _, model in started]
     at = "" if server.pages is None else server.pages.address
     try:
