@@ -34,7 +34,7 @@ from .fetching import fetched
 from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .leases import ServingLease
-from .logs import Seeing
+from .logs import Seeing, phase
 from .metrics import RankMetrics
 from .pages import Pages
 from .scrubbing import Scrubber
@@ -235,7 +235,14 @@ class RankServer:
         if self._is_pushed:
             self.witness.hear()
         self.timing.stage_stop_s = time.time()
+        self.did("stage", request.version, self.timing.stage_stop_s - self.timing.stage_start_s)
         return digests
+
+    def did(self, name: str, version: int, seconds: float) -> None:
+        """A phase of a push is over: log it, count it."""
+        who = f"{self.identity.replica}.{self.identity.rank}"
+        phase(name, version=version, rank=who, num_bytes=self.receiver.staged_bytes, seconds=seconds)
+        self.metrics.observe("transfuse_phase_s", seconds, name)
 
     def install(self, request: Any) -> np.ndarray:
         self._pause()

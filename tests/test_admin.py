@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import pty
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -339,6 +343,27 @@ def test_top_into_a_pipe_shows_it_once(live: Shell, service: LocalService) -> No
     found = live.json("top")
     assert found["status"]["version"] == found["versions"][-1]["version"]
     live.json("abort", "--yes")
+
+
+def test_top_in_a_terminal_goes_on_until_it_is_interrupted(service: LocalService) -> None:
+    code = "from launch.cli import main; main()"
+    main, worker = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "top", "--interval", "0.2", "--to", service.address],
+        cwd=ROOT, stdin=worker, stdout=worker, stderr=worker, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+    ) as process:  # fmt: skip
+        os.close(worker)
+        seen, deadline_s = b"", time.monotonic() + 20
+        while seen.count(b"replicas") < 3:  # drawn three times
+            assert time.monotonic() < deadline_s, seen
+            seen += os.read(main, 65536)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal's other end is closed with the process
+            while part := os.read(main, 65536):
+                seen += part
+        assert process.wait(timeout=10) == 0
+    assert b"\x1b[?25h" in seen  # the cursor is back
+    os.close(main)
 
 
 def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
