@@ -1,9 +1,9 @@
 """`python -m tests.bench.seeing`: what metrics, logs and the flight recorder cost a push, in CPU-seconds.
 
-One process holds trainer, coordinator and a rank. Pushes are measured in blocks of three in random order: `off` twice,
-which is the A/A control, and `on`: phases and bytes counted, JSON logs written to a file, metrics scraped after each
-push. `record` adds the flight recorder. Ratios are medians over blocks of CPU-seconds of this process; the control says
-what noise alone makes of them.
+One process holds trainer, coordinator and a rank. Pushes are measured in blocks in random order: `off` twice, which is
+the A/A control, and `on`: phases and bytes counted, JSON logs written to a file. `scraped` adds a scrape of the rank's
+metrics after every push, `record` the flight recorder. Ratios are medians over blocks of CPU-seconds of this process;
+the control says what noise alone makes of them.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ def pushed(pusher: Pusher, model: nn.Module, service: LocalService, how: str, re
             pusher.push(model)
     else:
         pusher.push(model)
-        rank.metrics.text()
+        if how == "scraped":
+            rank.metrics.text()
     return time.process_time() - start_s
 
 
 def measure(service: LocalService, model: nn.Module, blocks: int, records: Path) -> dict[str, Any]:
     """Median ratios over `off`, and their quartiles."""
-    names = ["off", "control", "on", "record"]
+    names = ["off", "control", "on", "scraped", "record"]
     took: dict[str, list[float]] = {name: [] for name in names}
     pusher = Pusher(service.address, mode="full")
     for block in range(blocks + 3):
