@@ -39,12 +39,14 @@ from .options import (
     MinReplicas,
     Offload,
     OnCommit,
+    Record,
     Scrub,
     StateFolder,
     StoreFolder,
     Target,
     emit,
 )
+from .replay import replay
 from .top import top
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
@@ -123,6 +125,7 @@ def serve(
     grace: Grace = 30.0,
     metrics_port: MetricsPort = 0,
     log_format: LogFormat = "text",
+    record: Record = None,
     as_json: Json = False,
 ) -> None:
     """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
@@ -130,27 +133,22 @@ def serve(
     Prints the address once it serves, with --json as an object. A stop lets running requests end, for --grace seconds.
     """
     with _loading():
-        from service.keeper import StoreConfig
-
-        from .serve import configured, run
+        from .serve import configured, kept, run, seen
 
     how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
+    how |= {"replicas": replicas, "ranks": ranks, "listen": listen}
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
             component,
             model=model,
             format=format,
             layout=layout,
-            replicas=replicas,
-            ranks=ranks,
-            listen=listen,
             state_dir=Path(scratch) if state is None else state,
             min_replicas=min_replicas,
-            store=None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes),
+            store=kept(store, keep, keep_bytes),
             scrub_s=scrub,
             security=access.security(),
-            metrics_port=metrics_port,
-            log_format=log_format,
+            seeing=seen(metrics_port, log_format, record),
             **how,
         )
         run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json), grace)
@@ -283,6 +281,7 @@ for command in (
     admin.events,
     top,
     explain,
+    replay,
     stores.rollback,
     stores.reset,
     stores.export,

@@ -91,6 +91,10 @@ MetricsPort = Annotated[
         help="Metrics and a status page on loopback; the ranks' metrics on the ports after it. 0 is none.",
     ),
 ]
+Record = Annotated[
+    Path | None,
+    typer.Option("--record", metavar="DIR", help="Record the last 4 pushes there, weights included, for 'replay'."),
+]
 LogFormat = Annotated[str, typer.Option("--log-format", metavar="text|json", help="Of the processes' logs.")]
 
 

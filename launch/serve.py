@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from protos import transfuse_pb2 as pb
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS
 from service.fleet import FleetConfig
+from service.keeper import StoreConfig
 from service.logs import FORMATS as FORMATS_OF_LOGS
+from service.logs import Seeing
 from weight_update.errors import PlanError, WeightUpdateError, raise_all
 
 from .interrupts import ForegroundFleet, hold_interrupts, raise_interrupts
@@ -24,10 +27,22 @@ def configured(components: Sequence[str], **options: Any) -> FleetConfig:
     """A config from the command line; components: NAME=PATH each."""
     pairs = [each.partition("=") for each in components]
     problems = [f"--component {name}: expected NAME=PATH" for name, equals, path in pairs if not (name and path)]
-    log_format = options.get("log_format", "text")
-    problems += [] if log_format in FORMATS_OF_LOGS else [f"--log-format {log_format}: expected text or json"]
     raise_all(PlanError, "serve refused", problems)
     return FleetConfig(components={name: path for name, _, path in pairs}, **options)
+
+
+def kept(store: Path | None, keep: int, keep_bytes: int | None) -> StoreConfig | None:
+    """Which versions are kept where, from the command line."""
+    return None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes)
+
+
+def seen(metrics_port: int, log_format: str, record: Path | None) -> Seeing:
+    """What the processes show of themselves, from the command line."""
+    found = [each for each in FORMATS_OF_LOGS if each == log_format]
+    if not found:
+        raise PlanError(f"--log-format {log_format}: expected one of {', '.join(FORMATS_OF_LOGS)}")
+    record_dir = None if record is None else record.resolve()
+    return Seeing(metrics_port=metrics_port, log_format=found[0], record_dir=record_dir)
 
 
 def run(config: FleetConfig, ready: Callable[[str], None], grace_s: float) -> None:

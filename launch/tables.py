@@ -137,7 +137,7 @@ def layouts() -> list[Row]:
             "modules": row.kind,
             "formats": "all" if row.kind == "any" else ", ".join(sorted(row.formats)),
             "gate and up": row.row_order.replace("_", " ") if row.kind != "linear" else "-",
-            "kernels on": ", ".join(map(_device, sorted(row.archs, key=str))) or "any device",
+            "kernels on": ", ".join(map(device_name, sorted(row.archs, key=str))) or "any device",
             "bytes checked against": row.oracle,
             "its kernel": row.kernel + (f"; before it {row.seam}" if row.seam else ""),
         }
@@ -147,5 +147,6 @@ def layouts() -> list[Row]:
     return [*rows, *({**absent, "layout": name, "its kernel": f"no row: {why}"} for name, why in MISSING.items())]
 
 
-def _device(arch: int | str) -> str:
+def device_name(arch: int | str) -> str:
+    """A row of `Layout.archs` for people."""
     return f"sm_{arch}" if isinstance(arch, int) else arch

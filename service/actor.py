@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quant.checkpoint import open_checkpoint
@@ -34,7 +35,7 @@ from .engine import Engine
 from .faults import Faults
 from .keeper import StoreConfig, keep_versions
 from .loading import cold_load
-from .logs import LogFormat, set_up
+from .logs import Seeing, set_up
 from .rank import SCRUB_S, RankIdentity, RankServer
 from .refresh import Refresher
 from .witness import Witness
@@ -69,15 +70,14 @@ class RankConfig:
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
     security: Security = PLAINTEXT
-    metrics_port: int = 0
-    log_format: LogFormat = "text"
+    seeing: Seeing = field(default_factory=Seeing)
 
 
 class RankActor:
     """One rank: its FSDP2 shard of the quantized model behind its own gRPC door."""
 
     def __init__(self, config: RankConfig) -> None:
-        set_up(config.log_format)
+        set_up(config.seeing.log_format)
         self._config = config
         self._faults = Faults()
         self._server: RankServer | None = None
@@ -124,9 +124,8 @@ class RankActor:
         mark_all_applied(model)
         seal(model)
         refresher = Refresher(model, receiver, sharded=config.world > 1, offload=offload_of(model, config.serving))
-        layout = ", ".join(layouts_of(model))
         self._server = RankServer(
-            identity=RankIdentity(replica=config.replica, rank=config.rank, format=config.format, layout=layout),
+            identity=self._identity(model),
             receiver=receiver,
             engine=self._engine(make_worker(model, config_dir, config.serving, refresher, device=device_type)),
             reshard=lambda: reshard_all(model),
@@ -138,13 +137,18 @@ class RankActor:
             security=config.security,
         )
         self._server.empty = source is None
-        if config.metrics_port:
-            self._server.show(f"127.0.0.1:{config.metrics_port}")
+        self._server.show(config.seeing)
         if config.store_dir is not None:
             self._server.sources.store = Store(
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True
             )
         return self._server.address
+
+    def _identity(self, model: nn.Module) -> RankIdentity:
+        config, layout = self._config, ", ".join(layouts_of(model))
+        return RankIdentity(
+            replica=config.replica, rank=config.rank, world=config.world, format=config.format, layout=layout
+        )
 
     def _join(self, rendezvous: str, device_type: str) -> DeviceMesh:
         """The process group of this replica, and the mesh over its ranks."""
@@ -237,10 +241,9 @@ class CoordinatorActor:
         loaded: StoredVersion | None,
         store: StoreConfig | None,
         security: Security = PLAINTEXT,
-        metrics_port: int = 0,
-        log_format: LogFormat = "text",
+        seeing: Seeing = Seeing(),  # noqa: B008 - it is frozen
     ) -> None:
-        set_up(log_format)
+        set_up(seeing.log_format)
         self._shell = CoordinatorShell(
             addresses=addresses,
             state_file=Path(state_file),
@@ -256,7 +259,8 @@ class CoordinatorActor:
             tokenizer_dir=Path(config_dir),
             keeper=self._keeper,
             security=security,
-            pages=f"127.0.0.1:{metrics_port}" if metrics_port else "",
+            pages=seeing.pages,
+            record_dir=seeing.record_dir,
         )
 
     def address(self) -> str:

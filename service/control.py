@@ -14,52 +14,27 @@ import grpc
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError, MemberError, PlanError, StoreError, VersionError
-from weight_update.messages import Decision
+from weight_update.flight import Recorder
 from weight_update.transaction import Phase
 from weight_update.transport import CONTROL_MESSAGE_BYTES
 from weight_update.values import from_delta_proto, from_digests_proto, from_spec_proto, to_manifest_proto
 
+from .answers import rank_status, replica_status, version_info
 from .audit import recorded
 from .coordinator import CoordinatorShell
 from .guard import Guard
 from .keeper import Keeper
-from .members import MemberSpec
 from .operators import Operators
 from .owners import Owners
 from .status_page import render
 from .watching import event_of
 from .wire import refusing, refusing_stream
-from .witness import of_replica
 
 MAX_STREAMS, MAX_ID = 65_536, 1024
 MAX_LEASE_S = 3600.0  # for which a push may be silent, whatever its trainer asks for
 COMMITS, SHOWN = 8, 60  # pushes and versions on the status page
 DRAIN_S = 300.0  # for running sequences to end, where nobody says otherwise
 EVENTS, MAX_EVENTS, MAX_KINDS = 100, 10_000, 32
-
-
-def version_info(
-    decision: Decision, pause_s: float, *, reachable: bool = False, durable: bool = False
-) -> pb.VersionInfo:
-    """A decision as clients see it. reachable: a rollback can go there. durable: it is in the version store."""
-    return pb.VersionInfo(
-        version=decision.version,
-        base_version=decision.base_version,
-        push_id=decision.push_id,
-        digest=decision.digest,
-        created_s=decision.created_s,
-        wire_bytes=decision.wire_bytes,
-        logical_bytes=decision.logical_bytes,
-        num_tensors=decision.num_tensors,
-        pushed_by=decision.pushed_by,
-        state="durable" if durable else "committed",
-        seconds=decision.seconds,
-        pause_s=pause_s,
-        step=decision.step,
-        reachable=reachable,
-        durable=durable,
-        restores=decision.restores,
-    )
 
 
 class ControlServicer(pb_grpc.ControlServicer):
@@ -71,6 +46,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         self._owners = Owners()
         self._keeper = keeper
         self._operators = Operators(shell)
+        self.recorder: Recorder | None = None
         self._commits: deque[pb.DecideReply] = deque(maxlen=COMMITS)
         self._manifest = to_manifest_proto(shell.manifest)
 
@@ -142,6 +118,10 @@ class ControlServicer(pb_grpc.ControlServicer):
         self._owners.require(request.transaction)
         start_s = time.perf_counter()
         digests = from_digests_proto(request.digests)
+        if self.recorder is not None:
+            self.recorder.begin(request.transaction, {"transaction": request.transaction})
+            self.recorder.digests(request.transaction, "meant", digests)
+            self.recorder.end(request.transaction, {"wire_bytes": request.wire_bytes})
         self._shell.request("prepare", transaction=request.transaction, digests=digests, wire_bytes=request.wire_bytes)
         return pb.PrepareReply(seconds=time.perf_counter() - start_s)
 
@@ -235,7 +215,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             digest=decision.digest,
             epoch=shell.index.epoch,
             replicas=[
-                *(self._replica(replica) for replica in sorted(protocol.membership.replicas)),
+                *(replica_status(shell, replica) for replica in sorted(protocol.membership.replicas)),
                 *(pb.ReplicaStatus(replica=replica, state="starting") for replica in sorted(shell.roster.asked)),
             ],
             transaction_state=protocol.phase.value if protocol.phase is not Phase.IDLE else "",
@@ -249,40 +229,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             min_replicas=protocol.min_replicas,
             store="" if self._keeper is None else self._keeper.status(),
             store_dir="" if self._keeper is None else str(self._keeper.directory.resolve()),
-            ranks=[self._rank(member) for member in shell.members],
-        )
-
-    def _rank(self, member: MemberSpec) -> pb.RankStatus:
-        state = self._shell.roster.states[member.id]
-        return pb.RankStatus(
-            replica=member.id.replica,
-            rank=member.id.rank,
-            address=member.address,
-            version=state.version,
-            state=state.state,
-            pid=state.pid,
-            gauges=state.gauges,
-        )
-
-    def _replica(self, replica: int) -> pb.ReplicaStatus:
-        shell = self._shell
-        members = [member for member in shell.members if member.id.replica == replica]
-        states = [shell.roster.states[member.id] for member in members]
-        reason = shell.protocol.fenced.get(replica, "")
-        if not states:  # not met since this coordinator started
-            return pb.ReplicaStatus(replica=replica, state="fenced", reason=reason)
-        stands = "paused" if any(state.paused for state in states) else ""
-        stands = stands or ("draining" if any(state.gauges.draining for state in states) else "serving")
-        return pb.ReplicaStatus(
-            replica=replica,
-            state="joining" if reason == "joining" else "fenced" if reason else stands,
-            version=min(state.version for state in states),
-            layout=members[0].layout,
-            format=members[0].format,
-            num_sequences=states[0].num_sequences,
-            reason=reason,
-            pids=[state.pid for state in states],
-            checkpoint=of_replica([state.checkpoint for state in states]),
+            ranks=[rank_status(shell, member) for member in shell.members],
         )
 
     @refusing

@@ -8,6 +8,7 @@ from pathlib import Path
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.channels import PLAINTEXT
+from weight_update.flight import Recorder
 from weight_update.security import Security
 from weight_update.transport import CONTROL_MESSAGE_BYTES
 
@@ -28,7 +29,7 @@ READINESS_S = 1.0
 class ControlServer:
     """Serves Control and Generation on `listen` (host:port, port 0 for any) over a coordinator. keeper: writes the
     version store, where there is one. security, limits: of this door. pages: host:port of metrics and the status page,
-    "" for none.
+    "" for none. record_dir: of the flight recorder.
 
     gRPC health: Generation is SERVING while a replica serves the committed version, whose bytes were verified; Control
     and the server as a whole, while they answer.
@@ -44,6 +45,7 @@ class ControlServer:
         security: Security = PLAINTEXT,
         limits: Limits | None = None,
         pages: str = "",
+        record_dir: Path | None = None,
     ) -> None:
         services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
         self.guard = Guard(security, limits)
@@ -51,6 +53,7 @@ class ControlServer:
         self._names = [service.full_name for service in services]
         codec = TextCodec(tokenizer_dir)
         servicer = ControlServicer(shell, keeper, self.guard)
+        servicer.recorder = None if record_dir is None else Recorder(record_dir, "coordinator")
         pb_grpc.add_ControlServicer_to_server(servicer, self._server)
         metrics = CoordinatorMetrics(shell, servicer.status)
         shown = {"/": servicer.page, "/metrics": metrics.text, "/targets": servicer.targets}

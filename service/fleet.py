@@ -30,7 +30,7 @@ from weight_update.security import Security
 from .actor import REMOTE_COORDINATOR, RankConfig
 from .engine import CommitBetween
 from .keeper import StoreConfig
-from .logs import LogFormat
+from .logs import Seeing
 from .rank import SCRUB_S
 from .restart import Weights
 from .supervisor import Progress, Supervisor, value_of
@@ -57,8 +57,8 @@ class FleetConfig:
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
     even though they live. store: where committed versions are kept; its newest one is what a start serves. scrub_s:
     within which every installed byte is read again and compared, 0 for never. security: of all connections; its paths
-    are read on every node. metrics_port: of the coordinator's metrics and status page on loopback, 0 for none; those of
-    the ranks follow it, in order. log_format: text or json. For the rest see Serving.
+    are read on every node. seeing: what its processes show of themselves; the ports of the ranks' metrics follow the
+    coordinator's, in order. For the rest see Serving.
     """
 
     model: str
@@ -82,8 +82,7 @@ class FleetConfig:
     store: StoreConfig | None = None
     scrub_s: float = SCRUB_S
     security: Security = PLAINTEXT
-    metrics_port: int = 0
-    log_format: LogFormat = "text"
+    seeing: Seeing = field(default_factory=Seeing)
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
@@ -165,8 +164,7 @@ class Fleet:
             loaded=self._weights.loaded,
             store=config.store,
             security=config.security,
-            metrics_port=config.metrics_port,
-            log_format=config.log_format,
+            seeing=config.seeing,
         )
         self.address = value_of(self.coordinator.address.remote(), "the coordinator")
         self._supervisor.watch(self.address)
@@ -230,8 +228,7 @@ class Fleet:
             store_dir=None if config.store is None else config.store.directory,
             scrub_s=config.scrub_s,
             security=config.security,
-            metrics_port=config.metrics_port and config.metrics_port + 1 + replica * config.ranks + rank,
-            log_format=config.log_format,
+            seeing=config.seeing.after(replica * config.ranks + rank),
         )
 
     @property

@@ -35,12 +35,12 @@ _METHODS: Mapping[str, Mapping[str, str]] = {
     "transfuse.v1.Control": {
         "read": "Describe Status Versions Watch Events",
         "push": "Begin Prepare Install Decide Abort WaitDurable",
-        "admin": "Verify Reread Rollback Reset ReplicaAdd ReplicaRemove Pause Resume Drain Record",
+        "admin": "Verify Reread Rollback Reset ReplicaAdd ReplicaRemove Pause Resume Drain",
     },
     "transfuse.v1.Data": {"push": "Stage", "service": "Fetch"},
     "transfuse.v1.Member": {
         "service": (
-            "Hello Open Prepare Install Confirm Publish Adopt Reach Undo Abort Digest Pause Resume Drain Reread Record"
+            "Hello Open Prepare Install Confirm Publish Adopt Reach Undo Abort Digest Pause Resume Drain Reread"
         )
     },
     "transfuse.v1.Generation": {"read": "Generate Denoise"},

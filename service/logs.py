@@ -1,4 +1,4 @@
-"""Logs of the service's processes: one line an event, as text or as JSON, and one event a phase.
+"""What processes show of themselves, and their logs: one line an event, as text or as JSON, and one event a phase.
 
     phase version=4 rank=0.1 bytes=1048576 seconds=0.0123        as text
     {"time": ..., "level": "INFO", "event": "install", "version": 4, "rank": "0.1", "bytes": ..., "seconds": ...}
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
@@ -19,6 +21,28 @@ TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 FIELDS = ("event", "version", "transaction", "rank", "bytes", "seconds")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seeing:
+    """What a process shows of itself.
+
+    metrics_port: of its metrics on loopback, 0 for none; the coordinator's has the status page too. record_dir: of the
+    flight recorder, None for none.
+    """
+
+    metrics_port: int = 0
+    log_format: LogFormat = "text"
+    record_dir: Path | None = None
+
+    @property
+    def pages(self) -> str:
+        """host:port of its pages, "" for none."""
+        return f"127.0.0.1:{self.metrics_port}" if self.metrics_port else ""
+
+    def after(self, number: int) -> Seeing:
+        """That of the rank of this number, counted from 0, where this is the coordinator's."""
+        return replace(self, metrics_port=self.metrics_port and self.metrics_port + 1 + number)
 
 
 class JsonLines(logging.Formatter):

@@ -22,6 +22,7 @@ from weight_update.channels import PLAINTEXT
 from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
+from weight_update.flight import Recorder
 from weight_update.install import MemoryPlan
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
@@ -36,6 +37,7 @@ from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .guard import Guard, Limits
 from .leases import ServingLease
+from .logs import Seeing, phase
 from .metrics import RankMetrics
 from .pages import Pages
 from .scrubbing import Scrubber
@@ -57,10 +59,11 @@ SERVICES = ("Data", "Member", "Generation", "Control")  # to calls of Control it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankIdentity:
-    """Which rank this is, and what it holds."""
+    """Which rank this is, and what it holds. world: ranks of its replica."""
 
     replica: int
     rank: int
+    world: int = 1
     format: str
     layout: str
 
@@ -124,6 +127,7 @@ class RankServer:
         self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)), elsewhere))
         self.metrics = RankMetrics(self)
         self.pages: Pages | None = None
+        self.recorder: Recorder | None = None
         self.address = bind(self._server, listen, security)
         self._lease.start()
         self._scrubber.start()
@@ -141,10 +145,12 @@ class RankServer:
         """What an operator did that lets no request in; "" for nothing."""
         return "paused" if self.operator_paused else "drained" if self.draining else ""
 
-    def show(self, listen: str) -> None:
-        """Serve this rank's metrics on host:port. A port that is taken is no reason not to serve the model."""
+    def show(self, seeing: Seeing) -> None:
+        """Record pushes and serve metrics, as asked. A port that is taken is no reason not to serve the model."""
+        if seeing.record_dir is not None:
+            self.recorder = Recorder(seeing.record_dir, f"{self.identity.replica}.{self.identity.rank}")
         try:
-            self.pages = Pages(listen, {"/metrics": self.metrics.text})
+            self.pages = Pages(seeing.pages, {"/metrics": self.metrics.text}) if seeing.pages else None
         except MemberError as error:
             log.warning("rank %s.%s shows no metrics: %s", self.identity.replica, self.identity.rank, error)
 
@@ -187,7 +193,35 @@ class RankServer:
             planned_bytes=plan.peak_bytes,
             stage_start_s=time.time(),
         )
+        if self.recorder is not None and self._is_pushed:
+            self.recorder.begin(request.transaction, self._facts(request))
         return plan.peak_bytes
+
+    def _facts(self, request: Any) -> dict[str, Any]:
+        """Of the open transaction, for its recording."""
+        receiver, indices = self.receiver, list(request.tensors)
+        specs = [receiver.manifest.tensors[i] for i in indices]
+        return {
+            "transaction": request.transaction,
+            "version": request.version,
+            "base_version": request.base_version,
+            "is_delta": request.HasField("delta"),
+            "format": self.identity.format,
+            "layout": self.identity.layout,
+            "world": self.identity.world,
+            "tensors": [(spec.name, spec.row_bytes) for spec in specs],
+            "row_start": receiver.row_start[indices].tolist(),
+            "row_stop": receiver.row_stop[indices].tolist(),
+        }
+
+    def _record(self, request: Any, step: str, digests: np.ndarray) -> None:
+        if self.recorder is not None:
+            self.recorder.digests(request.transaction, step, digests)
+
+    def _recorded(self, transaction: int, outcome: str) -> None:
+        if self.recorder is not None:
+            timing = {each.name: value for each, value in self.timing.ListFields()}
+            self.recorder.end(transaction, {"outcome": outcome, "timing": timing})
 
     def _begin(self, request: Any) -> MemoryPlan:
         blobs = None
@@ -205,11 +239,19 @@ class RankServer:
     def prepare(self, request: Any) -> np.ndarray:
         self.sources.wait()
         digests = self.receiver.prepare()
+        self._record(request, "staged", digests)
         self._foresee()
         if self._is_pushed:
             self.witness.hear()
         self.timing.stage_stop_s = time.time()
+        self.did("stage", request.version, self.timing.stage_stop_s - self.timing.stage_start_s)
         return digests
+
+    def did(self, name: str, version: int, seconds: float) -> None:
+        """A phase of a push is over: log it, count it."""
+        who = f"{self.identity.replica}.{self.identity.rank}"
+        phase(name, version=version, rank=who, num_bytes=self.receiver.staged_bytes, seconds=seconds)
+        self.metrics.observe("transfuse_phase_s", seconds, name)
 
     def install(self, request: Any) -> np.ndarray:
         self._pause()
@@ -217,6 +259,7 @@ class RankServer:
         self._stale = True
         self._reshard()
         digests = self.receiver.install()
+        self._record(request, "installed", digests)
         self.timing.install_stop_s = time.time()
         self.faults.reached("installed")
         return digests
@@ -235,6 +278,7 @@ class RankServer:
         if installed:
             self.sources.remember()
             self.metrics.observe("transfuse_pause_s", self.timing.pause_stop_s - self.timing.pause_start_s)
+            self._recorded(request.transaction, "committed")
 
     def undo(self, request: Any) -> None:
         if self.receiver.state is State.INSTALLED:
@@ -243,6 +287,7 @@ class RankServer:
 
     def abort(self, request: Any) -> None:
         self.receiver.abort()
+        self._recorded(request.transaction, "given up")
         self.receiver.version = self.member.version
         self._resume(self.member.version, refresh=self._stale)
 
@@ -332,6 +377,8 @@ class DataServicer:
             if not isinstance(chunk, Chunk):
                 raise TransferError("stage: a second StageOpen on one stream; open another stream")
             rank.faults.reached("stage")
+            if rank.recorder is not None:
+                rank.recorder.chunk(opening.transaction, opening.trainer_rank, bytes(message))
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
             self._placed[key] = chunk.sequence
             stream.received_bytes += len(chunk.payload)

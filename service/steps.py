@@ -16,7 +16,6 @@ from weight_update.errors import BusyError
 from weight_update.values import to_digests_proto, to_manifest_proto
 
 from .gauges import gauges_of
-from .logs import phase
 from .scrubbing import reread
 from .wire import refusing, refusing_stream
 
@@ -61,9 +60,7 @@ class MemberServicer(pb_grpc.MemberServicer):
             rank.faults.reached(step)
             start_s = time.perf_counter()
             result = STEPS[step](rank, request)
-            seconds, who = time.perf_counter() - start_s, f"{rank.identity.replica}.{rank.identity.rank}"
-            phase(step, version=request.version, rank=who, num_bytes=rank.receiver.staged_bytes, seconds=seconds)
-            rank.metrics.observe("transfuse_phase_s", seconds, step)
+            rank.did(step, request.version, time.perf_counter() - start_s)
             return rank.member.done(step, transaction=request.transaction, version=request.version, result=result)
 
     def _digests(self, digests: np.ndarray) -> pb.MemberDigests:

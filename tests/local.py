@@ -20,6 +20,8 @@ from service.faults import Faults
 from service.guard import Limits
 from service.keeper import StoreConfig, keep_versions
 from service.loading import cold_load
+from service.logs import Seeing
+from service.pages import Pages
 from service.rank import RankIdentity, RankServer
 from service.refresh import Refresher
 from service.restart import Weights
@@ -114,6 +116,7 @@ def local_service(
     security: Security = PLAINTEXT,
     limits: Limits | None = None,
     pages: bool = False,
+    record_dir: Path | None = None,
 ) -> Iterator[LocalService]:
     """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
     is served, as after a restart. pages: with metrics and a status page."""
@@ -147,9 +150,11 @@ def local_service(
         security=security,
         limits=limits,
         pages=shown,
+        record_dir=record_dir,
     )
-    for rank in ranks if pages else ():
-        rank.show(shown)
+    for rank in ranks:
+        rank.show(Seeing(record_dir=record_dir))
+        rank.pages = Pages(shown, {"/metrics": rank.metrics.text}) if pages else None
     models = [model for _, model in started]
     at = "" if server.pages is None else server.pages.address
     try:

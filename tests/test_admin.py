@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import pty
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import grpc
 import pytest
 
-from launch import settings
-from launch.errors_page import PAGE, page
+from launch import errors_page, settings, support_page
 from launch.top import bars, rates, replica_digest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
@@ -342,6 +345,27 @@ def test_top_into_a_pipe_shows_it_once(live: Shell, service: LocalService) -> No
     live.json("abort", "--yes")
 
 
+def test_top_in_a_terminal_goes_on_until_it_is_interrupted(service: LocalService) -> None:
+    code = "from launch.cli import main; main()"
+    main, worker = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "top", "--interval", "0.2", "--to", service.address],
+        cwd=ROOT, stdin=worker, stdout=worker, stderr=worker, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+    ) as process:  # fmt: skip
+        os.close(worker)
+        seen, deadline_s = b"", time.monotonic() + 20
+        while seen.count(b"replicas") < 3:  # drawn three times
+            assert time.monotonic() < deadline_s, seen
+            seen += os.read(main, 65536)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal's other end is closed with the process
+            while part := os.read(main, 65536):
+                seen += part
+        assert process.wait(timeout=10) == 0
+    assert b"\x1b[?25h" in seen  # the cursor is back
+    os.close(main)
+
+
 def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
     ranks = [{"gauges": {"digest": digest}} for digest in ("f" * 32, f"{1:016x}{2:016x}")]
     assert replica_digest(ranks) == f"{0:016x}{1:016x}"
@@ -356,8 +380,9 @@ def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
     assert [ord(each) - 0x2580 for each in bars([1.0, 8.0, 4.0])] == [1, 8, 4] and bars([0.0]) == " "
 
 
-def test_the_page_of_errors_is_current() -> None:
-    assert PAGE.read_text() == page(), "run 'python -m launch.errors_page'"
+@pytest.mark.parametrize("module", [errors_page, support_page])
+def test_generated_pages_are_current(module: ModuleType) -> None:
+    assert module.PAGE.read_text() == module.page(), f"run 'python -m {module.__name__}'"
 
 
 def test_the_runbook_has_a_section_for_each_error_code() -> None:

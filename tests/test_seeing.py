@@ -107,7 +107,7 @@ def test_a_rank_counts_phases_bytes_and_pauses(service: LocalService) -> None:
     assert rank.pages is not None
     found = scrape(rank.pages.address)
     counts = {labels[0]: value for labels, value in found["transfuse_phase_s_count"].items()}
-    assert counts["prepare"] == counts["install"] == counts["publish"] == 2
+    assert counts["stage"] == counts["prepare"] == counts["install"] == counts["publish"] == 2
     assert found["transfuse_pause_s_count"][()] == 2 and found["transfuse_pause_s_sum"][()] > 0
     pushed = [spec for spec in rank.receiver.manifest.tensors if not spec.name.endswith(".input_scale")]  # carried over
     assert found["transfuse_received_bytes_total"][()] == 2 * sum(spec.num_bytes for spec in pushed)
@@ -184,6 +184,7 @@ def test_a_phase_is_one_line_with_version_rank_bytes_and_seconds(service: LocalS
     phases = [line for line in lines if line.get("event") == "install"]
     assert [(each["version"], each["rank"]) for each in phases if each["rank"] == "0.0"] == [(2, "0.0"), (3, "0.0")]
     assert all(each["bytes"] > 0 and each["seconds"] > 0 for each in phases)
+    assert {"open", "stage", "prepare", "install", "publish"} <= {line["event"] for line in lines if "event" in line}
 
 
 def test_no_line_holds_weights_or_tokens(service: LocalService, logged: io.StringIO) -> None:

@@ -25,4 +25,6 @@ the transaction
     protocol    the coordinator's side, without I/O
     messages    its events and actions
     versions    decisions and the index of versions, durable
+    flight      the flight recorder's files; replay: one of them done again
+    codes       every error code with cause and cure
 """
