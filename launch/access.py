@@ -48,12 +48,13 @@ _GIVEN: ContextVar[Security] = ContextVar("security", default=NOTHING)
 
 def take(tls_dir: TlsDir = None, token_file: TokenFile = None, insecure_plaintext: Insecure = False) -> None:
     """Puts new weights into running, quantized, FSDP-sharded models."""
-    given = Security(
-        tls_dir=None if tls_dir is None else tls_dir.absolute(),
-        token_file=None if token_file is None else token_file.absolute(),
-        insecure_plaintext=insecure_plaintext,
+    use(
+        Security(
+            tls_dir=None if tls_dir is None else tls_dir.absolute(),
+            token_file=None if token_file is None else token_file.absolute(),
+            insecure_plaintext=insecure_plaintext,
+        )
     )
-    _GIVEN.set(given)
 
 
 def from_environment() -> Security:
@@ -73,7 +74,7 @@ def security() -> Security:
 
 def use(given: Security) -> None:
     """Of the command that runs, from elsewhere than its options."""
-    click.get_current_context().obj = given
+    _GIVEN.set(given)
 
 
 File = Annotated[Path, typer.Argument(help="A token file; only its owner may read it.")]

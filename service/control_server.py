@@ -81,7 +81,8 @@ class ControlServer:
 
 
 def is_ready(shell: CoordinatorShell) -> bool:
-    """Whether a replica serves the committed version: what it holds was verified, and nobody paused it."""
+    """Whether a replica serves the committed version and takes requests: what it holds was verified."""
     states = shell.roster.states
-    paused = {member.id.replica for member in shell.members if (state := states.get(member.id)) and state.paused}
-    return not shell.lost() and bool(shell.leader_addresses().keys() - paused)
+    told = [(member.id.replica, states[member.id]) for member in shell.members if member.id in states]
+    held_back = {replica for replica, state in told if state.paused or state.gauges.draining}
+    return not shell.lost() and bool(shell.leader_addresses().keys() - held_back)
