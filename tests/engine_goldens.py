@@ -1,4 +1,4 @@
-"""Writes golden/engines.safetensors: what vLLM and SGLang leave in the parameters of a linear after their own processing.
+"""Writes golden/engines.safetensors: what vLLM and SGLang leave in a linear's parameters after their own processing.
 
     pip download --no-deps vllm==0.33.0 sglang==0.5.23      # wheels, hundreds of MB: by hand, not in CI
     python -m tests.engine_goldens vllm-0.33.0-*.whl sglang-0.5.23-*.whl
@@ -62,13 +62,14 @@ def functions(wheel: Path, wanted: dict[str, list[str]], given: dict[str, Any]) 
                 future = ast.parse("from __future__ import annotations").body
                 exec(compile(ast.Module([*future, node], []), path, "exec"), space)
                 last = name.rpartition(".")[2]
-                found[name] = space[last] if last in space else None
+                found[name] = space[last]
     return found
 
 
 def find(body: list[ast.stmt], path: list[str]) -> ast.stmt:
     for node in body:
-        names = [node.name] if hasattr(node, "name") else [getattr(each, "id", "") for each in getattr(node, "targets", [])]
+        targets = getattr(node, "targets", [])
+        names = [node.name] if hasattr(node, "name") else [getattr(each, "id", "") for each in targets]
         if path[0] in names:
             return node if len(path) == 1 else find(node.body, path[1:])  # type: ignore[attr-defined]
     raise LookupError(".".join(path))

@@ -1,4 +1,4 @@
-"""An exported version in another library's hands: compressed-tensors loads it, through transformers, to the same logits."""
+"""An exported version in another library's hands: compressed-tensors loads it, and gives the same logits."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
 }
-# Largest difference of two logits over the largest logit. Ours decode in FP32 and round to BF16 once; theirs multiply
-# in BF16, and of NVFP4 divide by a reciprocal that was rounded: a weight may differ by one BF16 step in 256.
-BOUNDS = {"nvfp4": 0.02, "fp8": 0.02, "fp8_channel": 0.02, "int8": 0.02}
+# Largest difference of two logits over the largest logit; 0.007 to 0.010 were measured. Not bit for bit: ours decode in
+# FP32 and round to BF16 once, theirs multiply in BF16, and of NVFP4 divide by a reciprocal that was rounded, so that a
+# weight may differ by a BF16 step, 2^-8 of it.
+BOUND = 0.02
 
 
 def exported(fmt: str, place: Path) -> Path:
@@ -65,7 +66,8 @@ def converted(fmt: str, source: Path, target: Path) -> Path:
             continue
         leaves = {part.suffix for part in FORMATS[fmt].components} - {"input_scale"}
         ours = {leaf: tensors[prefix + leaf] for leaf in leaves if prefix + leaf in tensors}
-        written |= {prefix + leaf: value.contiguous() for leaf, value in to_dialect(fmt, "compressed-tensors", ours).items()}
+        theirs = to_dialect(fmt, "compressed-tensors", ours)
+        written |= {prefix + leaf: value.contiguous() for leaf, value in theirs.items()}
     save_file(written, target / "model.safetensors", metadata={"format": "pt"})
     name, weights = SCHEMES[fmt]
     config = json.loads((source / "config.json").read_text())
@@ -75,7 +77,11 @@ def converted(fmt: str, source: Path, target: Path) -> Path:
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}, "format": name}
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"symmetric": True, "dynamic": False, **weights},
+                "format": name,
+            }
         },
     }
     (target / "config.json").write_text(json.dumps(config))
@@ -103,7 +109,6 @@ def test_compressed_tensors_loads_an_export_to_the_same_logits(fmt: str, tmp_pat
     ours.set_attn_implementation("eager")  # type: ignore[operator]
     got, wanted = logits_of(theirs.eval()), logits_of(ours.eval())
     off = ((got - wanted).abs().max() / wanted.abs().max()).item()
-    print(fmt, off)
-    assert got.std() > 0.01 and off <= BOUNDS[fmt]
+    assert got.std() > 0.01 and off <= BOUND
     other = logits_of(tiny_llama(seed=0, tied=False))
-    assert ((other - wanted).abs().max() / wanted.abs().max()).item() > 10 * BOUNDS[fmt]
+    assert ((other - wanted).abs().max() / wanted.abs().max()).item() > 10 * BOUND

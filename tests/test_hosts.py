@@ -1,4 +1,4 @@
-"""Engines of others as members: their parameters byte for byte as their own processing leaves them, and their pauses."""
+"""Engines of others as members: their parameters byte for byte as their own processing leaves them; their pauses."""
 
 from __future__ import annotations
 

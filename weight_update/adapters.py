@@ -5,8 +5,8 @@
     given.low_rank           name -> what its adapters add
     merged(rows, updates)    rows and what is added, in a tensor of its own
 
-The arithmetic is that of PEFT's own merge, so what lands is what a checkpoint after merge_and_unload() holds. Layers are
-known by their attributes; peft itself is not imported.
+The arithmetic is that of PEFT's own merge, so what lands is what a checkpoint after merge_and_unload() holds. Layers
+are known by their attributes; peft itself is not imported.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _unmergeable(layer: Any) -> str:
     if layer.fan_in_fan_out:
         return f"{type(layer.base_layer).__name__} keeps its weight transposed; merge first (merge_and_unload)"
     variants = [name for name in layer.lora_A if name in layer.lora_variant or layer.lora_bias.get(name)]
-    return f"{', '.join(variants)}: DoRA, or another variant of LoRA; merge first (merge_and_unload)" if variants else ""
+    told = f"{', '.join(variants)}: DoRA, or another variant of LoRA; merge first (merge_and_unload)"
+    return told if variants else ""
 
 
 def _updates(layer: Any) -> tuple[LowRank, ...]:

@@ -65,7 +65,7 @@ class PushPlan:
 
 
 def named_items(model: Items) -> Adapted:
-    """The (name, tensor) pairs of a trainer's model, tied names included, which of them are trainable, and its adapters.
+    """The (name, tensor) pairs of a trainer's model, tied names included; which are trainable; its adapters apart.
 
     Of several models in a mapping, the components of a pipeline, every name follows the model's own and a dot.
     """
@@ -127,7 +127,8 @@ def plan_push(
                 problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
             chosen[source.name] = chosen.get(source.name, False) or wanted_part
     if not any(chosen.values()) and not problems:
-        problems.append(f"scope {scope!r} selects none of {len(given.items)} tensors; use 'all', 'trainable' or patterns")
+        count = len(given.items)
+        problems.append(f"scope {scope!r} selects none of {count} tensors; use 'all', 'trainable' or patterns")
     plan, missing = _select(manifest, found, chosen, scope)
     problems += missing
     if given.has_adapters and not plan.merged_adapters and not problems:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from service.engine import CommitBetween
+from service.work import Stream
 from weight_update.errors import BusyError, MemberError
-
-from ..engine import CommitBetween
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Boundary(Protocol):
     def wait_resumed(self, version: int, timeout: float | None = None) -> bool:
         """True once it has taken up the version."""
 
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
+    def submit(self, *args: Any, **kwargs: Any) -> Stream[Any]:
         """Generate."""
 
     def stop(self) -> None:
@@ -135,7 +135,7 @@ class Foreign:
         with self._changed:
             return self._changed.wait_for(lambda: self._version == version, timeout)
 
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
+    def submit(self, *args: Any, **kwargs: Any) -> Stream[Any]:
         """Always BusyError."""
         raise BusyError(f"this replica is a {self._controls.name} engine; send requests to its own address")
 

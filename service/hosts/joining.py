@@ -11,9 +11,9 @@ from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from quant.checkpoint import open_checkpoint
 from quant.models import build_model, parameters_of
+from service.rank import RankServer
 from weight_update.transport import call, connect
 
-from ..rank import RankServer
 from .boundary import Controls
 from .member import Membership, serve
 from .plan import plan_holdings

@@ -8,13 +8,13 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from service.faults import Faults
+from service.rank import RankIdentity, RankServer
+from service.witness import Witness
 from weight_update.errors import PlanError
 from weight_update.holdings import Holdings
 from weight_update.receiver import Receiver
 
-from ..faults import Faults
-from ..rank import RankIdentity, RankServer
-from ..witness import Witness
 from .boundary import Controls, Foreign
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,15 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """How a worker joins. control_url: of the engine's own HTTP server, http://host:port. listen: host:port of the rank
-    server, which the coordinator is told. replica: this engine's number. api_key: of the engine, where it has one."""
+    """How a worker joins.
+
+    control_url: of the engine's own HTTP server, http://host:port. listen: host:port of the rank server, which the
+    coordinator is told. replica: this engine's number. memory_budget_bytes: above idle, for a push.
+    """
 
     control_url: str
     listen: str = "127.0.0.1:0"
     replica: int = 0
-    api_key: str = ""
     memory_budget_bytes: int | None = None
 
 
@@ -38,7 +40,7 @@ def require_one_rank(engine: str, world: int) -> None:
     """Raise PlanError for a model that is split over workers."""
     if world != 1:
         raise PlanError(
-            f"{engine} runs this model on {world} workers; expected 1: row-parallel layers split columns, and routes are"
+            f"{engine} runs this model on {world} workers, expected 1: row-parallel layers split columns, routes are"
             " of whole rows; run one worker an engine (data parallel), or a service of our own actors"
         )
 

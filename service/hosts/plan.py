@@ -24,7 +24,7 @@ from quant.steps import PadRows, RowMajor, Swizzle128x4, locate, round_up
 from weight_update.errors import PlanError, raise_all
 from weight_update.holdings import Holdings
 
-# Fused module -> the checkpoint's modules, in the order of their rows. A model's own packed_modules_mapping comes first.
+# Fused module -> the checkpoint's modules, in the order of their rows. A model's own packed_modules_mapping goes first.
 PACKED: Mapping[str, Sequence[str]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -48,8 +48,8 @@ class Part:
 class Scheme:
     """What an engine's processing makes of one format in a linear.
 
-    scales: raw scale -> where it is kept; a name that the module lacks is memory of ours. derived: value -> its inputs
-    and function. swizzled: the parameter whose block scales lie 128 x 4.
+    swizzled: the parameter whose block scales lie 128 x 4. derived: value -> its inputs and function. A raw scale that
+    the module lacks is kept in memory of ours.
     """
 
     format: str

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.rank import RankServer
 from weight_update.errors import PlanError
 
-from ..rank import RankServer
 from .joining import Joining, joined
 from .member import Http, Membership, require_one_rank
 
