@@ -103,8 +103,7 @@ def plan_push(
     owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
     for trainer_name, tensor in given.items:
         wanted = in_scope(trainer_name, trainer_name in given.trainable)
-        updates = given.low_rank.get(trainer_name, ())
-        parts, problem = _parts(names, trainer_name, tensor, updates, is_first_rank)
+        parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()), is_first_rank)
         problems += [problem] if problem else []
         for share, part in parts:
             name = share.name
@@ -130,17 +129,19 @@ def plan_push(
         count = len(given.items)
         problems.append(f"scope {scope!r} selects none of {count} tensors; use 'all', 'trainable' or patterns")
     plan, missing = _select(manifest, found, chosen, scope)
-    problems += missing
-    if given.has_adapters and not plan.merged_adapters and not problems:
-        problems.append(_NOTHING_MERGED)
+    problems += missing or _unmerged(given, plan)
     return (None if problems else plan), problems
 
 
-_NOTHING_MERGED = (
-    "the model has adapters, and none of them would be merged: they are disabled, merged already, or outside the scope;"
-    " enable them, or push the model without them (unload)"
-)
+def _unmerged(given: Adapted, plan: PushPlan) -> list[str]:
+    """What is wrong where a model with adapters would be pushed without any of them."""
+    told = "they are disabled, merged already, or outside the scope; enable them, or push the model without (unload)"
+    nothing = given.has_adapters and not plan.merged_adapters
+    return [f"the model has adapters, and none of them would be merged: {told}"] if nothing else []
+
+
 Parts = list[tuple[Share, LocalRows]]
+
 
 
 def _parts(
