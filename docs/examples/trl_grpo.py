@@ -23,9 +23,9 @@ NUM_TOKENS, NUM_GENERATIONS = 16, 4
 PROMPTS = ("Once upon a time", "The train arrived")
 
 
-def short_words(completions: list[str], **kwargs: Any) -> list[float]:
-    """The reward: the share of spaces in a completion."""
-    return [text.count(" ") / max(1, len(text)) for text in completions]
+def letters(completions: list[str], **kwargs: Any) -> list[float]:
+    """The reward: the share of letters in a completion."""
+    return [sum(map(str.isalpha, text)) / max(1, len(text)) for text in completions]
 
 
 def rollouts(address: str) -> Any:
@@ -83,7 +83,7 @@ def main(model_dir: str, address: str, num_steps: int = 2, peft_config: Any = No
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32"),
             processing_class=AutoTokenizer.from_pretrained(model_dir),
-            reward_funcs=short_words,
+            reward_funcs=letters,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": list(PROMPTS)}),
             rollout_func=rollouts(address),
