@@ -58,7 +58,8 @@ class Boundary(Protocol):
 class Controls(Protocol):
     """What differs between engines: three calls to their own control plane. Each returns once it is done, or raises."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def pause(self) -> None:
         """Stop between two steps; running requests are kept."""
