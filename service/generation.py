@@ -13,7 +13,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.chunks import MAX_MESSAGE_BYTES
 from weight_update.errors import BusyError, ManifestError
 
-from .engine import Engine
+from .hosts.boundary import Boundary
 from .samples import MAX_CONDITIONING_BYTES
 from .wire import refusing_stream
 from .work import Stream
@@ -30,7 +30,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
 
     def __init__(
         self,
-        engine: Engine[..., Any],
+        engine: Boundary,
         *,
         replica: int,
         version: Callable[[], int],

@@ -1,7 +1,7 @@
-"""One rank of one replica behind its own door: the gRPC servicers over a Receiver, a Member and an Engine.
+"""One rank of one replica behind its own door: the gRPC servicers over a Receiver, a Member and a Boundary.
 
 Nothing here decides anything: `weight_update.protocol.Member` says whether a step may be done, the Receiver does it to
-the bytes, the Engine stops and resumes serving.
+the bytes, the Boundary (our Engine, or one of vLLM or SGLang) stops and resumes serving.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from weight_update.security import Security
 from weight_update.values import from_delta_proto
 
 from .elsewhere import Elsewhere
-from .engine import Engine
 from .faults import Faults
 from .fetching import fetched
 from .gauges import Gauges, OpenStream
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .guard import Guard, Limits
+from .hosts.boundary import Boundary
 from .leases import ServingLease
 from .logs import Seeing, phase
 from .metrics import RankMetrics
@@ -82,7 +82,7 @@ class RankServer:
         *,
         identity: RankIdentity,
         receiver: Receiver,
-        engine: Engine[..., Any],
+        engine: Boundary,
         reshard: Callable[[], None],
         foresee: Callable[[], None] = lambda: None,
         faults: Faults,

@@ -5,7 +5,8 @@ Pure functions over row ranges. A tensor's rows are indices along dim 0; a 0-d t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,18 +16,50 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from .fsdp import shard_range
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LowRank:
+    """What is added to rows of a matrix: scaling * up @ down. up: [n, rank], its rows go with the matrix's; down:
+    [rank, columns]."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    def of_rows(self, start: int, stop: int) -> LowRank:
+        """The same for rows [start, stop)."""
+        return replace(self, up=self.up[start:stop])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRows:
     """The rows of one tensor that this rank holds.
 
     rows: [n, ...] local tensor, a view where the placement allows it. first: index of its first row in the whole.
-    shape: of the whole tensor. sends: False on a rank whose rows another rank sends.
+    shape: of the whole tensor. sends: False on a rank whose rows another rank sends. updates: what is yet to be added.
     """
 
     rows: Tensor
     first: int
     shape: tuple[int, ...]
     sends: bool
+    updates: tuple[LowRank, ...] = ()
+
+    def cut(self, start: int, stop: int) -> tuple[Tensor, tuple[LowRank, ...]]:
+        """Rows [start, stop) of those that are here, and what is to be added to them."""
+        return self.rows[start:stop], tuple(each.of_rows(start, stop) for each in self.updates)
+
+    def with_updates(self, updates: Sequence[LowRank]) -> LocalRows:
+        """Updates of the whole tensor, cut to the rows that are here. A sharded `up` is sharded as the tensor is."""
+        if not updates:
+            return self
+        stop = self.first + self.rows.shape[0]
+        cut = [
+            replace(each, up=each.up.to_local().detach())
+            if isinstance(each.up, DTensor)
+            else replace(each, up=each.up.detach()[self.first : stop])
+            for each in updates
+        ]
+        return replace(self, updates=tuple(cut))
 
 
 def local_rows(tensor: Tensor, *, is_first_rank: bool) -> LocalRows:

@@ -7,6 +7,7 @@
 
 the rank side
     receiver    the library: begin, stage, prepare, install, publish, undo, abort
+    holdings    what a rank holds, whoever's model it is: storages, and where tensors lie in them
     staging     one buffer a rank, in which chunks arrive in any order
     live        where the rows of every tensor lie in a rank's storages; padding
     inplace     copy_or_rebind_param, the seal, the address audit
@@ -15,6 +16,7 @@ the rank side
 the trainer side
     client      the library: Pusher
     source      what a trainer brings, matched with what the service holds
+    adapters    LoRA adapters, merged into what is sent
     encoder     its rows in checkpoint form, block by block
     door        encoded rows become chunks on the streams of their owners
     ranks       the few collectives that a push needs

@@ -11,6 +11,7 @@ from quant.formats import FORMATS, Format, TensorSpec, amax, constants, encode, 
 from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 
+from .adapters import merged
 from .source import Source
 
 BLOCK_BYTES = 8 << 20  # BF16 bytes encoded at a time
@@ -38,7 +39,8 @@ def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
     checkpoint form."""
     if source.kind == "checkpoint" or source.rows.numel() == 0:
         return
-    rows = source.rows.reshape(max(1, source.rows.shape[0]) if source.rows.ndim else 1, -1)
+    rows = merged(source.rows, source.updates)  # of one tensor at a time
+    rows = rows.reshape(max(1, rows.shape[0]) if rows.ndim else 1, -1)
     fmt = FORMATS[source.parameter.format]
     step = rows_at_a_time(fmt, rows.shape[1])
     for start in range(0, rows.shape[0], step):

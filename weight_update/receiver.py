@@ -30,6 +30,7 @@ from .chunks import Chunk, check
 from .delta import BlobSize, Patch, Positions
 from .digest import Digests, Lanes
 from .errors import BusyError, ManifestError, VersionError, raise_all
+from .holdings import Holdings, holdings_of
 from .inplace import Storages, local_of
 from .install import Changes, FullInstall, Install, MemoryPlan, read_back
 from .live import Shards, plan_live
@@ -115,19 +116,20 @@ class Receiver:
     @classmethod
     def from_module(cls, model: nn.Module, *, memory_budget_bytes: int | None = None, version: int = 0) -> Receiver:
         """The receiver of a model of quant.models, sharded by FSDP2 or not; call it while the model is sharded."""
-        from quant.models import derived_of, parameters_of, placements_of, storage_parameters  # only here: a library
-        from sharding.fsdp import unit_range  # of named storages needs neither
+        return cls.of(holdings_of(model), memory_budget_bytes=memory_budget_bytes, version=version)
 
-        held = storage_parameters(model)
+    @classmethod
+    def of(cls, holdings: Holdings, *, memory_budget_bytes: int | None = None, version: int = 0) -> Receiver:
+        """The receiver of what an engine holds, whoever's model it is."""
         return cls(
-            held,
-            placements_of(model),
-            derived_of(model),
-            shards={name: unit_range(parameter) for name, parameter in held.items()},
-            parameters=parameters_of(model),
+            holdings.storages(),
+            holdings.placements,
+            holdings.derived,
+            shards=holdings.shards,
+            parameters=holdings.parameters,
             memory_budget_bytes=memory_budget_bytes,
             version=version,
-            live=lambda: storage_parameters(model),
+            live=holdings.storages,
         )
 
     # -- the transaction

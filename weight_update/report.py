@@ -38,6 +38,7 @@ class PushReport:
     changed_tensors: int = 0
     kept_bytes: int = 0
     step: int = 0
+    merged_adapters: int = 0
     widened: list[str] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
 
@@ -95,6 +96,7 @@ def report_of(
         changed_tensors=changed_tensors,
         kept_bytes=kept_bytes,
         step=info.step,
+        merged_adapters=plan.merged_adapters,
         widened=list(plan.widened),
         timings=timings,
     )

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, uncovered
 from quant.parameters import ParameterRow
-from sharding.routes import LocalRows, local_rows
+from sharding.routes import LocalRows, LowRank, local_rows
 
+from .adapters import Adapted, adapted
 from .errors import ManifestError, raise_all
 from .manifest import Manifest
 
@@ -38,7 +39,7 @@ class Source:
     specs: the tensors that these rows become, in the format's component order; one for checkpoint form. Several sources
     may be rows of one parameter, when the trainer keeps apart what the service packs.
     rows: [n, ...] on this trainer rank, n may be 0. first: index of its first row. sends: another rank sends them if
-    False.
+    False. updates: of adapters, added to the rows when they are encoded.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     rows: Tensor
     first: int
     sends: bool
+    updates: tuple[LowRank, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +61,25 @@ class PushPlan:
     logical_bytes: int  # of the pushed parameters in BF16
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
+    merged_adapters: int = 0  # LoRA adapters, each counted once a weight
 
 
-def named_items(model: Items) -> tuple[list[tuple[str, Tensor]], frozenset[str]]:
-    """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable.
+def named_items(model: Items) -> Adapted:
+    """The (name, tensor) pairs of a trainer's model, tied names included; which are trainable; its adapters apart.
 
     Of several models in a mapping, the components of a pipeline, every name follows the model's own and a dot.
     """
     if not isinstance(model, nn.Module | Mapping):
         items = list(model)
-        return items, frozenset(name for name, _ in items)
+        return Adapted(items=items, trainable=frozenset(name for name, _ in items), low_rank={}, has_adapters=False)
     modules = {"": model} if isinstance(model, nn.Module) else {f"{name}.": each for name, each in model.items()}
-    parameters = [
-        (prefix + name, parameter)
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    ]
-    return [*parameters], frozenset(name for name, parameter in parameters if parameter.requires_grad)
+    parts = [adapted(prefix, each, each.named_parameters(remove_duplicate=False)) for prefix, each in modules.items()]
+    return Adapted(
+        items=[item for part in parts for item in part.items],
+        trainable=frozenset[str]().union(*(part.trainable for part in parts)),
+        low_rank={name: updates for part in parts for name, updates in part.low_rank.items()},
+        has_adapters=any(part.has_adapters for part in parts),
+    )
 
 
 def plan_push(
@@ -85,8 +89,8 @@ def plan_push(
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
     """
-    items, trainable = named_items(model)
-    refused = _refused(manifest, [name for name, _ in items], names)
+    given = named_items(model)
+    refused = _refused(manifest, [name for name, _ in given.items], names)
     if refused:
         return None, [refused]
     problems: list[str] = []
@@ -97,9 +101,9 @@ def plan_push(
     aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
     rows = {row.name: row for row in manifest.parameters}
     owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
-    for trainer_name, tensor in items:
-        wanted = in_scope(trainer_name, trainer_name in trainable)
-        parts, problem = _parts(names, trainer_name, tensor, is_first_rank)
+    for trainer_name, tensor in given.items:
+        wanted = in_scope(trainer_name, trainer_name in given.trainable)
+        parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()), is_first_rank)
         problems += [problem] if problem else []
         for share, part in parts:
             name = share.name
@@ -122,19 +126,30 @@ def plan_push(
                 problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
             chosen[source.name] = chosen.get(source.name, False) or wanted_part
     if not any(chosen.values()) and not problems:
-        problems.append(f"scope {scope!r} selects none of {len(items)} tensors; use 'all', 'trainable' or patterns")
+        count = len(given.items)
+        problems.append(f"scope {scope!r} selects none of {count} tensors; use 'all', 'trainable' or patterns")
     plan, missing = _select(manifest, found, chosen, scope)
-    problems += missing
+    problems += missing or _unmerged(given, plan)
     return (None if problems else plan), problems
+
+
+def _unmerged(given: Adapted, plan: PushPlan) -> list[str]:
+    """What is wrong where a model with adapters would be pushed without any of them."""
+    told = "they are disabled, merged already, or outside the scope; enable them, or push the model without (unload)"
+    nothing = given.has_adapters and not plan.merged_adapters
+    return [f"the model has adapters, and none of them would be merged: {told}"] if nothing else []
 
 
 Parts = list[tuple[Share, LocalRows]]
 
 
-def _parts(names: NameMap, trainer_name: str, tensor: Tensor, is_first_rank: bool) -> tuple[Parts, str | None]:
+
+def _parts(
+    names: NameMap, trainer_name: str, tensor: Tensor, updates: Sequence[LowRank], is_first_rank: bool
+) -> tuple[Parts, str | None]:
     """One item as shares of checkpoint parameters, those held elsewhere with no rows; or why it cannot be any."""
     try:
-        local = local_rows(tensor, is_first_rank=is_first_rank)
+        local = local_rows(tensor, is_first_rank=is_first_rank).with_updates(updates)
     except ValueError as error:
         return [], f"{trainer_name}: {error}; reshard it, or push full tensors"
     parts: Parts = []
@@ -154,11 +169,13 @@ def _linked(link: Link, local: LocalRows) -> LocalRows:
     start, stop = link.source.rows(local.shape[0])
     num_rows = link.target.rows_of_whole(stop - start)
     first, last = (min(max(at, start), stop) for at in (local.first, local.first + local.rows.shape[0]))
+    rows, updates = local.cut(first - local.first, last - local.first) if first < last else local.cut(0, 0)
     return LocalRows(
-        rows=local.rows[first - local.first : last - local.first] if first < last else local.rows[:0],
+        rows=rows,
         first=link.target.rows(num_rows)[0] + first - start,
         shape=(num_rows, *local.shape[1:]),
         sends=local.sends,
+        updates=updates,
     )
 
 
@@ -245,6 +262,8 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     quantized = FORMATS[row.format].is_quantized
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
+        if local.updates:
+            return None, f"{name}: adapters over packed weights cannot be merged; push {list(row.shape)} in BF16"
         return _made(name, "checkpoint", row, (spec,), local), None
     if name == row.name and quantized and is_float and spec is not None and local.shape == spec.shape:
         return None, (
@@ -276,12 +295,21 @@ def _made(
     name: str, kind: Literal["encode", "checkpoint"], row: ParameterRow, specs: tuple[TensorSpec, ...], local: LocalRows
 ) -> Source:
     return Source(
-        name=name, kind=kind, parameter=row, specs=specs, rows=local.rows, first=local.first, sends=local.sends
+        name=name,
+        kind=kind,
+        parameter=row,
+        specs=specs,
+        rows=local.rows,
+        first=local.first,
+        sends=local.sends,
+        updates=local.updates,
     )
 
 
 def _same(a: Source, b: Source) -> bool:
     if a.kind != b.kind or a.first != b.first or a.rows.shape != b.rows.shape or a.rows.dtype != b.rows.dtype:
+        return False
+    if a.updates != b.updates:  # by identity: a tied weight that is adapted under one of its names only
         return False
     same_memory = a.rows.data_ptr() == b.rows.data_ptr() and a.rows.stride() == b.rows.stride()
     return same_memory or torch.equal(a.rows, b.rows)
@@ -310,6 +338,7 @@ def _select(
         logical_bytes=sum(2 * math.prod(row.shape) for row in wanted),
         carried_over=len(manifest.parameters) - len(wanted),
         widened=tuple(row.name for row in wanted if row.name not in given),
+        merged_adapters=sum(len(source.updates) for source in sources),
     )
     return plan, missing
 
