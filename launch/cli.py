@@ -14,7 +14,7 @@ import typer
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import exits, proofs, replicas, tools
+from . import exits, planning, proofs, replicas, tools
 from . import store as stores
 from .compare import compare
 from .denoise import denoise
@@ -327,6 +327,8 @@ for command in (
     stores.rollback,
     stores.reset,
     stores.export,
+    planning.plan,
+    planning.simulate,
     denoise,
     compare,
     tools.calibrate,

@@ -31,8 +31,8 @@ class Rates:
     scan: BF16 bytes whose amax is taken. encode: BF16 bytes to checkpoint form, digest included. compare: encoded bytes
     against the base. send, receive: wire bytes through gRPC, host copies included. nic_out, nic_in: wire bytes on the
     link. verify: staged bytes whose digest is taken and whose undo copy is made. install: wire bytes scattered in
-    place and read back. tensor_s: seconds a tensor, both ends. round_trip_s: one call to the coordinator and its
-    ranks; a push makes six.
+    place and read back. tensor_s: seconds a tensor on the two ranks that have it. listed_s: seconds a tensor of the
+    whole push, on every rank and the coordinator. round_trip_s: one call to the coordinator and its ranks.
     """
 
     scan: float
@@ -45,6 +45,7 @@ class Rates:
     verify: float
     install: float
     tensor_s: float
+    listed_s: float
     round_trip_s: float
 
 
@@ -60,7 +61,8 @@ HOST = Rates(
     nic_in=float("inf"),
     verify=2.0e9,
     install=0.8e9,
-    tensor_s=160e-6,
+    tensor_s=130e-6,
+    listed_s=30e-6,
     round_trip_s=0.01,
 )
 
@@ -71,7 +73,7 @@ class Work:
 
     source: BF16 bytes by trainer rank. kept: encoded bytes by trainer rank, once. sent, received: wire bytes by rank.
     resident: encoded bytes that each actor rank holds of what is pushed. copies: how often a row is sent. mode: full or
-    delta. tensors: of the push.
+    delta. tensors: of the push. own_tensors: the most that a trainer rank and an actor rank have of them, together / 2.
     """
 
     mode: str
@@ -82,6 +84,7 @@ class Work:
     resident: Bytes
     copies: float
     tensors: int
+    own_tensors: float
 
     @property
     def wire_bytes(self) -> int:
@@ -101,6 +104,7 @@ def full_work(plan: RoutePlan, source_bytes: npt.ArrayLike, copies: float) -> Wo
         resident=received,
         copies=copies,
         tensors=sum(len(kind.tensors) for kind in plan.kinds),
+        own_tensors=sum(float(each.max(initial=0)) for each in plan.rank_tensors()) / 2,
     )
 
 
@@ -171,7 +175,7 @@ def _phases(work: Work, rates: Rates, *, fan_out: bool) -> dict[str, Phase]:
     most = {name: float(getattr(work, name).max(initial=0.0)) for name in ("source", "kept", "sent", "received")}
     sent = most["sent"] / (work.copies if fan_out else 1.0)
     passed_on = most["received"] if fan_out else 0.0
-    turn, tensors_s = rates.round_trip_s, rates.tensor_s * work.tensors
+    turn, tensors_s = rates.round_trip_s, rates.tensor_s * work.own_tensors + rates.listed_s * work.tensors
     plan = {"trainer host: amax": most["source"] / rates.scan, "names and tensors": tensors_s}
     if is_delta:  # everything is encoded and compared before it is known what there is to send
         plan["trainer host: encode and compare"] = most["source"] / rates.encode + most["kept"] / rates.compare
@@ -223,5 +227,6 @@ def calibrated(rates: Rates, work: Work, measured: Mapping[str, float]) -> Rates
         "install": factor.get("commit", 1.0),
     }
     values = {field.name: getattr(rates, field.name) * scaled.get(field.name, 1.0) for field in fields(Rates)}
-    values["tensor_s"] = rates.tensor_s / factor.get("plan", 1.0)
+    for name in ("tensor_s", "listed_s"):
+        values[name] = getattr(rates, name) / factor.get("plan", 1.0)
     return Rates(**values)

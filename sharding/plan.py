@@ -73,6 +73,14 @@ class RoutePlan:
             np.add.at(links, pairs, (kind.stop - kind.start) * int(self.row_bytes[kind.tensors].sum()))
         return links.reshape(self.num_senders, self.num_receivers)
 
+    def rank_tensors(self) -> tuple[Ints, Ints]:
+        """How many tensors every trainer rank sends rows of, and how many every actor rank gets rows of."""
+        counts = np.zeros(self.num_senders, np.int64), np.zeros(self.num_receivers, np.int64)
+        for kind in self.kinds:
+            for count, ranks in zip(counts, (kind.sender, kind.receiver), strict=True):
+                count[np.unique(ranks)] += len(kind.tensors)
+        return counts
+
     def routes(self) -> Iterator[Route]:
         """All of them; of a large model that is a long list."""
         for kind in self.kinds:
