@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -45,7 +46,8 @@ def picture(links: Links, title: str) -> Figure:
     (top, corner), (matrix, right) = grid
     corner.axis("off")
     shown = np.where(links > 0, links, np.nan).astype(np.float64)
-    image = matrix.imshow(shown, aspect="auto", cmap="Blues", vmin=0.0, interpolation="nearest")
+    norm = PowerNorm(0.4, vmin=0.0, vmax=float(links.max()))  # a small link can be told from none
+    image = matrix.imshow(shown, aspect="auto", cmap="Blues", norm=norm, interpolation="nearest")
     matrix.set_xlabel("actor rank")
     matrix.set_ylabel("trainer rank")
     for axis in (matrix.xaxis, matrix.yaxis):
@@ -53,7 +55,8 @@ def picture(links: Links, title: str) -> Figure:
     if max(links.shape) <= MAX_NUMBERS:
         _numbers(matrix, links)
     _totals(top, right, links)
-    bar = figure.colorbar(image, ax=corner, orientation="horizontal", fraction=0.3, aspect=8, ticks=MaxNLocator(2))
+    marks = [0.1 * links.max(), links.max()]
+    bar = figure.colorbar(image, ax=corner, orientation="horizontal", fraction=0.3, aspect=8, ticks=marks)
     bar.set_label("a link", fontsize=8)
     bar.formatter = FuncFormatter(lambda value, _: decimal_bytes(value))
     bar.ax.tick_params(labelsize=7)

@@ -222,7 +222,7 @@ SCALE_HEAD = """# Pushes at sizes that nobody has here
 Written by `transfuse simulate --markdown`; a test compares. **Every figure in the first table is a prediction** of
 `sharding/cost.py`, from the real routes of the scenario and the rates in its TOML file (`launch/scenarios/`). The host
 rates are those of the code as it is on one CPU core a rank: no GPU encodes or installs anything yet. "links alone" is
-the time that the network itself needs. With fan-out each row would travel to one replica and be passed on from there."""
+the time that the network itself needs. With fan-out a row would travel to one replica and be passed on from there."""
 
 
 def _section(planned: Planned) -> str:

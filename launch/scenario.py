@@ -20,7 +20,7 @@ import numpy as np
 from sharding.cost import HOST, Prediction, Rates, Work, delta_work, full_work, predict
 from sharding.fsdp import shard_range
 from sharding.plan import RoutePlan, plan_routes
-from sharding.tiles import Ints, Tiles, as_tensors, senders
+from sharding.tiles import Ints, Numbers, Tiles, as_tensors, senders
 from weight_update.errors import PlanError
 
 SHIPPED = Path(__file__).parent / "scenarios"
@@ -158,11 +158,11 @@ def trainer_tiles(scenario: Scenario) -> Tiles:
     for each, numbers in _numbered(scenario):
         split = trainer.expert_ranks if each.experts else 1
         shards = trainer.ranks // split if each.experts else trainer.dense_ranks
+        ranges = [shard_range(max(1, each.experts), group, split) for group in range(split)]
+        of_group = [np.ascontiguousarray(numbers[:, first:last]).ravel() for first, last in ranges]
         for rank in range(trainer.ranks):
             group, place = divmod(rank, shards) if each.experts else (0, rank % shards)
-            first, last = shard_range(max(1, each.experts), group, split)
-            start, stop = shard_range(each.rows, place, shards)
-            parts.append(_tile(rank, numbers[:, first:last], start, stop))
+            parts.append(_tile(rank, of_group[group], *shard_range(each.rows, place, shards)))
     return Tiles.joined(part for part in parts if part is not None)
 
 
@@ -170,31 +170,31 @@ def service_tiles(scenario: Scenario) -> Tiles:
     """Which rows of which parameter every actor rank owns."""
     service, parts = scenario.service, []
     for each, numbers in _numbered(scenario):
-        tile = 1 if each.plain else TILE_ROWS
+        tile, flat = 1 if each.plain else TILE_ROWS, numbers.ravel()
         for rank in range(service.replicas * service.ranks):
             place = rank % service.ranks
-            first, last = shard_range(max(1, each.experts), place, service.ranks) if each.experts else (0, 1)
-            start, stop = (0, each.rows) if each.experts else shard_range(-(-each.rows // tile), place, service.ranks)
-            scale = 1 if each.experts else tile
-            rows = (min(start * scale, each.rows), min(stop * scale, each.rows))
-            parts.append(_tile(rank, numbers[:, first:last], *rows))
+            if each.experts:
+                first, last = shard_range(each.experts, place, service.ranks)
+                parts.append(_tile(rank, numbers[:, first:last].ravel(), 0, each.rows))
+                continue
+            start, stop = (min(tile * at, each.rows) for at in shard_range(-(-each.rows // tile), place, service.ranks))
+            parts.append(_tile(rank, flat, start, stop))
     return Tiles.joined(part for part in parts if part is not None)
 
 
-def _numbered(scenario: Scenario) -> Iterator[tuple[Parameters, Ints]]:
-    """Each shape with the numbers of its parameters, [layers, experts]."""
+def _numbered(scenario: Scenario) -> Iterator[tuple[Parameters, Numbers]]:
+    """Each shape with the numbers of its parameters, [layers, experts], ascending."""
     first = 0
     for each in scenario.parameters:
-        yield each, np.arange(first, first + each.count).reshape(each.layers, -1)
+        yield each, np.arange(first, first + each.count, dtype=np.uint32).reshape(each.layers, -1)
         first += each.count
 
 
-def _tile(rank: int, numbers: Ints, start: int, stop: int) -> Tiles | None:
+def _tile(rank: int, numbers: Numbers, start: int, stop: int) -> Tiles | None:
     if start >= stop or not numbers.size:
         return None
-    one = np.array([0], np.int64)
-    tensors = np.sort(numbers.ravel()).astype(np.uint32)
-    return Tiles(rank=one + rank, start=one + start, stop=one + stop, tensors=(tensors,))
+    column = [np.array([value], np.int64) for value in (rank, start, stop)]
+    return Tiles(rank=column[0], start=column[1], stop=column[2], tensors=(numbers,))
 
 
 # ---------------------------------------------------------------- the plan
@@ -242,7 +242,7 @@ def _tensors(scenario: Scenario) -> tuple[Ints, Ints, Ints]:
     found: list[tuple[Ints, Ints, Ints]] = []
     for each, numbers in _numbered(scenario):
         for rows, row_bytes in PLAIN if each.plain else QUANTIZED:
-            flat = numbers.ravel()
+            flat = numbers.ravel().astype(np.int64)
             found.append((flat, np.full_like(flat, rows), np.full_like(flat, row_bytes(each.columns))))
     parameter, rows_, bytes_ = (np.concatenate(column) for column in zip(*found, strict=True))
     return parameter, rows_, bytes_

@@ -127,7 +127,7 @@ def _device(arch: int | str) -> str:
     return f"sm_{arch}" if isinstance(arch, int) else arch
 
 
-def decimal_bytes(num_bytes: float) -> str:
+def decimal_bytes(num_bytes: Any) -> str:
     """Bytes as links and disks count them: 1 GB is 10^9."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:

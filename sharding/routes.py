@@ -88,16 +88,16 @@ def local_rows(tensor: Tensor, *, lead: int = 1) -> LocalRows:
         _runs_of_dim(dim, shape, local.shape, tensor.placements, list(zip(coordinate, sizes, strict=True)))
         for dim in range(min(lead, len(shape)))
     ]
-    runs = [(0, 1)] if not dims else dims[0] if len(dims) == 1 else _product(*dims, shape[1])
+    runs = [(0, 1)] if not dims else dims[0] if len(dims) == 1 else _product(dims[0], dims[1], shape[1])
     rows = local.reshape((-1, *whole[1:])) if local.numel() and whole else local.new_empty((0, *whole[1:]))
     return LocalRows(rows=local if not whole else rows, runs=_joined(runs), shape=whole)
 
 
 def _check(placements: Sequence[Placement], shape: tuple[int, ...], lead: int) -> None:
     for placement in placements:
-        is_shard = isinstance(placement, Shard | _StridedShard)
-        if not isinstance(placement, Replicate) and not (is_shard and 0 <= placement.dim < lead):
-            why = f"{placement} does not keep rows whole" if is_shard else f"{placement} is no sharding of rows"
+        dim = placement.dim if isinstance(placement, Shard | _StridedShard) else None
+        if not isinstance(placement, Replicate) and (dim is None or not 0 <= dim < lead):
+            why = f"{placement} is no sharding of rows" if dim is None else f"{placement} does not keep rows whole"
             dims = "dim 0" if lead == 1 else f"dims 0 to {lead - 1}"
             raise ValueError(f"placement {tuple(placements)} of {list(shape)}: {why}; expected Replicate() or {dims}")
 
@@ -122,7 +122,7 @@ def _runs_of_dim(
     size = shape[dim]
     left_to_right = [(0, size)]
     for placement, place, count in sharded:
-        factor = placement.split_factor if isinstance(placement, _StridedShard) else 1
+        factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         pieces = [_chunk(left_to_right, i, factor) for i in range(factor)]
         left_to_right = [run for piece in pieces for run in _chunk(piece, place, count)]
     inner_first = [(0, size)]

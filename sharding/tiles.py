@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.uint32]
 
 STEP_ROWS = 128  # rows that several ranks hold are dealt out at multiples of this; no scale block has more rows
 
@@ -28,7 +30,7 @@ class Tiles:
     rank: Ints
     start: Ints
     stop: Ints
-    tensors: tuple[npt.NDArray[np.uint32], ...]
+    tensors: tuple[Numbers, ...]
 
     @classmethod
     def of(cls, rank: int, tensors: npt.ArrayLike, start: npt.ArrayLike, stop: npt.ArrayLike) -> Tiles:
@@ -59,7 +61,8 @@ class Tiles:
     def digest(self) -> str:
         """32 hex digits over everything."""
         content = xxhash.xxh3_128()
-        for each in (self.rank, self.start, self.stop, *self.tensors):
+        columns: list[npt.NDArray[Any]] = [self.rank, self.start, self.stop, *self.tensors]
+        for each in columns:
             content.update(len(each).to_bytes(8, "little"))
             content.update(np.ascontiguousarray(each).data)
         return content.hexdigest()
@@ -142,20 +145,20 @@ def senders(held: Tiles, num_rows: Ints) -> tuple[Tiles, list[Gap]]:
 
     num_rows: by tensor. Parts begin at multiples of STEP_ROWS; what is too small to be shared goes in turn to each.
     """
-    sent: list[tuple[int, int, int, Ints]] = []
+    sent: list[tuple[int, int, int, Numbers]] = []
     gaps: list[Gap] = []
     for kind in kinds(len(num_rows), held, also=num_rows):
         entries, rows = kind.entries[0], int(num_rows[kind.tensors[0]])
+        tensors = kind.tensors.astype(np.uint32)
         ranks, starts, stops = (each[entries] for each in (held.rank, held.start, held.stop))
         for start, stop in _cuts(starts, stops, rows):
             holders = np.unique(ranks[(starts <= start) & (stop <= stops)])
             if not len(holders):
                 gaps += [Gap(tensor=int(tensor), start=start, stop=stop) for tensor in kind.tensors]
                 continue
-            sent += _dealt(start, stop, holders, kind.tensors)
+            sent += _dealt(start, stop, holders, tensors)
     rank, begin, end = (np.array([each[i] for each in sent], np.int64) for i in range(3))
-    tensors = tuple(each[3].astype(np.uint32) for each in sent)
-    return Tiles(rank=rank, start=begin, stop=end, tensors=tensors), gaps
+    return Tiles(rank=rank, start=begin, stop=end, tensors=tuple(each[3] for each in sent)), gaps
 
 
 def _cuts(starts: Ints, stops: Ints, num_rows: int) -> list[tuple[int, int]]:
@@ -165,7 +168,7 @@ def _cuts(starts: Ints, stops: Ints, num_rows: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
-def _dealt(start: int, stop: int, holders: Ints, tensors: Ints) -> list[tuple[int, int, int, Ints]]:
+def _dealt(start: int, stop: int, holders: Ints, tensors: Numbers) -> list[tuple[int, int, int, Numbers]]:
     """Rows that all holders hold: an equal part for each where there are enough, else to one holder a tensor."""
     count = len(holders)
     if count == 1:
@@ -178,40 +181,44 @@ def _dealt(start: int, stop: int, holders: Ints, tensors: Ints) -> list[tuple[in
             if len(tensors[turn::count])
         ]
     edges = start + (stop - start) * np.arange(1, count) // count
-    inner = -(-edges // STEP_ROWS) * STEP_ROWS
-    bounds: Sequence[int] = [start, *np.minimum(inner, stop).tolist(), stop]
+    inner = np.clip((edges + STEP_ROWS // 2) // STEP_ROWS * STEP_ROWS, start, stop)
+    bounds: Sequence[int] = [start, *inner.tolist(), stop]
     parts = zip(holders.tolist(), bounds[:-1], bounds[1:], strict=True)
     return [(holder, a, b, tensors) for holder, a, b in parts if a < b]
 
 
-def as_tensors(sent: Tiles, parameter: Ints, rows: Ints) -> Tiles:
+def as_tensors(sent: Tiles, parameter: Ints, rows: Ints, num_rows: Ints | None = None) -> Tiles:
     """From rows of parameters to rows of the tensors that hold them.
 
     parameter: by tensor, the number of its parameter in `sent`. rows: by tensor, how many rows of the parameter one of
-    its own stands for; 0 of a single value, which comes from whoever sends row 0.
+    its own stands for; 0 of what goes by no row, comes from whoever sends row 0, and has num_rows rows of its own
+    (default: 1).
     """
+    own = np.ones_like(rows) if num_rows is None else np.where(rows == 0, num_rows, 1)
     order = np.argsort(parameter, kind="stable")
     found: list[Tiles] = []
-    for stands_for in np.unique(rows).tolist():
-        children = order[rows[order] == stands_for]
+    for stands_for, count in np.unique(np.stack([rows, own]), axis=1).T.tolist():
+        children = order[(rows[order] == stands_for) & (own[order] == count)]
         parents = parameter[children]
         some = np.flatnonzero(sent.start == 0) if stands_for == 0 else np.arange(len(sent.tensors))
         step = max(1, stands_for)
-        entries = [children[_places(parents, sent.tensors[i])] for i in some.tolist()]
+        held = {id(sent.tensors[i]): sent.tensors[i] for i in some.tolist()}  # what lies alike shares one array
+        made = {key: np.sort(children[_places(parents, each)]).astype(np.uint32) for key, each in held.items()}
+        entries = [made[id(sent.tensors[i])] for i in some.tolist()]
         kept = [n for n, each in enumerate(entries) if len(each)]
         at = some[kept]
         found.append(
             Tiles(
                 rank=sent.rank[at],
                 start=sent.start[at] // step,
-                stop=-(-sent.stop[at] // step) if stands_for else np.ones(len(at), np.int64),
-                tensors=tuple(np.sort(entries[n]).astype(np.uint32) for n in kept),
+                stop=-(-sent.stop[at] // step) if stands_for else np.full(len(at), count, np.int64),
+                tensors=tuple(entries[n] for n in kept),
             )
         )
     return Tiles.joined(found)
 
 
-def _places(ordered: Ints, wanted: npt.NDArray[np.uint32]) -> Ints:
+def _places(ordered: Ints, wanted: Numbers) -> Ints:
     """Where the wanted numbers stand in an ordered array, all of them, however often each does."""
     first, last = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
     counts = last - first

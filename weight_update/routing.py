@@ -30,7 +30,8 @@ def push_routes(manifest: Manifest, plan: PushPlan, ranks: Sequence[Any], traine
         for i, rank in enumerate(ranks)
     )
     row_bytes = np.array([spec.row_bytes for spec in manifest.tensors], np.int64)
-    routes = as_tensors(sent, parameter, rows)
+    num_rows = np.array([spec.num_rows for spec in manifest.tensors], np.int64)
+    routes = as_tensors(sent, parameter, rows, num_rows)
     return plan_routes(routes, owned, row_bytes, num_senders=trainer_rank + 1, num_receivers=len(ranks))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from quant.formats import TensorSpec
 from quant.names import IDENTITY, NameMap
 from quant.parameters import ParameterRow
 from sharding.routes import Runs
@@ -148,7 +149,7 @@ def _held(manifest: Manifest, shared: Shared) -> dict[int, ParameterRow]:
     return {number: owners[number] for number in np.union1d(shared.encode, shared.raw).tolist()}
 
 
-def _encoded(manifest: Manifest, row: ParameterRow) -> Iterator[object]:
+def _encoded(manifest: Manifest, row: ParameterRow) -> Iterator[TensorSpec]:
     required = manifest.required_of(row)  # an input scale is calibration: it comes by itself or is carried over
     return (spec for spec in manifest.tensors_of(row) if spec.name in required)
 
