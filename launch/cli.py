@@ -176,7 +176,8 @@ def push(
     emit(
         asdict(report),
         f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
-        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s, pause {1e3 * report.pause_s:.0f} ms,"
+        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s (predicted"
+        f" {sum(report.predicted.values()):.2f} s, {report.bottleneck}), pause {1e3 * report.pause_s:.0f} ms,"
         f" {report.carried_over} parameters carried over",
         as_json,
     )

@@ -211,6 +211,13 @@ class _Trainer:
         report = asdict(self._pusher.push(self._model))
         return {**report, "peak_bytes": peak_bytes()}
 
+    def link(self, bytes_s: float) -> None:
+        """From now on this trainer's links are expected to carry so much."""
+        from dataclasses import replace
+
+        rates = self._pusher._foresight.rates
+        self._pusher._foresight.rates = replace(rates, nic_out=bytes_s, nic_in=bytes_s)
+
     def stop(self) -> None:
         import torch.distributed as dist
 
@@ -226,11 +233,28 @@ def peak_bytes() -> int:
     raise AssertionError("no VmHWM")
 
 
+@dataclass(frozen=True)
+class Trainer:
+    """Ranks that push together."""
+
+    ranks: Sequence[Remote]
+
+    def __call__(self, share: float, full: bool) -> list[dict[str, Any]]:
+        """Change a share of the elements, then push: a report a rank."""
+        return self.all("push", share, full)
+
+    def all(self, *call: Any) -> list[Any]:
+        """The same call on every rank."""
+        for each in self.ranks:
+            each.ask(*call)
+        return [each.answer() for each in self.ranks]
+
+
 @contextmanager
 def trainer(
     address: str, model_dir: Path, *, ranks: int, places: Sequence[Place] = (), sharded: bool = True
-) -> Iterator[Callable[[float, bool], list[dict[str, Any]]]]:
-    """A trainer; call it with the share of elements to change and whether to push in full: a report a rank."""
+) -> Iterator[Trainer]:
+    """places: of the ranks. sharded: by FSDP2; else every rank holds the whole model."""
     host = places[0].host if places else HERE.host
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -241,10 +265,4 @@ def trainer(
             place = places[rank] if places else HERE
             started.append(Remote(_Trainer, place, rank, ranks, met, str(model_dir), address, sharded and ranks > 1))
             stack.callback(started[-1].stop)
-
-        def push(share: float, full: bool) -> list[dict[str, Any]]:
-            for each in started:
-                each.ask("push", share, full)
-            return [each.answer() for each in started]
-
-        yield push
+        yield Trainer(ranks=started)

@@ -33,6 +33,7 @@ from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
 from .encoder import global_scales, largest_bits, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
+from .foresight import Foresight
 from .handle import PushHandle
 from .manifest import Manifest
 from .ranks import Ranks
@@ -92,6 +93,7 @@ class Pusher:
         self._channels: dict[str, Any] = {}
         self._manifest: Manifest | None = None
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
+        self._foresight = Foresight()
         self._base: Base | None = None
         self._confirmed: tuple[int, str] = (0, "")  # version, digest
         self._unsettled: Attempt | None = None  # its outcome is not known
@@ -207,6 +209,8 @@ class Pusher:
         scales = self._scales(plan)
         content, reason = self._content(plan, scales, described)
         chosen_id = self._ranks.from_first(lambda: push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
+        delta = content.num_bytes if isinstance(content, Changes) else None
+        work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
         kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
@@ -217,6 +221,7 @@ class Pusher:
             manifest=manifest,
             plan=plan,
             content=content,
+            work=work,
             reason=reason,
             clock=clock,
             push_id=chosen_id,
@@ -363,6 +368,9 @@ class Pusher:
             self._confirm(attempt, info)
 
     def _report(self, attempt: Attempt, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int) -> PushReport:
+        predicted = self._foresight.predict(attempt.work)
+        if not begun.already_committed:
+            self._foresight.learn(attempt.work, attempt.clock.phases)
         return report_of(
             attempt.plan,
             begun,
@@ -373,6 +381,7 @@ class Pusher:
             reason=attempt.reason,
             changed_tensors=attempt.num_changed,
             kept_bytes=self.kept_bytes,
+            predicted=predicted,
         )
 
     def _channel(self, address: str) -> Any:
