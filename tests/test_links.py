@@ -87,6 +87,7 @@ def test_prediction_and_measurement_agree_over_limited_links(model_dir: Path, ra
             report = push(0.01, True)[0]
     predicted = sum(report["predicted"].values())
     measured = sum(report["phases"][name] for name in report["predicted"])
+    print({name: (round(report["phases"][name], 2), round(report["predicted"][name], 2)) for name in report["predicted"]})
     print(f"{2 * ranks} ranks: predicted {predicted:.2f} s, measured {measured:.2f} s, {report['bottleneck']}")
     assert report["bottleneck"] in ("trainer NIC", "actor NIC in")
     assert abs(predicted / measured - 1) <= TOLERANCE
@@ -98,7 +99,7 @@ def test_two_trainer_ranks_send_each_byte_once_to_two_replicas_of_two(model_dir:
         needed = 2 * needed_bytes(service.address)
         with trainer(service.address, model_dir, ranks=2, sharded=sharded) as push:
             full = push(1.0, True)
-            assert [each["wire_bytes"] for each in full] == [needed, needed]
+            assert all(1.0 <= each["wire_bytes"] / needed < 1.005 for each in full)  # the wire counts frames, too
             assert all(each["digest_verified"] for each in full)
             push(0.001, False)
             delta = push(0.001, False)[0]

@@ -106,7 +106,7 @@ def plan_of(
         for number in np.intersect1d(shared.encode, shared.raw).tolist()
     ]
     held = _held(manifest, shared)
-    given = {row.name for number, row in held.items() if number in set(shared.chosen.tolist())}
+    given = {held[number].name for number in shared.chosen.tolist()}
     groups = {row.group for row in manifest.parameters if row.group and row.name in given}
     wanted = [row for row in manifest.parameters if everything or row.name in given or row.group in groups]
     names = {row.name for row in wanted}
