@@ -4,7 +4,8 @@
     planned = plan_scenario(scenario)
     planned.full.seconds, planned.delta.seconds, planned.plan.link_bytes()
 
-Everything is in checkpoint form: a quantized parameter is NVFP4 codes, block scales and one global scale.
+Everything is in checkpoint form: a quantized parameter is NVFP4 codes, block scales and one global scale. Actor ranks
+compute with the rows that they own, as engines with expert and tensor parallelism do: nothing is gathered.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def plan_scenario(scenario: Scenario) -> Planned:
     )
     held = np.array([int(columns[each].sum()) for each in sent.tensors], np.int64) * (sent.stop - sent.start)
     source = np.bincount(sent.rank, weights=2.0 * held, minlength=num_senders)
-    full = full_work(plan, source, scenario.service.replicas)
+    full = full_work(plan, source, scenario.service.replicas, gathers=False)
     delta = predict(delta_work(full, scenario.share), scenario.rates)
     return Planned(scenario=scenario, plan=plan, work=full, full=predict(full, scenario.rates), delta=delta)
 

@@ -31,8 +31,9 @@ class Rates:
     scan: BF16 bytes whose amax is taken. encode: BF16 bytes to checkpoint form, digest included. compare: encoded bytes
     against the base. send, receive: wire bytes through gRPC, host copies included. nic_out, nic_in: wire bytes on the
     link. verify: staged bytes whose digest is taken and whose undo copy is made. install: wire bytes scattered in
-    place and read back. tensor_s: seconds a tensor on the two ranks that have it. listed_s: seconds a tensor of the
-    whole push, on every rank and the coordinator. round_trip_s: one call to the coordinator and its ranks.
+    place and read back. gather: the share of nic_out that the gather of a replica's ranks reaches. tensor_s: seconds a
+    tensor on the two ranks that have it. listed_s: seconds a tensor of the whole push, on every rank and the
+    coordinator. round_trip_s: one call to the coordinator and its ranks.
     """
 
     scan: float
@@ -44,13 +45,14 @@ class Rates:
     nic_in: float
     verify: float
     install: float
+    gather: float
     tensor_s: float
     listed_s: float
     round_trip_s: float
 
 
-# One rank on one core of an AMD EPYC (Zen 4) and loopback, measured by `python -m tests.bench.matrix`: the host path
-# that any rank has. A row of the scenario, or the last push of the same trainer, replaces them.
+# One rank on one core: rounded from README.md's ratios, measured on an AMD EPYC (Zen 4) whose one-thread memcpy is about
+# 10 GB/s; how the seconds a tensor divide is an estimate. A scenario, or the last full push of a trainer, replaces them.
 HOST = Rates(
     scan=4.0e9,
     encode=1.2e9,
@@ -61,6 +63,7 @@ HOST = Rates(
     nic_in=float("inf"),
     verify=2.0e9,
     install=0.8e9,
+    gather=0.7,  # gloo between two ranks whose links tc holds to 40 Mb/s
     tensor_s=130e-6,
     listed_s=30e-6,
     round_trip_s=0.01,
@@ -72,7 +75,8 @@ class Work:
     """What each rank has to do, in bytes.
 
     source: BF16 bytes by trainer rank. kept: encoded bytes by trainer rank, once. sent, received: wire bytes by rank.
-    resident: encoded bytes that each actor rank holds of what is pushed. copies: how often a row is sent. mode: full or
+    resident: encoded bytes that each actor rank holds of what is pushed. gathered: bytes that it sends to the other
+    ranks of its replica once a version, where forwards need all rows. copies: how often a row is sent. mode: full or
     delta. tensors: of the push. own_tensors: the most that a trainer rank and an actor rank have of them, together / 2.
     """
 
@@ -82,6 +86,7 @@ class Work:
     sent: Bytes
     received: Bytes
     resident: Bytes
+    gathered: Bytes
     copies: float
     tensors: int
     own_tensors: float
@@ -91,8 +96,9 @@ class Work:
         return int(self.sent.sum())
 
 
-def full_work(plan: RoutePlan, source_bytes: npt.ArrayLike, copies: float) -> Work:
-    """All rows. source_bytes: BF16 bytes that each trainer rank encodes."""
+def full_work(plan: RoutePlan, source_bytes: npt.ArrayLike, copies: float, gathers: bool = True) -> Work:
+    """All rows. source_bytes: BF16 bytes that each trainer rank encodes. copies: replicas. gathers: the ranks of a
+    replica gather what they have sharded; not where each computes with its own rows, as with experts on their owner."""
     links = plan.link_bytes().astype(np.float64)
     sent, received = links.sum(axis=1), links.sum(axis=0)
     return Work(
@@ -102,6 +108,7 @@ def full_work(plan: RoutePlan, source_bytes: npt.ArrayLike, copies: float) -> Wo
         sent=sent,
         received=received,
         resident=received,
+        gathered=received * (len(received) / max(copies, 1.0) - 1.0 if gathers else 0.0),
         copies=copies,
         tensors=sum(len(kind.tensors) for kind in plan.kinds),
         own_tensors=sum(float(each.max(initial=0)) for each in plan.rank_tensors()) / 2,
@@ -166,7 +173,7 @@ def predict(work: Work, rates: Rates) -> Prediction:
         pause_s=phases["commit"].seconds,
         trainer_bytes=int(work.kept.max(initial=0.0) + WINDOW_BYTES * len(work.received) + SCRATCH_BYTES),
         actor_bytes=int(staged + undo + WINDOW_BYTES + SCRATCH_BYTES),
-        fan_out_s=sum(phase.seconds for phase in fan_out.values()),
+        fan_out_s=min(sum(phase.seconds for phase in each.values()) for each in (phases, fan_out)),
     )
 
 
@@ -194,7 +201,13 @@ def _phases(work: Work, rates: Rates, *, fan_out: bool) -> dict[str, Phase]:
             }
         ),
         "prepare": _summed({"actor host: digest and undo": most["received"] / rates.verify}, turn),
-        "commit": _summed({"actor host: install and read back": most["received"] / rates.install}, 2 * turn),
+        "commit": _summed(
+            {
+                "actor host: install and read back": most["received"] / rates.install,
+                "actor NIC: gather": float(work.gathered.max(initial=0.0)) / (rates.gather * rates.nic_out),
+            },
+            2 * turn,
+        ),
     }
 
 

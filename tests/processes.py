@@ -21,6 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sharding.cost import Rates
+
 CLONE_NEWNET = 0x40000000
 TIMEOUT_S = 120.0
 
@@ -211,12 +213,13 @@ class _Trainer:
         report = asdict(self._pusher.push(self._model))
         return {**report, "peak_bytes": peak_bytes()}
 
-    def link(self, bytes_s: float) -> None:
-        """From now on this trainer's links are expected to carry so much."""
-        from dataclasses import replace
+    def rates(self) -> Rates:
+        """By which the next push is predicted."""
+        return self._pusher._foresight.rates
 
-        rates = self._pusher._foresight.rates
-        self._pusher._foresight.rates = replace(rates, nic_out=bytes_s, nic_in=bytes_s)
+    def expect(self, rates: Rates) -> None:
+        """Predict the next push by these rates."""
+        self._pusher._foresight.rates = rates
 
     def stop(self) -> None:
         import torch.distributed as dist

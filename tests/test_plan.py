@@ -148,6 +148,7 @@ def test_planned_bytes_are_those_that_are_sent(format: str) -> None:
 def work(**given: object) -> Work:
     one = np.array([1e9])
     usual = {"mode": "full", "source": one * 2, "kept": one, "sent": one, "received": one, "resident": one}
+    usual["gathered"] = one * 0
     return Work(**{**usual, "copies": 1.0, "tensors": 10, "own_tensors": 10.0, **given})  # type: ignore[arg-type]
 
 

@@ -45,6 +45,7 @@ class Foresight:
             sent=np.array([kept * copies], np.float64),
             received=np.array([owned], np.float64),
             resident=np.array([owned], np.float64),
+            gathered=np.array([owned * (len(actors) // copies - 1)], np.float64),
             copies=copies,
             tensors=len(plan.specs),
             own_tensors=float(tensors),

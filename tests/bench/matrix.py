@@ -2,7 +2,7 @@
 
     python -m tests.bench.matrix [--json] [--ranks 1,2,4] [--replicas 1,2,3]
 
-Prints docs/matrix.md: bytes sent over bytes needed, seconds against the push of one rank to one rank in the same run,
+Prints a table: bytes sent over bytes needed, seconds against the push of one rank to one rank in the same run,
 the coordinator's CPU seconds, and peak memory of a process. The ranks share the machine's cores, so more of them take
 turns: what this shows is that the bytes stay the same and that nobody does more than a part.
 """
