@@ -51,8 +51,8 @@ class Rates:
     round_trip_s: float
 
 
-# One rank on one core: rounded from README.md's ratios, measured on an AMD EPYC (Zen 4) whose one-thread memcpy is about
-# 10 GB/s; how the seconds a tensor divide is an estimate. A scenario, or the last full push of a trainer, replaces them.
+# One rank on one core: rounded from README.md's ratios, measured on an AMD EPYC (Zen 4) with a memcpy of about
+# 10 GB/s; how the seconds a tensor divide is an estimate. A scenario, or a trainer's last full push, replaces them.
 HOST = Rates(
     scan=4.0e9,
     encode=1.2e9,

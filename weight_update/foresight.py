@@ -16,7 +16,6 @@ from sharding.cost import HOST, Prediction, Rates, Work, calibrated, delta_work,
 
 from .manifest import Manifest
 from .ranks import Ranks
-from .sending import destinations_of
 from .source import PushPlan, Source
 
 
@@ -30,14 +29,14 @@ class Foresight:
         """What this push has to do: of every side the rank that has most of it. actors: RankSpec messages. delta: bytes
         that changed on this trainer rank, None for a full push. Collective over the trainer's ranks."""
         kept = sum(_encoded_bytes(source) for source in plan.sources)
-        to = destinations_of(actors)
         source = sum(2 * _rows(each) * _columns(each) for each in plan.sources)
         own = np.array([source, kept, len(plan.sources), delta or 0], np.int64)
         source, kept, tensors, changed = ranks.reduce(own, dist.ReduceOp.MAX).tolist()
         copies = len({rank.replica for rank in actors})
         index = np.array([manifest.index[spec.name] for spec in plan.specs], np.int64)
         row_bytes = np.array([spec.row_bytes for spec in plan.specs], np.int64)
-        owned = max((int(((each.row_stop - each.row_start)[index] * row_bytes).sum()) for each in to), default=0)
+        starts, stops = (np.array([getattr(each, name) for each in actors]) for name in ("row_start", "row_stop"))
+        owned = int(((stops - starts)[:, index] * row_bytes).sum(axis=1).max(initial=0))
         full = Work(
             mode="full",
             source=np.array([source], np.float64),
