@@ -150,13 +150,15 @@ def planned(manifest: Manifest, world: int, items: Callable[[int], Items]) -> li
     return plans
 
 
-def together(manifest: Manifest, plans: Sequence[PushPlan]) -> tuple[dict[str, Tensor], list[int]]:
+def together(
+    manifest: Manifest, plans: Sequence[PushPlan], scale: Tensor | None = None
+) -> tuple[dict[str, Tensor], list[int]]:
     """All tensors as they are put together from what every rank sends, each byte once; and the bytes by rank."""
     out = {spec.name: torch.full((spec.num_rows, spec.row_bytes), -1, dtype=torch.int16) for spec in manifest.tensors}
     sent = [0] * len(plans)
     for rank, plan in enumerate(plans):
         for source in plan.sources:
-            for spec, first, data in encoded(source, None):
+            for spec, first, data in encoded(source, scale):
                 into = out[spec.name][first : first + len(data)]
                 assert into.eq(-1).all(), f"{spec.name} from rank {rank}: sent twice"
                 into.copy_(data)
@@ -252,6 +254,15 @@ def test_quantized_rows_of_strided_and_replicated_shards_are_those_of_the_whole(
     assert all(torch.equal(split[name], alone[name]) and alone[name][0, 0] >= 0 for name in ("a.weight",))
     scales = "a.weight_scale"
     assert torch.equal(split[scales], alone[scales]) and alone[scales].ge(0).all()
+
+
+def test_one_rank_of_many_sends_the_global_scale() -> None:
+    weight, scale = random_weight(512, 64), torch.ones(())
+    manifest = manifest_of({"a.weight": (512, 64)}, "nvfp4")
+    split, sent = together(manifest, planned(manifest, 4, lambda rank: [("a.weight", weight)]), scale)
+    alone, _ = together(manifest, planned(manifest, 1, lambda rank: [("a.weight", weight)]), scale)
+    assert all(torch.equal(split[name], alone[name]) for name in split) and min(sent) > 0
+    assert split["a.weight_scale_2"].ge(0).all()
 
 
 def test_rows_that_no_rank_has_and_forms_that_differ_are_refused() -> None:
