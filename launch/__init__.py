@@ -11,4 +11,7 @@ interrupts.py  Ctrl-C and SIGTERM
 rpc.py         one call to a running service
 tables.py      what the service says, as text
 progress.py    bars on stderr
+planning.py    what a push would send and take: plan, simulate
+scenario.py    a trainer and a service that need not exist; scenarios/*.toml come with the release
+picture.py     who sends what to whom
 """

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from weight_update.errors import PlanError, WeightUpdateError
 
-from . import access, admin, certs, exits, proofs, replicas, settings, tools
+from . import access, admin, certs, exits, planning, proofs, replicas, settings, tools
 from . import node as nodes
 from . import store as stores
 from .compare import compare
@@ -191,7 +191,8 @@ def push(
     emit(
         asdict(report),
         f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
-        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s, pause {1e3 * report.pause_s:.0f} ms,"
+        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s (predicted"
+        f" {sum(report.predicted.values()):.2f} s, {report.bottleneck}), pause {1e3 * report.pause_s:.0f} ms,"
         f" {report.carried_over} parameters carried over",
         as_json,
     )
@@ -285,6 +286,8 @@ for command in (
     stores.rollback,
     stores.reset,
     stores.export,
+    planning.plan,
+    planning.simulate,
     denoise,
     compare,
     tools.calibrate,

@@ -76,7 +76,7 @@ def render(results: Results) -> str:
         ("Bytes", image_of(_plot_bytes(steps)), "Logical: the weights in BF16. Wire: what was sent, to all replicas."),
         ("Timeline", image_of(_plot_timeline(steps)), "Ranks serve while they stage. On the right the pause alone."),
         ("Steps", _table(steps, COLUMNS), "Verified: the digest of every rank's installed bytes is the trainer's."),
-        ("Seconds of a push", _table(steps, _phase_columns(steps)), "As the trainer sees them."),
+        ("Seconds of a push", _table(steps, _phase_columns(steps)), "As the trainer saw them (and as predicted)."),
         (f"{results.shown} before and after", _pairs(results), results.note),
     )
     body = "\n".join(
@@ -119,8 +119,14 @@ COLUMNS: Columns = {
 
 def _phase_columns(steps: Sequence[dict[str, Any]]) -> Columns:
     phases = dict.fromkeys(phase for step in steps for phase in step["phases"])
-    shown = {phase: lambda step, phase=phase: f"{step['phases'].get(phase, 0.0):.2f}" for phase in phases}
+    shown = {phase: lambda step, phase=phase: _beside(step, phase) for phase in phases}
     return {"version": COLUMNS["version"], **shown}
+
+
+def _beside(step: dict[str, Any], phase: str) -> str:
+    """Measured, and in brackets what was predicted before."""
+    predicted = step.get("predicted", {}).get(phase)
+    return f"{step['phases'].get(phase, 0.0):.2f}" + ("" if predicted is None else f" ({predicted:.2f})")
 
 
 def _table(steps: Sequence[dict[str, Any]], columns: Columns) -> str:

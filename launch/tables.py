@@ -150,3 +150,11 @@ def layouts() -> list[Row]:
 def device_name(arch: int | str) -> str:
     """A row of `Layout.archs` for people."""
     return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def decimal_bytes(num_bytes: Any) -> str:
+    """Bytes as links and disks count them: 1 GB is 10^9."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} B"

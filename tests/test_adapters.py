@@ -25,7 +25,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LAYOUTS = ("trtllm",)
 NUM_LAYERS = 2
-TARGETS = ["q_proj", "v_proj", "down_proj"]
+TARGETS = ["q_proj", "v_proj", "o_proj"]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ class Shell:
 
     def __init__(self, capsys: pytest.CaptureFixture[str], address: str) -> None:
         self._capsys = capsys
-        self._address = address
+        self.address = address
 
     def __call__(self, *args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:
@@ -37,13 +37,13 @@ class Shell:
 
     def json(self, *args: str) -> Any:
         """What a command of the running service prints with --json; it must succeed."""
-        code, out, err = self(*args, "--to", self._address, "--json")
+        code, out, err = self(*args, "--to", self.address, "--json")
         assert code == 0, err
         return json.loads(out)
 
     def failing(self, *args: str) -> tuple[int, str]:
         """Exit code and error of a command of the running service that prints nothing on stdout."""
-        code, out, err = self(*args, "--to", self._address)
+        code, out, err = self(*args, "--to", self.address)
         assert out == ""
         return code, err
 
@@ -159,6 +159,31 @@ def test_push_makes_the_next_version_on_all_replicas(live: Shell, service: Local
     assert report["digest"] == after["digest"] != before["digest"]
     assert eventually(live, "version", report["version"]) == [report["version"]] * 2
     assert live.json("versions")[-1]["digest"] == report["digest"]
+
+
+def test_a_plan_says_what_the_push_then_sends(live: Shell, trained: str, tmp_path: Path) -> None:
+    before = live.json("status")
+    plan = live.json("plan", trained, "--picture", str(tmp_path / "who.png"))
+    assert live.json("status")["version"] == before["version"]
+    report = live.json("push", trained)
+    (predicted,) = plan["predictions"]
+    assert predicted["wire_bytes"] == sum(map(sum, plan["links"]))
+    assert 1.0 <= report["wire_bytes"] / predicted["wire_bytes"] < 1.005  # the wire counts frames, too
+    assert len(plan["links"]) == 1 and len(plan["links"][0]) == 2
+    assert predicted["phases"].keys() == report["predicted"].keys() < report["phases"].keys()
+    assert (tmp_path / "who.png").stat().st_size > 10_000
+    code, text, _ = live("plan", trained, "--full", "--to", live.address)
+    assert code == 0 and "model.layers.1.mlp.down_proj.weight_scale_2" in text and "bottleneck" in text
+
+
+def test_a_plan_refuses_what_a_push_would(live: Shell, tmp_path: Path) -> None:
+    other = save(tiny_llama(seed=2, num_layers=1), tmp_path / "other")
+    code, err = live.failing("plan", str(other))
+    assert code == 4 and "model.layers.1.mlp.down_proj.weight: missing" in err
+    code, err = live.failing("plan", str(tmp_path / "nowhere"))
+    assert code == 4 and str(tmp_path / "nowhere") in err
+    code, err = live.failing("plan")
+    assert code == 4 and "name a checkpoint" in err
 
 
 def test_a_scope_carries_the_rest_over(live: Shell, trained: str) -> None:

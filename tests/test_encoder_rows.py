@@ -14,7 +14,8 @@ from sharding.routes import LocalRows
 from weight_update import encoder
 from weight_update.encoder import encoded
 from weight_update.manifest import Manifest
-from weight_update.source import Source, _not_encodable, plan_push
+from weight_update.sharing import plan_push
+from weight_update.source import Source, _not_encodable
 
 SHAPE = (384, 256)
 NAMES = [row.name for row in FORMATS.values() if row.is_quantized and not row.needs]
@@ -34,8 +35,8 @@ def source_of(name: str, weight: Tensor, first: int) -> Source:
         parameter=manifest.parameters[0],
         specs=tuple(spec for spec in manifest.tensors if spec.name not in calibrated),
         rows=weight,
-        first=first,
-        sends=True,
+        runs=((first, first + len(weight)),) if len(weight) else (),
+        sent=((first, first + len(weight)),) if len(weight) else (),
     )
 
 
@@ -71,16 +72,17 @@ def test_ranks_together_send_the_whole(name: str, cuts: tuple[int, ...], monkeyp
 
 def test_rows_that_cut_a_block_are_refused_before_anything_is_sent() -> None:
     manifest, weight = manifest_of("fp8_block"), torch.zeros(SHAPE).bfloat16()
-    plan, problems = plan_push(manifest, [("a.weight", weight)], "all", is_first_rank=True)
+    plan, problems = plan_push(manifest, [("a.weight", weight)], "all")
     assert plan is not None and not problems
     source = source_of("fp8_block", weight[:100], 0)
     for first, count, cut in ((0, 100, True), (100, 28, True), (128, 128, False), (256, 128, False), (7, 0, False)):
-        rows = LocalRows(rows=weight[first : first + count], first=first, shape=SHAPE, sends=True)
+        runs = ((first, first + count),) if count else ()
+        rows = LocalRows(rows=weight[first : first + count], runs=runs, shape=SHAPE)
         problem = _not_encodable(source.parameter, rows)
         assert bool(problem) is cut and (not cut or "cut a block of 128 rows" in str(problem))
 
 
 def test_what_needs_calibration_is_pushed_in_checkpoint_form() -> None:
     manifest = manifest_of("int8_static")
-    plan, problems = plan_push(manifest, [("a.weight", torch.zeros(SHAPE).bfloat16())], "all", is_first_rank=True)
+    plan, problems = plan_push(manifest, [("a.weight", torch.zeros(SHAPE).bfloat16())], "all")
     assert plan is None and "needs input_scale, input_offset" in problems[0] and "checkpoint form" in problems[0]

@@ -24,7 +24,8 @@ from weight_update.client import Pusher
 from weight_update.encoder import encoded
 from weight_update.errors import ManifestError
 from weight_update.manifest import Manifest
-from weight_update.source import PushPlan, _linked, plan_push
+from weight_update.sharing import plan_push
+from weight_update.source import PushPlan, _linked
 
 FAMILY_OF = {"bfl_flux": "flux", "bfl_flux2": "flux2", "wan_original": "wan"}
 
@@ -264,7 +265,7 @@ def manifest_of(format_name: str, shapes: Mapping[str, tuple[int, int]]) -> Mani
 
 
 def planned(manifest: Manifest, items: Mapping[str, Tensor], names: NameMap) -> PushPlan:
-    plan, problems = plan_push(manifest, items.items(), "all", is_first_rank=True, names=names)
+    plan, problems = plan_push(manifest, items.items(), "all", names=names)
     assert plan is not None, problems
     return plan
 
@@ -328,7 +329,7 @@ def test_parts_in_checkpoint_form_agree_on_the_one_scale_of_what_packs_them() ->
     ]
     assert [source.name for source in plan.sources].count("qkv.weight_scale_2") == 1
     unlike = items | agreed | {"k.weight_scale_2": torch.tensor(0.25)}
-    plan_or_none, problems = plan_push(manifest, unlike.items(), "all", is_first_rank=True, names=names)
+    plan_or_none, problems = plan_push(manifest, unlike.items(), "all", names=names)
     assert plan_or_none is None and "qkv.weight_scale_2: tied to qkv.weight and its bytes differ" in problems[0]
 
 
@@ -345,7 +346,8 @@ def test_shards_of_a_packed_tensor_are_shards_of_its_parts(cuts: tuple[int, ...]
             length = 24 if link.target.name == "d" else stop - start
             seen = torch.zeros(length, dtype=torch.int64)
             for first, last in zip((0, *cuts), (*cuts, 24), strict=True):
-                part = _linked(link, LocalRows(rows=whole[first:last], first=first, shape=(24, 2), sends=True))
+                runs = ((first, last),) if first < last else ()
+                part = _linked(link, LocalRows(rows=whole[first:last], runs=runs, shape=(24, 2)))
                 assert part.shape == (length, 2)
                 for i, row in enumerate(part.rows):
                     assert torch.equal(row, whole[start + part.first - offset + i])
@@ -357,10 +359,10 @@ def test_a_packed_tensor_given_beside_one_of_its_parts_is_refused() -> None:
     manifest = manifest_of("bf16", {f"{x}.weight": (4, 2) for x in "qkv"})
     names = NameMap((NameRule("qkv.{leaf}", tuple(f"{x}.{{leaf}}" for x in "qkv")),))
     items = {"qkv.weight": torch.zeros(12, 2).bfloat16(), "k.weight": torch.zeros(4, 2).bfloat16()}
-    plan, problems = plan_push(manifest, items.items(), "all", is_first_rank=True, names=names)
+    plan, problems = plan_push(manifest, items.items(), "all", names=names)
     assert plan is None and problems == ["k.weight: given twice; give every name once"]
     plan, problems = plan_push(
-        manifest, [("qkv.weight", torch.zeros(13, 2).bfloat16())], "all", is_first_rank=True, names=names
+        manifest, [("qkv.weight", torch.zeros(13, 2).bfloat16())], "all", names=names
     )
     assert plan is None and "qkv.weight: 13 rows do not divide into 3 equal parts" in problems[0]
 

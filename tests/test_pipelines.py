@@ -28,7 +28,8 @@ from tests.tiny_dit import COMPONENTS, CONFIGS, tiny_inputs, tiny_transformer, w
 from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.encoder import encoded, global_scales, largest_bits, nonfinite_index
 from weight_update.receiver import Receiver
-from weight_update.source import Scope, plan_push
+from weight_update.sharing import plan_push
+from weight_update.source import Scope
 
 FAMILIES = tuple(CONFIGS)
 # W8A8 with scales by row: ModelOpt's and ModelSlim's. FP8 of square weights too: every attention projection is one.
@@ -58,7 +59,7 @@ def trainer_model(family: str, seed: int) -> nn.ModuleDict:
 
 def push(receiver: Receiver, model: Any, scope: Scope = "all") -> None:
     """What a Pusher sends and a rank does, without the network between."""
-    plan, problems = plan_push(receiver.manifest, model, scope, is_first_rank=True)
+    plan, problems = plan_push(receiver.manifest, model, scope)
     assert plan is not None, problems
     scales = global_scales((source.parameter, largest_bits(source)) for source in plan.sources)
     version = receiver.version + 1
@@ -221,7 +222,7 @@ def test_fp32_parameters_are_refused_where_they_are_not_finite_and_only_there(fo
     table = trainer.get_parameter("transformer.scale_shift_table")
     with torch.no_grad():
         table[0, 1, 5] = torch.finfo(torch.float32).max  # rounds to infinity in BF16
-    plan, _ = plan_push(receiver.manifest, trainer, "all", is_first_rank=True)
+    plan, _ = plan_push(receiver.manifest, trainer, "all")
     assert plan is not None
     source = next(each for each in plan.sources if each.name == "transformer.scale_shift_table")
     assert largest_bits(source) == 0x7F7F
@@ -248,7 +249,7 @@ def test_tensors_of_components_that_are_not_served_are_refused(folders: Folders,
         ("transformer_9.proj_out.weight", torch.zeros(16, 64)),
     ]
     plan, problems = plan_push(
-        receiver.manifest, [*trainer_model(family, 0).named_parameters(), *extra], "all", is_first_rank=True
+        receiver.manifest, [*trainer_model(family, 0).named_parameters(), *extra], "all"
     )
     assert plan is None and len(problems) == 3
     for name, _ in extra:

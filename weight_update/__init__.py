@@ -15,8 +15,11 @@ the rank side
 
 the trainer side
     client      the library: Pusher
-    source      what a trainer brings, matched with what the service holds
+    source      what a trainer rank brings, matched with what the service holds
     adapters    LoRA adapters, merged into what is sent
+    sharing     which of the trainer's ranks sends what of it
+    routing     the routes of a push, for people
+    foresight   what a push is expected to take
     encoder     its rows in checkpoint form, block by block
     door        encoded rows become chunks on the streams of their owners
     ranks       the few collectives that a push needs

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from protos import transfuse_pb2 as pb
+from sharding.cost import Work
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
@@ -48,6 +49,7 @@ class Attempt:
     manifest: Manifest
     plan: PushPlan
     content: Whole | Changes
+    work: Work
     reason: str
     clock: Clock
     push_id: str

@@ -25,7 +25,7 @@ from .source import PushPlan
 
 Scales = Mapping[str, Tensor]
 Block = tuple[int, TensorSpec, int, Tensor]  # position in the push, tensor, first row, uint8 [rows, row_bytes]
-Blocks = list[tuple[int, Tensor]]  # one below the other: first row, uint8 [rows, row_bytes]
+Blocks = list[tuple[int, Tensor]]  # first row, uint8 [rows, row_bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,22 +94,25 @@ class Whole:
         positions = {spec.name: i for i, spec in enumerate(self._plan.specs)}
         for source in self._plan.sources:
             parts: dict[str, Blocks] = {}
-            digests: dict[str, Lanes] = {}
+            digests: dict[tuple[str, int], Lanes] = {}
             for spec, first, data in encoded(source, self._scales.get(source.name)):
                 lanes = digest_rows(name_key(spec.name), data, first)
                 self.digests[positions[spec.name]] += np.array(lanes, np.uint64)
                 yield positions[spec.name], spec, first, data
                 if self._keep is not None:
                     parts.setdefault(spec.name, []).append((first, data))
-                    digests[spec.name] = _sum(digests.get(spec.name, (0, 0)), lanes)
+                    digests[spec.name, first] = lanes
             self._hold(parts, digests)
         self._taken = self._keep is not None
 
-    def _hold(self, parts: Mapping[str, Blocks], digests: Mapping[str, Lanes]) -> None:
+    def _hold(self, parts: Mapping[str, Blocks], digests: Mapping[tuple[str, int], Lanes]) -> None:
         for name, blocks in parts.items():
-            rows = torch.cat([data for _, data in blocks]).to(self._keep)  # a copy, even of one block
-            held = Held(first=blocks[0][0], rows=rows, digest=digests[name])
-            self.held.setdefault(name, []).append(held)
+            for below in _stacks(blocks):
+                rows = torch.cat([data for _, data in below]).to(self._keep)  # a copy, even of one block
+                lanes = (0, 0)
+                for first, _ in below:
+                    lanes = _sum(lanes, digests[name, first])
+                self.held.setdefault(name, []).append(Held(first=below[0][0], rows=rows, digest=lanes))
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base | None:
         """What is known once this push is that version; base: what was known of the version before."""
@@ -174,13 +177,26 @@ def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:
             parts.setdefault(spec.name, []).append((first, data))
         for name, blocks in parts.items():
             at = positions[name]
-            new = torch.cat([data for _, data in blocks])
-            first = blocks[0][0]
-            patch, held = _compared(at, specs[name], base.rows_at(name, first), first, new)
-            patches += [patch] if patch is not None else []
-            digests[at] += np.array(held.digest, np.uint64)
-            everything.setdefault(name, []).append(held)
+            for below in _stacks(blocks):
+                new = torch.cat([data for _, data in below])
+                first = below[0][0]
+                patch, held = _compared(at, specs[name], base.rows_at(name, first), first, new)
+                patches += [patch] if patch is not None else []
+                digests[at] += np.array(held.digest, np.uint64)
+                everything.setdefault(name, []).append(held)
     return Changes(plan=plan, base=base, patches=tuple(patches), digests=digests, held=everything)
+
+
+def _stacks(blocks: Blocks) -> Iterator[Blocks]:
+    """Blocks that lie one below the other."""
+    stack: Blocks = []
+    for first, data in blocks:
+        if stack and first != stack[-1][0] + len(stack[-1][1]):
+            yield stack
+            stack = []
+        stack.append((first, data))
+    if stack:
+        yield stack
 
 
 def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tensor) -> tuple[Patch | None, Held]:

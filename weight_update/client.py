@@ -34,12 +34,14 @@ from .base import Base, Changes, Whole, compare
 from .channels import PLAINTEXT
 from .encoder import global_scales, largest_bits, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
+from .foresight import Foresight
 from .handle import PushHandle
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock, PushReport, report_of
 from .security import Security
-from .source import Items, PushPlan, Scope, check_finite, plan_push
+from .sharing import Holding, Shared, holding_of, plan_of, share_out
+from .source import Items, PushPlan, Scope, check_finite, offer_of
 from .transport import Channels, ControlClient
 from .values import from_manifest_proto
 
@@ -95,6 +97,8 @@ class Pusher:
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels = Channels(security)
         self._manifest: Manifest | None = None
+        self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
+        self._foresight = Foresight()
         self._base: Base | None = None
         self._confirmed: tuple[int, str] = (0, "")  # version, digest
         self._unsettled: Attempt | None = None  # its outcome is not known
@@ -209,6 +213,8 @@ class Pusher:
         scales = self._scales(plan)
         content, reason = self._content(plan, scales, described)
         chosen_id = self._ranks.from_first(lambda: push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
+        delta = content.num_bytes if isinstance(content, Changes) else None
+        work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
         kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
@@ -219,6 +225,7 @@ class Pusher:
             manifest=manifest,
             plan=plan,
             content=content,
+            work=work,
             reason=reason,
             clock=clock,
             push_id=chosen_id,
@@ -244,25 +251,38 @@ class Pusher:
         return self._manifest
 
     def _plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        plan, problems = plan_push(manifest, model, scope, is_first_rank=self._ranks.rank == 0, names=self._names)
-        everywhere = list(dict.fromkeys(problem for each in self._ranks.gather(problems) for problem in each))
+        offer = offer_of(manifest, model, scope, names=self._names)
+        ranks = self._ranks
+        shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
+        plan, problems = plan_of(manifest, offer, shared, ranks.rank, scope)
+        problems = [*offer.problems, *problems]
+        everywhere = list(dict.fromkeys(problem for each in ranks.gather(problems) for problem in each))
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
         return plan
 
+    def _share_out(self, manifest: Manifest, own: Holding) -> Shared:
+        """Who sends what; the ranks tell each other what they hold once, and again when that changes on one of them."""
+        key = (manifest.fingerprint, *self._ranks.gather(own.digest))
+        if self._shared is None or self._shared[0] != key:
+            self._shared = key, share_out(manifest, self._ranks.gather(own), own)
+        return self._shared[1]
+
     def _scales(self, plan: PushPlan) -> dict[str, Tensor]:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
-        bits = np.zeros(len(plan.sources), np.int64)
+        bits = np.zeros(len(plan.order), np.int64)
+        places = {name: i for i, (name, _) in enumerate(plan.order)}
         where: dict[str, tuple[int, ...]] = {}
-        for i, source in enumerate(plan.sources):
-            bits[i] = largest_bits(source)
-            if bits[i] >= NON_FINITE:
+        for source in plan.sources:
+            largest = largest_bits(source)
+            bits[places[source.name]] = max(bits[places[source.name]], largest)
+            if largest >= NON_FINITE:
                 where[source.name] = nonfinite_index(source)
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
         check_finite(plan, bits, where)
-        pairs = zip(plan.sources, bits.tolist(), strict=True)
-        return global_scales((source.parameter, value) for source, value in pairs if source.kind == "encode")
+        pairs = zip(plan.order, bits.tolist(), strict=True)
+        return global_scales((row, value) for (_, row), value in pairs if row is not None)
 
     def _content(self, plan: PushPlan, scales: dict[str, Tensor], described: pb.DescribeReply) -> tuple[Any, str]:
         """What to send, and why; the same kind on every trainer rank."""
@@ -352,6 +372,9 @@ class Pusher:
             self._confirm(attempt, info)
 
     def _report(self, attempt: Attempt, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int) -> PushReport:
+        predicted = self._foresight.predict(attempt.work)
+        if not begun.already_committed:
+            self._foresight.learn(attempt.work, attempt.clock.phases)
         return report_of(
             attempt.plan,
             begun,
@@ -362,6 +385,7 @@ class Pusher:
             reason=attempt.reason,
             changed_tensors=attempt.num_changed,
             kept_bytes=self.kept_bytes,
+            predicted=predicted,
         )
 
     def _channel(self, address: str) -> Any:

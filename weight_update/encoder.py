@@ -34,23 +34,35 @@ def global_scales(amaxes: Iterable[tuple[ParameterRow, int]]) -> dict[str, Tenso
     return {row.name: global_scale(FORMATS[row.format], largest[key]) for row, key, _ in pairs}
 
 
+def sent_rows(source: Source) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, ...]) of what a source sends: views, or what its adapters make of them."""
+    at = 0
+    for start, stop in source.runs:
+        for first, last in source.sent:
+            if start <= first and last <= stop:
+                begin, end = at + first - start, at + last - start
+                rows = source.rows[begin:end] if source.rows.ndim else source.rows
+                yield first, merged(rows, [each.of_rows(begin, end) for each in source.updates])
+        at += stop - start
+
+
 def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows in the format's rows_dtype) of a source to encode, in blocks of bounded size; nothing for
-    checkpoint form."""
+    """(first row, rows in the format's rows_dtype) of what a source sends and is to be encoded, in blocks of bounded
+    size; nothing for checkpoint form."""
     if source.kind == "checkpoint" or source.rows.numel() == 0:
         return
-    rows = merged(source.rows, source.updates)  # of one tensor at a time
-    rows = rows.reshape(max(1, rows.shape[0]) if rows.ndim else 1, -1)
     fmt = FORMATS[source.parameter.format]
-    step = rows_at_a_time(fmt, rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        # A view where the rows are contiguous in that dtype on the host already; otherwise scratch of one block.
-        block = rows[start : start + step].to(device="cpu", dtype=fmt.rows_dtype)
-        yield source.first + start, block.contiguous()
+    for first, part in sent_rows(source):
+        rows = part.reshape(part.shape[0] if part.ndim else 1, -1)
+        step = rows_at_a_time(fmt, rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            # A view where the rows are contiguous in that dtype on the host already; otherwise scratch of one block.
+            block = rows[start : start + step].to(device="cpu", dtype=fmt.rows_dtype)
+            yield first + start, block.contiguous()
 
 
 def largest_bits(source: Source) -> int:
-    """BF16 bits of the largest magnitude that this rank holds of a source, 0 of nothing."""
+    """BF16 bits of the largest magnitude in what this rank sends of a source, 0 of nothing."""
     return max((amax(_cut(block)) for _, block in blocks(source)), default=0)
 
 
@@ -71,11 +83,9 @@ def nonfinite_index(source: Source) -> tuple[int, ...]:
 
 def encoded(source: Source, scale: Tensor | None) -> Iterator[tuple[TensorSpec, int, Tensor]]:
     """(tensor, first row, [n, row bytes] uint8) of everything that a source sends."""
-    if not source.sends:
-        return
     if source.kind == "checkpoint":
         if source.rows.numel():
-            yield source.specs[0], source.first, as_bytes(source.rows.cpu())
+            yield from ((source.specs[0], first, as_bytes(rows.cpu())) for first, rows in sent_rows(source))
         return
     format_ = FORMATS[source.parameter.format]
     if not format_.is_quantized:
@@ -86,7 +96,7 @@ def encoded(source: Source, scale: Tensor | None) -> Iterator[tuple[TensorSpec, 
     for first, block in blocks(source):
         for suffix, data in encode(format_, block, scale).items():
             yield specs[suffix], first // parts[suffix].rows, as_bytes(data)
-    if source.first == 0 and source.rows.shape[0]:
+    if any(first == 0 for first, _ in source.sent):
         whole = constants(format_, source.parameter.shape)
         part = format_.component("global_scale")
         if part is not None and scale is not None:

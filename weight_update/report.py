@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from protos import transfuse_pb2 as pb
+from sharding.cost import Prediction
 
 from .source import PushPlan
 
@@ -15,6 +16,8 @@ class PushReport:
     """What a push did. Bytes and seconds are over all trainer ranks; `wire_bytes` counts each replica's copy.
 
     mode: full or delta. reason: why that one. phases: seconds of describe, plan, begin, transfer, prepare, commit.
+    predicted: what the cost model expected of them, by the rates of this trainer's last full push; bottleneck: the
+    resource that was to set the longest of them.
     carried_over: parameters outside the scope. widened: parameters that were added to the scope because their fused
     group was cut. changed_tensors: tensors of the push with new bytes, all of them in a full one. kept_bytes: what this
     trainer rank keeps of the version, in checkpoint form, so that the next push can be a delta. step: the trainer's own
@@ -39,6 +42,8 @@ class PushReport:
     kept_bytes: int = 0
     step: int = 0
     merged_adapters: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+    bottleneck: str = ""
     widened: list[str] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
 
@@ -71,6 +76,7 @@ def report_of(
     reason: str,
     changed_tensors: int,
     kept_bytes: int,
+    predicted: Prediction,
 ) -> PushReport:
     """The report of one committed push."""
     info = decided.version
@@ -97,6 +103,8 @@ def report_of(
         kept_bytes=kept_bytes,
         step=info.step,
         merged_adapters=plan.merged_adapters,
+        predicted={name: phase.seconds for name, phase in predicted.phases.items()},
+        bottleneck=predicted.bottleneck,
         widened=list(plan.widened),
         timings=timings,
     )

@@ -1,7 +1,9 @@
 """What a trainer brings, matched with what the service holds: the plan of one push on one trainer rank.
 
 Everything that can be refused is refused here, before a byte is sent, all of it in one message. Nothing here talks to
-anyone.
+anyone: each trainer rank makes an offer of what it has, and from all offers each makes the same plan.
+
+    offer = offer_of(manifest, model, scope)         # weight_update.sharing makes the plan of it
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
-from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, uncovered
+from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts
 from quant.parameters import ParameterRow
-from sharding.routes import LocalRows, LowRank, local_rows
+from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
 from .adapters import Adapted, adapted
 from .errors import ManifestError, raise_all
@@ -38,8 +41,9 @@ class Source:
 
     specs: the tensors that these rows become, in the format's component order; one for checkpoint form. Several sources
     may be rows of one parameter, when the trainer keeps apart what the service packs.
-    rows: [n, ...] on this trainer rank, n may be 0. first: index of its first row. sends: another rank sends them if
-    False. updates: of adapters, added to the rows when they are encoded.
+    rows: [n, ...] on this trainer rank, n may be 0. runs: which rows of the parameter or tensor they are. sent: those
+    of them that this rank sends; other ranks hold the rest, too, and send it. updates: of adapters, added to the rows
+    when they are encoded.
     """
 
     name: str
@@ -47,21 +51,45 @@ class Source:
     parameter: ParameterRow
     specs: tuple[TensorSpec, ...]
     rows: Tensor
-    first: int
-    sends: bool
+    runs: Runs
+    sent: Runs
     updates: tuple[LowRank, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """Index of the first row; 0 where there is none."""
+        return self.runs[0][0] if self.runs else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Offer:
+    """What one trainer rank has for the service, and what is wrong with it. chosen: names in the scope on this rank.
+    has_adapters: the model is adapted, so that something must be merged."""
+
+    sources: Mapping[Share, Source]
+    chosen: frozenset[str]
+    problems: list[str]
+    has_adapters: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushPlan:
-    """What one push sends: sources, and the tensors that they become, in one order on every trainer rank."""
+    """What one push sends: this rank's sources, and on every trainer rank the same tensors, in one order.
+
+    order: name of every parameter to encode, with its row, and of every tensor in checkpoint form, with None.
+    """
 
     sources: tuple[Source, ...]
     specs: tuple[TensorSpec, ...]
     logical_bytes: int  # of the pushed parameters in BF16
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
-    merged_adapters: int = 0  # LoRA adapters, each counted once a weight
+    order: tuple[tuple[str, ParameterRow | None], ...]
+
+    @property
+    def merged_adapters(self) -> int:
+        """LoRA adapters, each counted once a weight."""
+        return sum(len(source.updates) for source in self.sources)
 
 
 def named_items(model: Items) -> Adapted:
@@ -82,28 +110,22 @@ def named_items(model: Items) -> Adapted:
     )
 
 
-def plan_push(
-    manifest: Manifest, model: Items, scope: Scope, *, is_first_rank: bool, names: NameMap = IDENTITY
-) -> tuple[PushPlan | None, list[str]]:
-    """Match a model with the manifest: the plan, or every problem found (the caller raises, so that all ranks do).
+def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
+    """Match the tensors of one trainer rank with the manifest.
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
     """
     given = named_items(model)
     refused = _refused(manifest, [name for name, _ in given.items], names)
-    if refused:
-        return None, [refused]
-    problems: list[str] = []
+    problems = [refused] if refused else []
     found: dict[Share, Source] = {}
     chosen: dict[str, bool] = {}
     seen: set[Share] = set()
     in_scope = _selector(scope)
-    aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
-    rows = {row.name: row for row in manifest.parameters}
-    owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
-    for trainer_name, tensor in given.items:
+    known = _Known.of(manifest)
+    for trainer_name, tensor in given.items if not refused else ():
         wanted = in_scope(trainer_name, trainer_name in given.trainable)
-        parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()), is_first_rank)
+        parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()))
         problems += [problem] if problem else []
         for share, part in parts:
             name = share.name
@@ -112,12 +134,12 @@ def plan_push(
                 continue
             seen.add(share)
             wanted_part = wanted or in_scope(name, False)
-            row = rows.get(name) or aliases.get(name) or owners.get(name)
+            row = known.row_of(name)
             if row is None:
                 if wanted_part:
-                    problems.append(_unknown(name, [*rows, *owners]))
+                    problems.append(_unknown(name, [*known.rows, *known.owners]))
                 continue
-            source, problem = _source(manifest, row, row.name if name in aliases else name, part)
+            source, problem = _source(manifest, row, row.name if name in known.aliases else name, part)
             problems += [problem] if problem else []
             if source is None:
                 continue
@@ -125,40 +147,56 @@ def plan_push(
             if not _same(found.setdefault(key, source), source):
                 problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
             chosen[source.name] = chosen.get(source.name, False) or wanted_part
-    if not any(chosen.values()) and not problems:
-        count = len(given.items)
-        problems.append(f"scope {scope!r} selects none of {count} tensors; use 'all', 'trainable' or patterns")
-    plan, missing = _select(manifest, found, chosen, scope)
-    problems += missing or _unmerged(given, plan)
-    return (None if problems else plan), problems
+    problems += _filled_twice(found)
+    return Offer(
+        sources=found,
+        chosen=frozenset(name for name, wanted in chosen.items() if wanted),
+        problems=problems,
+        has_adapters=given.has_adapters,
+    )
 
 
-def _unmerged(given: Adapted, plan: PushPlan) -> list[str]:
-    """What is wrong where a model with adapters would be pushed without any of them."""
-    told = "they are disabled, merged already, or outside the scope; enable them, or push the model without (unload)"
-    nothing = given.has_adapters and not plan.merged_adapters
-    return [f"the model has adapters, and none of them would be merged: {told}"] if nothing else []
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The service's parameters by name, by the names tied to them, and by the names of their tensors."""
+
+    rows: Mapping[str, ParameterRow]
+    aliases: Mapping[str, ParameterRow]
+    owners: Mapping[str, ParameterRow]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Known:
+        return cls(
+            {row.name: row for row in manifest.parameters},
+            {alias: row for row in manifest.parameters for alias in row.aliases},
+            {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)},
+        )
+
+    def row_of(self, name: str) -> ParameterRow | None:
+        return self.rows.get(name) or self.aliases.get(name) or self.owners.get(name)
 
 
 Parts = list[tuple[Share, LocalRows]]
 
 
-
 def _parts(
-    names: NameMap, trainer_name: str, tensor: Tensor, updates: Sequence[LowRank], is_first_rank: bool
+    names: NameMap, trainer_name: str, tensor: Tensor, updates: Sequence[LowRank]
 ) -> tuple[Parts, str | None]:
     """One item as shares of checkpoint parameters, those held elsewhere with no rows; or why it cannot be any."""
+    links = names.forward(canonical_name(trainer_name))
+    shape = tuple(tensor.shape)
+    is_stacked = any(expert_parts(link.target.name, shape) for link in links)
     try:
-        local = local_rows(tensor, is_first_rank=is_first_rank).with_updates(updates)
+        local = local_rows(tensor, lead=2 if is_stacked else 1).with_updates(updates)
     except ValueError as error:
         return [], f"{trainer_name}: {error}; reshard it, or push full tensors"
     parts: Parts = []
-    for link in names.forward(canonical_name(trainer_name)):
+    for link in links:
         try:
             linked = _linked(link, local)
         except NameMapError as error:
             return [], str(error)
-        parts += _experts(link.target.name, linked) or [(link.target, linked)]
+        parts += _experts(link.target.name, shape, linked) if is_stacked else [(link.target, linked)]
     return parts, None
 
 
@@ -168,36 +206,14 @@ def _linked(link: Link, local: LocalRows) -> LocalRows:
         return local
     start, stop = link.source.rows(local.shape[0])
     num_rows = link.target.rows_of_whole(stop - start)
-    first, last = (min(max(at, start), stop) for at in (local.first, local.first + local.rows.shape[0]))
-    rows, updates = local.cut(first - local.first, last - local.first) if first < last else local.cut(0, 0)
-    return LocalRows(
-        rows=rows,
-        first=link.target.rows(num_rows)[0] + first - start,
-        shape=(num_rows, *local.shape[1:]),
-        sends=local.sends,
-        updates=updates,
-    )
+    return local.cut(start, stop).within(num_rows, link.target.rows(num_rows)[0])
 
 
-def _experts(name: str, local: LocalRows) -> Parts:
-    """The experts of a stacked parameter; none when it is not one."""
-    parts = expert_parts(name, local.shape)
-    if not parts:
-        return []
-    held = range(local.first, local.first + local.rows.shape[0])
-    empty = local.rows.new_empty((0, local.shape[2]))
-    return [
-        (
-            Share(name=part.name),
-            LocalRows(
-                rows=local.rows[part.expert - local.first, part.row0 : part.row1] if part.expert in held else empty,
-                first=0,
-                shape=(part.row1 - part.row0, local.shape[2]),
-                sends=local.sends and part.expert in held,
-            ),
-        )
-        for part in parts
-    ]
+def _experts(name: str, shape: tuple[int, ...], local: LocalRows) -> Parts:
+    """The experts of a stacked parameter [E, R, ...], whose rows here are those of [E * R, ...]."""
+    parts = expert_parts(name, (local.shape[0] // shape[1], *shape[1:]))
+    firsts = ((part, part.expert * shape[1]) for part in parts)
+    return [(Share(name=part.name), local.cut(first + part.row0, first + part.row1)) for part, first in firsts]
 
 
 def _held(share: Share, source: Source) -> Share:
@@ -206,13 +222,16 @@ def _held(share: Share, source: Source) -> Share:
     return Share(name=source.name) if is_value else replace(share, name=source.name)
 
 
-def _in_part(found: Iterable[Share]) -> list[str]:
-    """Parameters of which the trainer's tensors hold some rows twice, or not at all."""
-    shares: dict[str, list[Share]] = {}
-    for share in found:
-        shares.setdefault(share.name, []).append(share)
-    problems = [(name, uncovered(each)) for name, each in shares.items()]
-    return [f"{name}: {problem}; push tensors that make up the whole of it" for name, problem in problems if problem]
+def _filled_twice(found: Mapping[Share, Source]) -> list[str]:
+    """Parameters of which several of this rank's tensors hold the same rows."""
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for source in found.values():
+        runs.setdefault(source.name, []).extend(source.runs)
+    return [
+        f"{name}: filled twice; push tensors that make up the whole of it"
+        for name, each in runs.items()
+        if any(before[1] > after[0] for before, after in pairwise(sorted(each)))
+    ]
 
 
 def _selector(scope: Scope) -> Callable[[str, bool], bool]:
@@ -281,13 +300,13 @@ def _not_encodable(row: ParameterRow, local: LocalRows) -> str | None:
     if fmt.needs:
         needs = ", ".join(fmt.needs)
         return f"{row.name}: {row.format} needs {needs}, which a trainer has not; push it in checkpoint form"
-    start, step = local.first, fmt.row_step
-    stop = start + local.rows.shape[0]
-    if start < stop and (start % step or (stop % step and stop != row.shape[0])):
-        return (
-            f"{row.name}: rows {start}:{stop} cut a block of {step} rows that share a scale in {row.format}; shard "
-            f"the trainer at multiples of {step} rows, or push from one rank"
-        )
+    step = fmt.row_step
+    for start, stop in local.runs:
+        if start % step or (stop % step and stop != row.shape[0]):
+            return (
+                f"{row.name}: rows {start}:{stop} cut a block of {step} rows that share a scale in {row.format}; shard "
+                f"the trainer at multiples of {step} rows, or push from one rank"
+            )
     return None
 
 
@@ -300,14 +319,14 @@ def _made(
         parameter=row,
         specs=specs,
         rows=local.rows,
-        first=local.first,
-        sends=local.sends,
+        runs=local.runs,
+        sent=local.runs,
         updates=local.updates,
     )
 
 
 def _same(a: Source, b: Source) -> bool:
-    if a.kind != b.kind or a.first != b.first or a.rows.shape != b.rows.shape or a.rows.dtype != b.rows.dtype:
+    if a.kind != b.kind or a.runs != b.runs or a.rows.shape != b.rows.shape or a.rows.dtype != b.rows.dtype:
         return False
     if a.updates != b.updates:  # by identity: a tied weight that is adapted under one of its names only
         return False
@@ -315,44 +334,16 @@ def _same(a: Source, b: Source) -> bool:
     return same_memory or torch.equal(a.rows, b.rows)
 
 
-def _select(
-    manifest: Manifest, found: Mapping[Share, Source], chosen: Mapping[str, bool], scope: Scope
-) -> tuple[PushPlan, list[str]]:
-    """Sources in manifest order, the scope widened to whole fused groups; names what is missing."""
-    given = {source.parameter.name for source in found.values() if chosen[source.name]}
-    groups = {row.group for row in manifest.parameters if row.group and row.name in given}
-    everything = scope == "all"
-    wanted = [row for row in manifest.parameters if everything or row.name in given or row.group in groups]
-    brought = {source.parameter.name for source in found.values()}
-    why = "the scope is 'all'" if everything else "its fused group is pushed as a whole"
-    missing = [f"{row.name}: missing, and {why}; add it" for row in wanted if row.name not in brought]
-    names = {row.name for row in wanted}
-    missing += _in_part(share for share, source in found.items() if source.parameter.name in names)
-    sources = sorted(
-        (source for source in found.values() if source.parameter.name in names),
-        key=lambda source: manifest.index[source.specs[0].name],
-    )
-    plan = PushPlan(
-        sources=tuple(sources),
-        specs=tuple(dict.fromkeys(spec for source in sources for spec in source.specs)),
-        logical_bytes=sum(2 * math.prod(row.shape) for row in wanted),
-        carried_over=len(manifest.parameters) - len(wanted),
-        widened=tuple(row.name for row in wanted if row.name not in given),
-        merged_adapters=sum(len(source.updates) for source in sources),
-    )
-    return plan, missing
-
-
 def check_finite(plan: PushPlan, amax_bits: np.ndarray, first_nonfinite: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse NaN and Inf; names each tensor and, where this rank holds it, the index.
 
-    amax_bits: per source, the BF16 bits of its largest magnitude over all trainer ranks; 0x7F80 and above are not
-    finite.
+    amax_bits: in the plan's order, the BF16 bits of the largest magnitude over all trainer ranks; 0x7F80 and above are
+    not finite.
     """
     problems = []
-    for source, bits in zip(plan.sources, amax_bits, strict=True):
+    for (name, _), bits in zip(plan.order, amax_bits, strict=True):
         if bits >= NON_FINITE:
-            where = first_nonfinite.get(source.name)
+            where = first_nonfinite.get(name)
             at = f"index {list(where)}" if where is not None else "in rows of another trainer rank"
-            problems.append(f"{source.name}: NaN or Inf at {at}; the weights are not finite, nothing was sent")
+            problems.append(f"{name}: NaN or Inf at {at}; the weights are not finite, nothing was sent")
     raise_all(ManifestError, "push refused", problems)
