@@ -16,19 +16,27 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
+from .specs import EncodeRows, Parts
 from .steps import Located
 
-SCALES = (2.0**-60, 2.0**20)  # in which no intermediate number of the quotient leaves FP32's normal range
-TILE_WORDS = 4096  # of two weights, what one program of 4 warps takes
+SCALES = (2.0**-60, 2.0**7)  # in which no number on the way leaves FP32's range, and no quotient becomes 0
+# Elements that a row is a multiple of -> rows and elements of a tile, and its warps: fastest where the threads of a
+# program are one row's, 8 elements each.
+TILES = ((1024, (4, 1024, 2)), (512, (8, 512, 2)), (256, (8, 256, 1)), (128, (128, 128, 4)), (64, (128, 64, 4)))
+RAGGED_WORDS = 4096
+FLAT = (1024, 512, 256, 128, 64, 32, 16)  # rows that are only compared with or written to checkpoint form
+FUSED_TILES, FUSED_PROGRAMS = 2, 8  # tiles of an item; programs a multiprocessor
+PLAIN_TILES = {256: (16, 256, 2)}  # one warp gives other bytes there
 ROOM = 32  # changes that a program of `diff_nvfp4` notes; with more, compare whole matrices instead
-GROUP_BYTES = 20 << 20  # of weights between their amax and their encoding: what stays in the L2 cache
+GROUP_BYTES = 8 << 20  # of weights between their amax and their encoding: what stays in the L2 cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +82,14 @@ class Batch:
     keep: tuple[object, ...]
 
     @property
-    def block(self) -> tuple[int, int]:
-        """Rows and elements of a tile."""
-        return tile_of(self.elements)
+    def block(self) -> tuple[int, int, int]:
+        """Rows and elements of a tile, and warps."""
+        return PLAIN_TILES.get(self.elements, tile_of(self.elements)) if self.plain else tile_of(self.elements)
 
     @property
-    def steps(self) -> int:
-        """Tiles side by side."""
-        return -(-self.elements // self.block[1])
+    def programs(self) -> int:
+        """Tiles, those side by side included."""
+        return self.num_tiles * -(-self.elements // self.block[1])
 
     @property
     def even(self) -> bool:
@@ -89,15 +97,25 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Diff:
-    """What changed in the matrices of a batch, one part after the other: bytes of all codes, bytes of all block scales.
+class Changes:
+    """Changed bytes of one component of the matrices of a batch, in the order of matrices and positions.
 
-    Each: int64 [n] matrix, int64 [n] byte in its checkpoint form, increasing, and uint8 [n] new byte. overflowed: some
-    program found more than it could note; compare whole matrices instead.
+    matrix: int32 [n]. position: int64 [n], byte in the matrix' checkpoint form. difference, value: uint8 [n], new less
+    old and new. All on the device.
     """
 
-    weight: tuple[Tensor, Tensor, Tensor]
-    block_scale: tuple[Tensor, Tensor, Tensor]
+    matrix: Tensor
+    position: Tensor
+    difference: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Diff:
+    """What is not as it was. overflowed: some program found more than it could note; compare whole matrices instead."""
+
+    weight: Changes
+    block_scale: Changes
     overflowed: bool
 
 
@@ -106,31 +124,38 @@ def _loops() -> ModuleType:
     return importlib.import_module(".cuda_loops", __package__)
 
 
-def tile_of(elements: int) -> tuple[int, int]:
-    """(rows, elements) of a tile: the widest that divides a row, or else a power of two that covers it."""
-    widths = [width for width in (512, 256, 128, 64) if elements % width == 0]
-    width = widths[0] if widths else min(512, max(64, 1 << (elements - 1).bit_length()))
-    return 2 * TILE_WORDS // width, width
+def tile_of(elements: int) -> tuple[int, int, int]:
+    """(rows, elements, warps) of a tile."""
+    for multiple, tile in TILES:
+        if elements % multiple == 0:
+            return tile
+    width = min(512, max(64, 1 << (elements - 1).bit_length()))
+    return 2 * RAGGED_WORDS // width, width, 4
 
 
 def plan_batch(matrices: Sequence[Matrix], *, align: int = 16) -> Batch:
-    """The table of a batch, on the matrices' device. Raises ValueError for what does not fit together."""
+    """The table of a batch, on the matrices' device. Raises ValueError for what does not fit together.
+
+    Of matrices in checkpoint form rows mean nothing, and they are taken as longer or shorter ones that fill tiles.
+    """
     first = matrices[0]
-    elements, device = first.rows.shape[1], first.rows.device
-    _check(matrices, elements, align)
-    vectors = Vectors(device)
-    columns = [_columns(each, elements, vectors) for each in matrices]
-    rows = np.array([len(each.rows) for each in matrices], np.int64)
-    step = tile_of(elements)[0]
+    columns, device = first.rows.shape[1], first.rows.device
+    _check(matrices, columns, align)
+    vectors, plain = Vectors(device), first.weight_at is None
+    sizes = np.array([each.rows.numel() for each in matrices], np.int64)
+    elements = next(width for width in FLAT if not (sizes % width).any()) if plain else columns
+    rows = sizes // elements
+    fields = [_columns(each, columns, num_rows, vectors) for each, num_rows in zip(matrices, rows.tolist(), strict=True)]
+    step = (PLAIN_TILES.get(elements, tile_of(elements)) if plain else tile_of(elements))[0]
     return Batch(
         elements=elements,
-        table=torch.tensor(columns, dtype=torch.int64).to(device),
+        table=torch.tensor(fields, dtype=torch.int64).to(device),
         tiles=torch.from_numpy(tiles_of(rows, step)).to(device),
         num_tiles=int((-(-rows // step)).sum()),
         num_groups=1 + max(each.group for each in matrices),
         rows_of=tuple(rows.tolist()),
         groups_of=tuple(each.group for each in matrices),
-        plain=first.weight_at is None,
+        plain=plain,
         swap=first.swap,
         keep=(*matrices, vectors),
     )
@@ -171,7 +196,7 @@ class Vectors:
         return self._held[key]
 
 
-def _columns(matrix: Matrix, elements: int, vectors: Vectors) -> list[int]:
+def _columns(matrix: Matrix, elements: int, num_rows: int, vectors: Vectors) -> list[int]:
     weight, scale = matrix.weight.data_ptr(), matrix.block_scale.data_ptr()
     ahead = [0, 0, 0]
     if matrix.weight_at is not None and matrix.scale_at is not None:
@@ -179,7 +204,7 @@ def _columns(matrix: Matrix, elements: int, vectors: Vectors) -> list[int]:
         weight, scale = weight + at.shift, scale + scale_at.shift
         rows = (vectors.rows(each.located).data_ptr() + 8 * each.row0 for each in (at, scale_at))
         ahead = [*rows, vectors.columns(scale_at.located, elements // 16).data_ptr()]
-    return [matrix.rows.data_ptr(), weight, scale, len(matrix.rows), *ahead, matrix.group]
+    return [matrix.rows.data_ptr(), weight, scale, num_rows, *ahead, matrix.group]
 
 
 def _check(matrices: Sequence[Matrix], elements: int, align: int) -> None:
@@ -211,126 +236,186 @@ def scale_table(scales: Tensor) -> Tensor:
 def scales_of(bits: Tensor) -> Tensor:
     """FP32 global scales from amax bits, int32, on the same device; 1.0 where they are 0."""
     largest = (bits << 16).view(torch.float32)
-    return torch.where(bits == 0, 1.0, largest / 2688.0)
+    # By a number that lies on the device: torch multiplies by the reciprocal of one that does not.
+    divisor = torch.full((), 2688.0, dtype=torch.float32, device=bits.device)
+    return torch.where(bits == 0, 1.0, largest / divisor)
 
 
 def amax(batch: Batch, out: Tensor | None = None) -> Tensor:
     """BF16 bits of the largest magnitude of every group: int32 [groups], on the device."""
     out = torch.zeros(batch.num_groups, dtype=torch.int32, device=batch.table.device) if out is None else out.zero_()
-    _launch("amax", batch, batch.num_tiles * batch.steps, batch.table, batch.tiles, out, EVEN=batch.even)
+    _launch("amax", batch, batch.table, batch.tiles, out)
     return out
 
 
 def encode_nvfp4(batch: Batch, table: Tensor) -> None:
     """Write codes and block scales of every matrix; table: `scale_table` of the groups' global scales."""
-    count = batch.num_tiles * batch.steps
-    _launch(
-        "encode_nvfp4", batch, count, batch.table, batch.tiles, table, EVEN=batch.even, PLAIN=batch.plain,
-        SWAP=batch.swap,
-    )  # fmt: skip
+    _launch("encode_nvfp4", batch, batch.table, batch.tiles, table, PLAIN=batch.plain, SWAP=batch.swap)
 
 
 class Fused:
-    """amax and encoding in one launch, planned once: call it to get the amax bits, int32 [groups]."""
+    """amax and encoding in one launch, planned once: call it to get the amax bits, int32 [groups].
+
+    For matrices in checkpoint form, where no other rank has weights of their groups.
+    """
 
     def __init__(self, batch: Batch) -> None:
+        if not batch.plain:
+            raise ValueError("amax and encoding in one launch: only into checkpoint form; lay out from there")
         self._batch = batch
         device = batch.table.device
         items, expected = _items(batch)
         self._items, self._expected = torch.from_numpy(items).to(device), torch.from_numpy(expected).to(device)
-        self._state = torch.zeros(1 + 2 * batch.num_groups, dtype=torch.int32, device=device)
+        self._state = torch.zeros(2, batch.num_groups, dtype=torch.int32, device=device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._programs = min(len(items), FUSED_PROGRAMS * multiprocessors)
 
     def __call__(self) -> Tensor:
-        batch, groups = self._batch, self._batch.num_groups
-        largest = self._state.zero_()[1 + groups :]
-        _launch(
-            "encode_nvfp4_fused", batch, len(self._items), batch.table, self._items, self._state, largest,
-            self._expected, EVEN=batch.even, PLAIN=batch.plain, SWAP=batch.swap,
+        batch, loops = self._batch, _loops()
+        done, largest = self._state.zero_()
+        rows, _, warps = batch.block
+        loops.encode_nvfp4_fused[(self._programs,)](
+            batch.table, self._items, len(self._items), done, largest, self._expected, K=batch.elements, BN=rows,
+            TILES=FUSED_TILES, FIELDS=loops.FIELDS, num_warps=warps, launch_cooperative_grid=True,
         )  # fmt: skip
         return largest
 
 
 def _items(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Work in the order in which it is drawn: the amax of some groups is always ahead of the encoding of others, by
-    about GROUP_BYTES of weights."""
-    tiles, groups = batch.tiles.cpu().numpy(), np.array(batch.groups_of)
-    group = np.repeat(groups[tiles[:, 0]], batch.steps)
-    steps = np.tile(np.arange(batch.steps, dtype=np.int32), len(tiles))
-    wide = np.repeat(tiles, batch.steps, axis=0)
+    about GROUP_BYTES of weights. A group is encoded from its end, which is what the cache saw last."""
+    step = batch.block[0] * FUSED_TILES
+    tiles = tiles_of(np.array(batch.rows_of, np.int64), step)
+    group = np.array(batch.groups_of)[tiles[:, 0]]
     order = np.argsort(group, kind="stable")
-    wide, steps, group = wide[order], steps[order], group[order]
-    ends = np.flatnonzero(np.diff(group, append=-1)) + 1
-    parts, begin, ahead = [], 0, max(1, GROUP_BYTES // (4 * TILE_WORDS))
-    waiting: list[tuple[int, int]] = []
-    for end in ends.tolist():
-        parts.append(_kind(0, wide, steps, begin, end))
+    tiles, group = tiles[order], group[order]
+    ahead = max(1, GROUP_BYTES // (2 * step * batch.elements))
+    parts, waiting, begin = [], [], 0
+    for end in (np.flatnonzero(np.diff(group, append=-1)) + 1).tolist():
+        parts.append(np.insert(tiles[begin:end], 0, 0, axis=1))
         waiting.append((begin, end))
         begin = end
-        while len(waiting) > 1 and end - waiting[0][0] > ahead:
-            parts.append(_kind(1, wide, steps, *waiting.pop(0)))
-    parts += [_kind(1, wide, steps, *each)[::-1] for each in waiting]
+        while end - waiting[0][0] > ahead and len(waiting) > 1:
+            first, stop = waiting.pop(0)
+            parts.append(np.insert(tiles[first:stop][::-1], 0, 1, axis=1))
+    parts += [np.insert(tiles[first:stop][::-1], 0, 1, axis=1) for first, stop in reversed(waiting)]
     return np.concatenate(parts), np.bincount(group, minlength=batch.num_groups).astype(np.int32)
 
 
-def _kind(kind: int, tiles: np.ndarray, steps: np.ndarray, begin: int, end: int) -> np.ndarray:
-    kinds = np.full((end - begin, 1), kind, np.int32)
-    return np.ascontiguousarray(np.hstack([kinds, tiles[begin:end], steps[begin:end, None]]).astype(np.int32))
+# ---------------------------------------------------------------- what changed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Notes:
+    """What `note_nvfp4` writes: int32 [programs], and twice int32 [programs, ROOM]."""
+
+    counts: Tensor
+    notes: Tensor
+    values: Tensor
 
 
 def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
-    """What differs between the matrices, encoded, and what lies at their weight and block_scale."""
-    noted = note_nvfp4(batch, table)
-    weight, over = _gathered(batch, noted, 0, batch.elements // 8, 4)
-    scale, over_scale = _gathered(batch, noted, 1, batch.elements // 16, 1)
-    return Diff(weight=weight, block_scale=scale, overflowed=over or over_scale)
+    """What differs between the matrices, encoded, and what lies at their weight and block_scale, in checkpoint form."""
+    if not batch.plain:
+        raise ValueError("a diff: only against checkpoint form")
+    noted, programs, device = note_nvfp4(batch, table), batch.programs, batch.table.device
+    shape = {"TILES": 4, "ROOM": ROOM, "K": batch.elements, "FIELDS": _loops().FIELDS}
+    arguments = (batch.table, batch.tiles, noted.counts, noted.notes, noted.values, programs)
+    grid = (-(-programs // 4),)
+    counts = torch.empty(2, programs, dtype=torch.int32, device=device)
+    _loops().count_notes[grid](*arguments, counts, **shape)
+    before = counts.cumsum(1)
+    ends = torch.cat([before[:, -1], noted.counts.amax().long()[None]]).tolist()
+    if ends[2] > ROOM:
+        return Diff(weight=_changes(0, device), block_scale=_changes(0, device), overflowed=True)
+    before -= counts
+    weight, scale = _changes(ends[0], device), _changes(ends[1], device)
+    out = [(part.matrix, part.position, part.difference, part.value) for part in (weight, scale)]
+    if ends[0] or ends[1]:
+        _loops().sort_notes[grid](*arguments, before, *out[0], *out[1], **shape)
+    return Diff(weight=weight, block_scale=scale, overflowed=False)
 
 
-def note_nvfp4(batch: Batch, table: Tensor, noted: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-    """The kernel of `diff_nvfp4` alone: counts [2, programs], places and values [2, programs, ROOM]."""
-    programs, device = batch.num_tiles * batch.steps, batch.table.device
+def note_nvfp4(batch: Batch, table: Tensor, noted: Notes | None = None) -> Notes:
+    """The first kernel of `diff_nvfp4` alone."""
     if noted is None:
-        counts = torch.zeros(2, programs, dtype=torch.int32, device=device)
-        noted = (counts, *(torch.empty(2, programs, ROOM, dtype=torch.int32, device=device) for _ in range(2)))
+        count, device = batch.programs, batch.table.device
+        places = (torch.empty(count, ROOM, dtype=torch.int32, device=device) for _ in range(2))
+        noted = Notes(torch.zeros(count, dtype=torch.int32, device=device), *places)
     else:
-        noted[0].zero_()
-    _launch("diff_nvfp4", batch, programs, batch.table, batch.tiles, table, *noted, ROOM=ROOM, EVEN=batch.even)
+        noted.counts.zero_()
+    _launch(
+        "diff_nvfp4", batch, batch.table, batch.tiles, table, noted.counts, noted.notes, noted.values, ROOM=ROOM
+    )  # fmt: skip
     return noted
 
 
-def _gathered(
-    batch: Batch, noted: tuple[Tensor, ...], part: int, per_row: int, width: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
-    """Notes of all programs in the order of matrices and places; words of `width` bytes become bytes."""
-    counts, found, new = (each[part] for each in noted)
-    here = torch.arange(ROOM, device=counts.device) < counts[:, None]
-    program = here.nonzero()[:, 0]
-    matrix = batch.tiles[program // batch.steps, 0].long()
-    place, value = found[here].long(), new[here]
-    order = torch.argsort((matrix << 40) | place)
-    matrix, place, value = matrix[order], place[order], value[order]
-    if width == 4:
-        old = _old_words(batch, matrix, place)
-        shifts = torch.arange(0, 32, 8, device=counts.device)
-        bytes_new, bytes_old = ((each[:, None] >> shifts) & 255 for each in (value, old))
-        differ = bytes_new != bytes_old
-        place = (place[:, None] * 4 + torch.arange(4, device=counts.device))[differ]
-        matrix, value = matrix[:, None].expand(-1, 4)[differ], bytes_new[differ]
-    return (matrix, place, value.to(torch.uint8)), bool((counts > ROOM).any())
+def _changes(count: int, device: torch.device) -> Changes:
+    return Changes(
+        matrix=torch.empty(count, dtype=torch.int32, device=device),
+        position=torch.empty(count, dtype=torch.int64, device=device),
+        difference=torch.empty(count, dtype=torch.uint8, device=device),
+        value=torch.empty(count, dtype=torch.uint8, device=device),
+    )
 
 
-def _old_words(batch: Batch, matrix: Tensor, place: Tensor) -> Tensor:
-    """The words of codes as they are, int32."""
-    out = torch.empty(len(place), dtype=torch.int32, device=place.device)
-    addresses = batch.table[matrix, _loops().WEIGHT] + 4 * place
-    if len(out):
-        grid = (-(-len(out) // 1024),)
-        _loops().fetch_words[grid](addresses, out, len(out), BLOCK=1024)
-    return out
+def _launch(name: str, batch: Batch, *arguments: object, **constants: object) -> None:
+    rows, width, warps = batch.block
+    if batch.programs:
+        getattr(_loops(), name)[(batch.programs,)](
+            *arguments, K=batch.elements, BN=rows, BK=width, EVEN=batch.even, FIELDS=_loops().FIELDS, num_warps=warps,
+            **constants,
+        )  # fmt: skip
 
 
-def _launch(name: str, batch: Batch, programs: int, *arguments: object, **constants: object) -> None:
-    rows, width = batch.block
-    if programs:
-        getattr(_loops(), name)[(programs,)](
-            *arguments, K=batch.elements, BN=rows, BK=width, FIELDS=_loops().FIELDS, num_warps=4, **constants
-        )
+# ---------------------------------------------------------------- rows of one matrix, as the table of formats has them
+
+
+def encode_rows(name: str) -> EncodeRows | None:
+    """The encoder of a row of FORMATS for rows on a CUDA device, None where torch's own serves."""
+    return ENCODERS.get(name)
+
+
+def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+    if not SCALES[0] <= scale <= SCALES[1]:
+        kernels.encode_nvfp4_rows_torch(rows, scale, out["weight"], out["weight_scale"])
+    elif rows.numel():
+        batch = plan_batch([Matrix(rows=rows, weight=out["weight"], block_scale=out["weight_scale"])])
+        encode_nvfp4(batch, scale_table(torch.tensor([scale], device=rows.device)))
+
+
+def _encode_fp8(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+    if rows.numel():
+        divisor = torch.tensor([scale], dtype=torch.float32, device=rows.device)
+        grid = (-(-rows.numel() // 2048),)
+        _loops().encode_fp8[grid](rows, divisor, out["weight"], rows.numel(), BLOCK=2048)
+
+
+def _encode_fp8_channel(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+    if rows.numel():
+        scales = out["weight_scale"].view(torch.float32)
+        _loops().encode_fp8_channel[(len(rows),)](rows, out["weight"], scales, rows.shape[1], BK=1024)
+
+
+def _encode_fp8_block(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+    if rows.numel():
+        scales, (n, k) = out["weight_scale"].view(torch.float32), rows.shape
+        grid = (-(-n // 128), -(-k // 128))
+        _loops().encode_fp8_block[grid](rows, out["weight"], scales, n, k, TILE=128, num_warps=16)
+
+
+def _encode_mx(rows: Tensor, scale: float, given: Parts, out: Parts, *, fp4: bool) -> None:
+    if rows.numel():
+        blocks = rows.numel() // 32
+        bits, grid = rows.view(torch.int16), (-(-blocks // 128),)
+        _loops().encode_mx[grid](bits, out["weight"], out["weight_scale"], blocks, BLOCKS=128, FP4=fp4)
+
+
+ENCODERS: dict[str, EncodeRows] = {
+    "nvfp4": _encode_nvfp4,
+    "fp8": _encode_fp8,
+    "fp8_channel": _encode_fp8_channel,
+    "fp8_block": _encode_fp8_block,
+    "mxfp8": partial(_encode_mx, fp4=False),
+    "mxfp4": partial(_encode_mx, fp4=True),
+}

@@ -113,7 +113,7 @@ def _nvfp4(v, gs, six, inverse, BN: tl.constexpr, BK: tl.constexpr):
     eight = _magnitudes(v0, v1, v2, v3)
     bits = tl.max(tl.reshape(eight, (BN, BK // 16, 2)), axis=2)
     a = (bits << 16).to(tl.float32, bitcast=True)
-    q = a * inverse
+    q = tl.minimum(a * inverse, 1e30)
     block = tl.math.fma(tl.math.fma(-q, tl.broadcast_to(six, q.shape), a), tl.broadcast_to(inverse, q.shape), q)
     block = tl.where(block == 0, 1.0, tl.maximum(block, 0.001953125))
     s8 = tl.minimum(block, 448.0).to(tl.float8e4nv)
@@ -128,23 +128,23 @@ def _nvfp4(v, gs, six, inverse, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _load(sources, tiles, tile, kb, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-          EVEN: tl.constexpr, FIELDS: tl.constexpr):
-    """A tile of a source: its row of the table, which rows these are, which are there, and the words."""
+def _tile(sources, tiles, tile, BN: tl.constexpr, FIELDS: tl.constexpr):
+    """A tile: its source's row of the table, which rows these are, and which of them are there."""
     source = sources + tl.load(tiles + 2 * tile).to(tl.int64) * FIELDS
-    row0 = tl.load(tiles + 2 * tile + 1)
-    num_rows = tl.load(source + 3).to(tl.int32)
-    rows = row0 + tl.arange(0, BN)
-    x = tl.load(source).to(tl.pointer_type(tl.int32)) + row0.to(tl.int64) * (K // 2)
+    rows = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BN)
+    return source, rows, rows < tl.load(source + 3).to(tl.int32)
+
+
+@triton.jit
+def _load(source, rows, inside, kb, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, KEEP: tl.constexpr):
+    """Rows of weights as words [BN, BK / 2]. KEEP: whether the caches should hold on to them."""
+    x = tl.multiple_of(tl.load(source).to(tl.pointer_type(tl.int32)), 16)
     words = kb * (BK // 2) + tl.arange(0, BK // 2)
-    at = tl.arange(0, BN)[:, None] * (K // 2) + words[None, :]
-    at = tl.max_contiguous(tl.multiple_of(at, (1, 4)), (1, 4))
-    x = tl.multiple_of(x, 16)
-    if EVEN:
-        v = tl.load(x + at, mask=(rows < num_rows)[:, None], other=0)
-    else:
-        v = tl.load(x + at, mask=(rows < num_rows)[:, None] & (words < K // 2)[None, :], other=0)
-    return source, rows, rows < num_rows, v
+    at = rows.to(tl.int64)[:, None] * (K // 2) + words[None, :]
+    mask = inside[:, None]
+    if not EVEN:
+        mask = mask & (words < K // 2)[None, :]
+    return tl.load(x + at, mask=mask, other=0, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -180,7 +180,8 @@ def encode_nvfp4(sources, tiles, scales, K: tl.constexpr, BN: tl.constexpr, BK: 
     """scales: FP32 [groups, 3] of gs, 6 gs, 1 / (6 gs)."""
     steps: tl.constexpr = (K + BK - 1) // BK
     tile, kb = tl.program_id(0) // steps, tl.program_id(0) % steps
-    source, rows, inside, v = _load(sources, tiles, tile, kb, K, BN, BK, EVEN, FIELDS)
+    source, rows, inside = _tile(sources, tiles, tile, BN, FIELDS)
+    v = _load(source, rows, inside, kb, K, BK, EVEN, "")
     scale = scales + 3 * tl.load(source + 7)
     codes, s8 = _nvfp4(v, tl.load(scale), tl.load(scale + 1), tl.load(scale + 2), BN, BK)
     _store(codes, s8, source, rows, inside, kb, K, BK, PLAIN, SWAP)
@@ -192,82 +193,232 @@ def amax(sources, tiles, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
     """BF16 bits of the largest magnitude of every group: int32 [groups], zeros before."""
     steps: tl.constexpr = (K + BK - 1) // BK
     tile, kb = tl.program_id(0) // steps, tl.program_id(0) % steps
-    source, rows, inside, v = _load(sources, tiles, tile, kb, K, BN, BK, EVEN, FIELDS)
+    source, rows, inside = _tile(sources, tiles, tile, BN, FIELDS)
+    v = _load(source, rows, inside, kb, K, BK, EVEN, "")
     v0, v1, v2, v3 = _words(v, BN, BK)
     tl.atomic_max(out + tl.load(source + 7), tl.max(tl.max(_magnitudes(v0, v1, v2, v3), axis=1), axis=0))
 
 
 @triton.jit
-def encode_nvfp4_fused(sources, items, state, largest, expected, K: tl.constexpr,
-                       BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr,
-                       SWAP: tl.constexpr, FIELDS: tl.constexpr):
+def encode_nvfp4_fused(sources, items, count, state, largest, expected, K: tl.constexpr, BN: tl.constexpr,
+                       TILES: tl.constexpr, FIELDS: tl.constexpr):
     """amax and encode in one launch: a group's weights are read for its amax and, while they are in the L2, again.
 
-    items: int32 [n, 4] of kind (0 amax, 1 encode), source, first row, column step; all amax items of a group come
-    before its encode items. state: int32 [1 + groups], zeros: tickets drawn, amax items done. Work is drawn by ticket,
-    so that whoever waits waits for programs that run already and never wait themselves.
+    items: int32 [count, 3] of kind (0 amax, 1 encode), source, first of TILES * BN rows; all amax items of a group come
+    before its encode items. state: int32 [groups], zeros: amax items done. Programs all run at the same time
+    (cooperative launch) and take every n-th item in order, so that what one waits for never waits for it.
     """
-    item = items + 4 * tl.atomic_add(state, 1)
-    kind, tile, kb = tl.load(item), item + 1, tl.load(item + 3)
-    source, rows, inside, v = _load(sources, tile, 0, kb, K, BN, BK, EVEN, FIELDS)
-    group = tl.load(source + 7)
-    if kind == 0:
-        v0, v1, v2, v3 = _words(v, BN, BK)
-        tl.atomic_max(largest + group, tl.max(tl.max(_magnitudes(v0, v1, v2, v3), axis=1), axis=0))
-        tl.atomic_add(state + 1 + group, 1, sem="release")
-    else:
-        wanted = tl.load(expected + group)
-        while tl.atomic_add(state + 1 + group, 0, sem="acquire") < wanted:
-            pass
-        bits = tl.atomic_max(largest + group, 0)
-        a = (bits << 16).to(tl.float32, bitcast=True)
-        gs = tl.where(bits == 0, 1.0, tl.math.div_rn(a, 2688.0))
-        six = 6.0 * gs
-        codes, s8 = _nvfp4(v, gs, six, tl.math.div_rn(1.0, six), BN, BK)
-        _store(codes, s8, source, rows, inside, kb, K, BK, PLAIN, SWAP)
+    for i in tl.range(tl.program_id(0), count, tl.num_programs(0)):
+        item = items + 3 * i
+        kind, row0 = tl.load(item), tl.load(item + 2)
+        source = sources + tl.load(item + 1).to(tl.int64) * FIELDS
+        group, num_rows = tl.load(source + 7), tl.load(source + 3).to(tl.int32)
+        if kind == 0:
+            most = tl.zeros((BN, K // 8), tl.int32)
+            for j in tl.static_range(TILES):
+                rows = row0 + j * BN + tl.arange(0, BN)
+                v = _load(source, rows, rows < num_rows, 0, K, K, True, "")
+                v0, v1, v2, v3 = _words(v, BN, K)
+                most = tl.maximum(most, _magnitudes(v0, v1, v2, v3))
+            tl.atomic_max(largest + group, tl.max(tl.reshape(most, (BN * K // 8,)), axis=0), sem="relaxed")
+            tl.atomic_add(state + group, 1, sem="release")
+        else:
+            wanted = tl.load(expected + group)
+            while tl.atomic_add(state + group, 0, sem="acquire") < wanted:
+                pass
+            bits = tl.atomic_max(largest + group, 0, sem="relaxed")
+            gs = tl.where(bits == 0, 1.0, tl.math.div_rn((bits << 16).to(tl.float32, bitcast=True), 2688.0))
+            six = 6.0 * gs
+            inverse = tl.math.div_rn(1.0, six)
+            for j in tl.static_range(TILES):
+                rows = row0 + j * BN + tl.arange(0, BN)
+                inside = rows < num_rows
+                v = _load(source, rows, inside, 0, K, K, True, "evict_first")
+                codes, s8 = _nvfp4(v, gs, six, inverse, BN, K)
+                _store(codes, s8, source, rows, inside, 0, K, K, True, False)
+
+
+# ---------------------------------------------------------------- what changed
 
 
 @triton.jit
-def diff_nvfp4(sources, tiles, scales, counts, found, new, K: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, ROOM: tl.constexpr, EVEN: tl.constexpr,
-               FIELDS: tl.constexpr):
-    """Encode, compare with what lies at WEIGHT and SCALE (row-major), and note what differs.
+def diff_nvfp4(sources, tiles, scales, counts, notes, values, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+               ROOM: tl.constexpr, EVEN: tl.constexpr, FIELDS: tl.constexpr):
+    """Encode, compare with what lies at WEIGHT and SCALE, and note the words of codes that differ, or whose scale does.
 
-    counts: int32 [2, programs], zeros: words of codes and bytes of scales that differ. found, new: int32 [2, programs,
-    ROOM], the place in the source (word, byte) and what it should be; in no order, what finds no room is only counted.
+    counts: int32 [programs], zeros. notes, values: int32 [programs, ROOM], in no order: number of the word in the tile
+    << 16 | its scale as it should be, and its codes as they should be. What finds no room is only counted. BK is K.
     """
-    steps: tl.constexpr = (K + BK - 1) // BK
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    tile, kb = program // steps, program % steps
-    source, rows, inside, v = _load(sources, tiles, tile, kb, K, BN, BK, EVEN, FIELDS)
+    program = tl.program_id(0)
+    source, rows, inside = _tile(sources, tiles, program, BN, FIELDS)
     w = tl.load(source + 1).to(tl.pointer_type(tl.int32))
     s = tl.load(source + 2).to(tl.pointer_type(tl.uint8))
-    words, columns = kb * (BK // 8) + tl.arange(0, BK // 8), kb * (BK // 16) + tl.arange(0, BK // 16)
-    w_mask = inside[:, None] & (words < K // 8)[None, :]
-    s_mask = inside[:, None] & (columns < K // 16)[None, :]
-    w_at = rows[:, None] * (K // 8) + words[None, :]
-    s_at = rows[:, None] * (K // 16) + columns[None, :]
-    w_old, s_old = tl.load(w + w_at, mask=w_mask, other=0), tl.load(s + s_at, mask=s_mask, other=0)
+    words, columns = tl.arange(0, BK // 8)[None, :], tl.arange(0, BK // 16)[None, :]
+    wide, mask = rows.to(tl.int64)[:, None], inside[:, None]
+    v = _load(source, rows, inside, 0, K, BK, EVEN, "")
+    w_old = tl.load(w + (wide * (K // 8) + words), mask=mask, other=0)
+    s_old = tl.load(s + (wide * (K // 16) + columns), mask=mask, other=0)
     scale = scales + 3 * tl.load(source + 7)
     codes, s8 = _nvfp4(v, tl.load(scale), tl.load(scale + 1), tl.load(scale + 2), BN, BK)
-    _note(codes, w_old, w_at, w_mask, counts + program, found + program * ROOM, new + program * ROOM, ROOM)
-    program += programs
-    _note(s8, s_old, s_at, s_mask, counts + program, found + program * ROOM, new + program * ROOM, ROOM)
+    both = (s8.to(tl.int32) << 8) | (s_old ^ s8).to(tl.int32)
+    both = tl.reshape(tl.broadcast_to(both[:, :, None], (BN, BK // 16, 2)), (BN, BK // 8))
+    changed = (((codes ^ w_old) | (both & 255)) != 0) & mask
+    slot = tl.atomic_add(counts + program + tl.zeros_like(codes), 1, mask=changed, sem="relaxed")
+    keep = changed & (slot < ROOM)
+    note = ((tl.arange(0, BN)[:, None] * (K // 8) + words) << 16) | (both >> 8)
+    tl.store(notes + program * ROOM + slot, note, mask=keep)
+    tl.store(values + program * ROOM + slot, codes, mask=keep)
 
 
 @triton.jit
-def _note(now, old, at, mask, count, found, new, ROOM: tl.constexpr):
-    changed = (now != old) & mask
-    if tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) > 0:
-        slot = tl.atomic_add(count + tl.zeros_like(at), 1, mask=changed)
-        keep = changed & (slot < ROOM)
-        tl.store(found + slot, at, mask=keep)
-        tl.store(new + slot, now.to(tl.int32), mask=keep)
+def _notes(sources, tiles, counts, notes, values, programs, TILES: tl.constexpr, ROOM: tl.constexpr, K: tl.constexpr,
+           FIELDS: tl.constexpr):
+    """Notes of TILES programs, [TILES, ROOM]: number of the word, codes and scales new and as they are, which are
+    there, and for each program its matrix and first row."""
+    program = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    there = program < programs
+    slot = tl.arange(0, ROOM)
+    mask = slot[None, :] < tl.load(counts + program, mask=there, other=0)[:, None]
+    note = tl.load(notes + program[:, None] * ROOM + slot[None, :], mask=mask, other=0)
+    new = tl.load(values + program[:, None] * ROOM + slot[None, :], mask=mask, other=0)
+    matrix = tl.load(tiles + 2 * program, mask=there, other=0)
+    row0 = tl.load(tiles + 2 * program + 1, mask=there, other=0).to(tl.int64)
+    source = sources + matrix.to(tl.int64) * FIELDS
+    word = note >> 16
+    w = tl.load(source + 1, mask=there, other=0) + row0 * (K // 2)
+    s = tl.load(source + 2, mask=there, other=0) + row0 * (K // 16)
+    old = tl.load((w[:, None] + word * 4).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+    s_old = tl.load((s[:, None] + word // 2).to(tl.pointer_type(tl.uint8)), mask=mask, other=0).to(tl.int32)
+    s_new = tl.where(mask, note & 255, s_old)
+    new = tl.where(mask, new, old)
+    rescaled = (mask & (s_new != s_old) & (word % 2 == 0)).to(tl.int32)
+    return program, there, matrix, row0, tl.where(mask, word, 1 << 20), old, new, s_old, s_new, rescaled
 
 
 @triton.jit
-def fetch_words(addresses, out, count, BLOCK: tl.constexpr):
-    """out[i] = the 4 bytes at addresses[i]."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(addresses + i, mask=i < count, other=0).to(tl.pointer_type(tl.int32))
-    tl.store(out + i, tl.load(at, mask=i < count, other=0), mask=i < count)
+def _changed_bytes(old, new):
+    count = tl.zeros_like(old)
+    for i in tl.static_range(4):
+        count += ((((old ^ new) >> (8 * i)) & 255) != 0).to(tl.int32)
+    return count
+
+
+@triton.jit
+def count_notes(sources, tiles, counts, notes, values, programs, out, TILES: tl.constexpr, ROOM: tl.constexpr,
+                K: tl.constexpr, FIELDS: tl.constexpr):
+    """Changed bytes of codes and of scales of every program: int32 [2, programs]."""
+    program, there, _, _, _, old, new, _, _, rescaled = _notes(
+        sources, tiles, counts, notes, values, programs, TILES, ROOM, K, FIELDS
+    )
+    tl.store(out + program, tl.sum(_changed_bytes(old, new), axis=1), mask=there)
+    tl.store(out + programs + program, tl.sum(rescaled, axis=1), mask=there)
+
+
+@triton.jit
+def sort_notes(sources, tiles, counts, notes, values, programs, before, matrices, positions, differences, bytes_,
+               s_matrices, s_positions, s_differences, s_bytes, TILES: tl.constexpr, ROOM: tl.constexpr,
+               K: tl.constexpr, FIELDS: tl.constexpr):
+    """Changed bytes in the order of their places. before: int64 [2, programs], how many come before each program's."""
+    program, there, matrix, row0, word, old, new, s_old, s_new, rescaled = _notes(
+        sources, tiles, counts, notes, values, programs, TILES, ROOM, K, FIELDS
+    )
+    ahead = word[:, None, :] < word[:, :, None]
+    count = _changed_bytes(old, new)
+    at = tl.load(before + program, mask=there, other=0)[:, None]
+    at += tl.sum(tl.where(ahead, count[:, None, :], 0), axis=2)
+    owner = tl.broadcast_to(matrix[:, None], word.shape)
+    for i in tl.static_range(4):
+        byte, was = (new >> (8 * i)) & 255, (old >> (8 * i)) & 255
+        here = byte != was
+        tl.store(matrices + at, owner, mask=here)
+        tl.store(positions + at, row0[:, None] * (K // 2) + word * 4 + i, mask=here)
+        tl.store(differences + at, (byte - was).to(tl.uint8), mask=here)
+        tl.store(bytes_ + at, byte.to(tl.uint8), mask=here)
+        at += here.to(tl.int64)
+    at = tl.load(before + programs + program, mask=there, other=0)[:, None]
+    at += tl.sum(tl.where(ahead, rescaled[:, None, :], 0), axis=2)
+    here = rescaled != 0
+    tl.store(s_matrices + at, owner, mask=here)
+    tl.store(s_positions + at, row0[:, None] * (K // 16) + word // 2, mask=here)
+    tl.store(s_differences + at, (s_new - s_old).to(tl.uint8), mask=here)
+    tl.store(s_bytes + at, s_new.to(tl.uint8), mask=here)
+
+
+# ---------------------------------------------------------------- FP8 and MX, one matrix a launch
+
+
+@triton.jit
+def _e4m3(values):
+    return tl.minimum(tl.maximum(values, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def encode_fp8(x, scale, weight, count, BLOCK: tl.constexpr):
+    """One scale a tensor, FP32 [1]; the quotient is rounded to BF16 before it is rounded to FP8."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    quotient = tl.math.div_rn(tl.load(x + i, mask=i < count, other=0.0).to(tl.float32), tl.load(scale))
+    tl.store(weight + i, _e4m3(quotient.to(tl.bfloat16).to(tl.float32)), mask=i < count)
+
+
+@triton.jit
+def encode_fp8_channel(x, weight, scales, K, BK: tl.constexpr):
+    """A row a program: amax / 448, and the row again, out of the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BK,), tl.float32)
+    for start in range(0, K, BK):
+        i = start + tl.arange(0, BK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + row * K + i, mask=i < K, other=0.0).to(tl.float32)))
+    scale = tl.math.div_rn(tl.max(largest, axis=0), 448.0)
+    scale = tl.where(scale == 0, 1.0, scale)
+    for start in range(0, K, BK):
+        i = start + tl.arange(0, BK)
+        value = tl.load(x + row * K + i, mask=i < K, other=0.0).to(tl.float32)
+        tl.store(weight + row * K + i, _e4m3(tl.math.div_rn(value, scale)), mask=i < K)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def encode_fp8_block(x, weight, scales, N, K, TILE: tl.constexpr):
+    """A block of 128 x 128 a program."""
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    at = rows[:, None] * K + columns[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.math.div_rn(tl.max(tl.max(tl.abs(value), axis=1), axis=0), 448.0)
+    scale = tl.where(scale == 0, 1.0, scale)
+    tl.store(weight + at, _e4m3(tl.math.div_rn(value, scale)), mask=mask)
+    tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
+
+
+@triton.jit
+def encode_mx(x, weight, scales, count, BLOCKS: tl.constexpr, FP4: tl.constexpr):
+    """Blocks of 32: the exponent of amax over the format's largest value, rounded up, read off the bits of amax.
+
+    FP4: ties go toward zero, and an exact zero is -0.
+    """
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    mask = (block < count)[:, None]
+    bits = tl.load(x + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    largest = tl.max(bits & 0x7FFF, axis=1)
+    if FP4:  # 6 = 1.5 * 2^2
+        byte = (largest >> 7) - 2 + ((largest & 127) > 64).to(tl.int32)
+    else:  # 448 = 1.75 * 2^8
+        byte = (largest >> 7) - 8 + ((largest & 127) > 96).to(tl.int32)
+    byte = tl.maximum(byte, 0)
+    tl.store(scales + block, byte.to(tl.uint8), mask=block < count)
+    # 2^(127 - byte), which is no normal number where byte is 254.
+    power = tl.where(byte == 254, 0x00400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+    if FP4:
+        magnitude = ((bits & 0x7FFF) << 16).to(tl.float32, bitcast=True) * power[:, None]
+        code = tl.zeros_like(bits)
+        for edge in tl.static_range(7):
+            code += (magnitude > (0.25 + 0.5 * edge if edge < 4 else (2.5 if edge == 4 else 3.5 if edge == 5 else 5.0))).to(tl.int32)
+        negative = ((bits & 0x8000) != 0) | (magnitude == 0)
+        low, high = tl.split(tl.reshape(code | (negative.to(tl.int32) << 3), (BLOCKS, 16, 2)))
+        half = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(weight + half, (low | (high << 4)).to(tl.uint8), mask=mask)
+    else:
+        value = (bits << 16).to(tl.float32, bitcast=True) * power[:, None]
+        tl.store(weight + at, _e4m3(value), mask=mask)

@@ -34,7 +34,7 @@ Indices = npt.NDArray[np.int64]
 
 BLOCK = 256  # changed bytes that one program takes
 COPY_ITEMS, MAX_ROWS = 4096, 128  # that one program moves
-DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS = 32, 16, 128
+DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 16, 512, 4, 4
 
 
 @cache
@@ -174,8 +174,8 @@ class Chosen:
             spans = -(-(-(-kind.row_bytes // 8)) // int(shape["SPAN"]))
             _loops().digest_rows[(len(tiles) * spans,)](
                 self.table, self.table if staged is None else staged, tiles, out, ROW=kind.row_bytes,
-                RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None, FIELDS=_loops().FIELDS,
-                num_warps=1 if kind.single else 4, **shape,
+                RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None, UNROLL=DIGEST_UNROLL,
+                FIELDS=_loops().FIELDS, num_warps=1 if kind.single else DIGEST_WARPS, **shape,
             )  # fmt: skip
         return out
 

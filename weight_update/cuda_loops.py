@@ -113,7 +113,8 @@ def _word(base, row_at, word, runs, mask, ROW: tl.constexpr, RUN: tl.constexpr, 
 
 @triton.jit
 def digest_rows(table, staged, tiles, out, ROW: tl.constexpr, RUN: tl.constexpr, ITEM: tl.constexpr, BN: tl.constexpr,
-                BW: tl.constexpr, SPAN: tl.constexpr, SWAP: tl.constexpr, STAGED: tl.constexpr, FIELDS: tl.constexpr):
+                BW: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr, SWAP: tl.constexpr, STAGED: tl.constexpr,
+                FIELDS: tl.constexpr):
     """Digests of rows, added to int64 [tensors, 2]; STAGED: as they arrived, one after the other, or as they lie.
 
     A program takes SPAN words of BN rows, BW at a time, so that a row's keys are made once for all of them.
@@ -131,26 +132,28 @@ def digest_rows(table, staged, tiles, out, ROW: tl.constexpr, RUN: tl.constexpr,
         base = tl.load(spec)
         row_at = tl.load(tl.load(spec + 1).to(tl.pointer_type(tl.int64)) + rows, mask=inside, other=0)
     number = (tl.load(spec + 5) + rows + 1) * GOLDEN
-    key0, key1 = _mix(tl.load(spec + 7) + number)[:, None], _mix(tl.load(spec + 8) + number)[:, None]
+    step = ((span * SPAN + tl.arange(0, BW)).to(tl.int64) * GOLDEN)[None, :]
+    key0, key1 = _mix(tl.load(spec + 7) + number)[:, None] + step, _mix(tl.load(spec + 8) + number)[:, None] + step
+    ahead = tl.full((1, 1), BW, tl.int64) * GOLDEN
     sum0, sum1 = tl.zeros((BN, BW), tl.int64), tl.zeros((BN, BW), tl.int64)
-    for i in tl.range(0, SPAN // BW, loop_unroll_factor=4):
+    for i in tl.range(0, SPAN // BW, loop_unroll_factor=UNROLL):
         word = span * SPAN + i * BW + tl.arange(0, BW)
+        mask = inside[:, None]
         if ROW % (8 * SPAN):
-            mask = inside[:, None] & (word * 8 < ROW)[None, :]
-        else:
-            mask = inside[:, None]
+            mask = mask & (word * 8 < ROW)[None, :]
         value = _word(base, row_at, word, runs, mask, ROW, ROW if STAGED else RUN, ITEM)
         if SWAP and not STAGED:
             value = _swapped(value)
-        step = (word.to(tl.int64) * GOLDEN)[None, :]
-        mixed0, mixed1 = _mix(value ^ (key0 + step)), _mix(value ^ (key1 + step))
+        mixed0, mixed1 = _mix(value ^ key0), _mix(value ^ key1)
         if ROW % (8 * SPAN):
             mixed0, mixed1 = tl.where(mask, mixed0, 0), tl.where(mask, mixed1, 0)
         sum0 += mixed0
         sum1 += mixed1
-    row0, row1 = tl.where(inside, tl.sum(sum0, axis=1), 0), tl.where(inside, tl.sum(sum1, axis=1), 0)
-    tl.atomic_add(out + 2 * tensor, tl.sum(row0, axis=0))
-    tl.atomic_add(out + 2 * tensor + 1, tl.sum(row1, axis=0))
+        key0 += ahead
+        key1 += ahead
+    sum0, sum1 = tl.where(inside[:, None], sum0, 0), tl.where(inside[:, None], sum1, 0)
+    tl.atomic_add(out + 2 * tensor, tl.sum(tl.reshape(sum0, (BN * BW,)), axis=0))
+    tl.atomic_add(out + 2 * tensor + 1, tl.sum(tl.reshape(sum1, (BN * BW,)), axis=0))
 
 
 # ---------------------------------------------------------------- single bytes
