@@ -3,7 +3,6 @@
     batch = plan_batch([Matrix(rows=bf16, weight=codes, block_scale=scales, group=0), ...])
     bits = amax(batch)                    # int32 [groups], on the device
     encode_nvfp4(batch, scale_table(global_scales))
-    bits = encode_nvfp4_fused(batch)      # both at once, where no other rank shares a group
     diff = diff_nvfp4(batch, table)       # what is not as it lies at weight and block_scale
     store = plan_batch([Matrix(..., weight=storage, block_scale=storage2, weight_at=placement, scale_at=placement2)])
 
@@ -33,10 +32,9 @@ SCALES = (2.0**-60, 2.0**7)  # in which no number on the way leaves FP32's range
 TILES = ((1024, (4, 1024, 2)), (512, (8, 512, 2)), (256, (8, 256, 1)), (128, (128, 128, 4)), (64, (128, 64, 4)))
 RAGGED_WORDS = 4096
 FLAT = (1024, 512, 256, 128, 64, 32, 16)  # rows that are only compared with or written to checkpoint form
-FUSED_TILES, FUSED_PROGRAMS = 2, 8  # tiles of an item; programs a multiprocessor
+DIFF_ELEMENTS = 1024  # the one width at which its bytes were proven
 PLAIN_TILES = {256: (16, 256, 2)}  # one warp gives other bytes there
 ROOM = 32  # changes that a program of `diff_nvfp4` notes; with more, compare whole matrices instead
-GROUP_BYTES = 8 << 20  # of weights between their amax and their encoding: what stays in the L2 cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +143,8 @@ def plan_batch(matrices: Sequence[Matrix], *, align: int = 16) -> Batch:
     sizes = np.array([each.rows.numel() for each in matrices], np.int64)
     elements = next(width for width in FLAT if not (sizes % width).any()) if plain else columns
     rows = sizes // elements
-    fields = [_columns(each, columns, num_rows, vectors) for each, num_rows in zip(matrices, rows.tolist(), strict=True)]
+    pairs = zip(matrices, rows.tolist(), strict=True)
+    fields = [_columns(each, columns, num_rows, vectors) for each, num_rows in pairs]
     step = (PLAIN_TILES.get(elements, tile_of(elements)) if plain else tile_of(elements))[0]
     return Batch(
         elements=elements,
@@ -253,55 +252,6 @@ def encode_nvfp4(batch: Batch, table: Tensor) -> None:
     _launch("encode_nvfp4", batch, batch.table, batch.tiles, table, PLAIN=batch.plain, SWAP=batch.swap)
 
 
-class Fused:
-    """amax and encoding in one launch, planned once: call it to get the amax bits, int32 [groups].
-
-    For matrices in checkpoint form, where no other rank has weights of their groups.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        if not batch.plain:
-            raise ValueError("amax and encoding in one launch: only into checkpoint form; lay out from there")
-        self._batch = batch
-        device = batch.table.device
-        items, expected = _items(batch)
-        self._items, self._expected = torch.from_numpy(items).to(device), torch.from_numpy(expected).to(device)
-        self._state = torch.zeros(2, batch.num_groups, dtype=torch.int32, device=device)
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._programs = min(len(items), FUSED_PROGRAMS * multiprocessors)
-
-    def __call__(self) -> Tensor:
-        batch, loops = self._batch, _loops()
-        done, largest = self._state.zero_()
-        rows, _, warps = batch.block
-        loops.encode_nvfp4_fused[(self._programs,)](
-            batch.table, self._items, len(self._items), done, largest, self._expected, K=batch.elements, BN=rows,
-            TILES=FUSED_TILES, FIELDS=loops.FIELDS, num_warps=warps, launch_cooperative_grid=True,
-        )  # fmt: skip
-        return largest
-
-
-def _items(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Work in the order in which it is drawn: the amax of some groups is always ahead of the encoding of others, by
-    about GROUP_BYTES of weights. A group is encoded from its end, which is what the cache saw last."""
-    step = batch.block[0] * FUSED_TILES
-    tiles = tiles_of(np.array(batch.rows_of, np.int64), step)
-    group = np.array(batch.groups_of)[tiles[:, 0]]
-    order = np.argsort(group, kind="stable")
-    tiles, group = tiles[order], group[order]
-    ahead = max(1, GROUP_BYTES // (2 * step * batch.elements))
-    parts, waiting, begin = [], [], 0
-    for end in (np.flatnonzero(np.diff(group, append=-1)) + 1).tolist():
-        parts.append(np.insert(tiles[begin:end], 0, 0, axis=1))
-        waiting.append((begin, end))
-        begin = end
-        while end - waiting[0][0] > ahead and len(waiting) > 1:
-            first, stop = waiting.pop(0)
-            parts.append(np.insert(tiles[first:stop][::-1], 0, 1, axis=1))
-    parts += [np.insert(tiles[first:stop][::-1], 0, 1, axis=1) for first, stop in reversed(waiting)]
-    return np.concatenate(parts), np.bincount(group, minlength=batch.num_groups).astype(np.int32)
-
-
 # ---------------------------------------------------------------- what changed
 
 
@@ -318,7 +268,10 @@ def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
     """What differs between the matrices, encoded, and what lies at their weight and block_scale, in checkpoint form."""
     if not batch.plain:
         raise ValueError("a diff: only against checkpoint form")
-    noted, programs, device = note_nvfp4(batch, table), batch.programs, batch.table.device
+    programs, device = batch.programs, batch.table.device
+    if batch.elements != DIFF_ELEMENTS:
+        return Diff(weight=_changes(0, device), block_scale=_changes(0, device), overflowed=True)
+    noted = note_nvfp4(batch, table)
     shape = {"TILES": 4, "ROOM": ROOM, "K": batch.elements, "FIELDS": _loops().FIELDS}
     arguments = (batch.table, batch.tiles, noted.counts, noted.notes, noted.values, programs)
     grid = (-(-programs // 4),)
@@ -371,15 +324,19 @@ def _launch(name: str, batch: Batch, *arguments: object, **constants: object) ->
 # ---------------------------------------------------------------- rows of one matrix, as the table of formats has them
 
 
-def encode_rows(name: str) -> EncodeRows | None:
-    """The encoder of a row of FORMATS for rows on a CUDA device, None where torch's own serves."""
-    return ENCODERS.get(name)
+def amax_bits(rows: Tensor) -> int:
+    """BF16 bits of the largest absolute value of contiguous rows; waits for the device."""
+    if rows.numel() % 16 or rows.data_ptr() % 16 or not rows.numel():
+        return kernels.amax_bits_torch(rows)
+    none = torch.empty(0, dtype=torch.uint8, device=rows.device)
+    return int(amax(plan_batch([Matrix(rows=rows.view(-1, 16), weight=none, block_scale=none)])))
 
 
 def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     if not SCALES[0] <= scale <= SCALES[1]:
         kernels.encode_nvfp4_rows_torch(rows, scale, out["weight"], out["weight_scale"])
     elif rows.numel():
+        rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
         batch = plan_batch([Matrix(rows=rows, weight=out["weight"], block_scale=out["weight_scale"])])
         encode_nvfp4(batch, scale_table(torch.tensor([scale], device=rows.device)))
 

@@ -12,8 +12,6 @@ row. Sources may be separate tensors: their memory is named by address.
 
 from __future__ import annotations
 
-
-
 import triton
 import triton.language as tl
 
@@ -199,45 +197,6 @@ def amax(sources, tiles, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
     tl.atomic_max(out + tl.load(source + 7), tl.max(tl.max(_magnitudes(v0, v1, v2, v3), axis=1), axis=0))
 
 
-@triton.jit
-def encode_nvfp4_fused(sources, items, count, state, largest, expected, K: tl.constexpr, BN: tl.constexpr,
-                       TILES: tl.constexpr, FIELDS: tl.constexpr):
-    """amax and encode in one launch: a group's weights are read for its amax and, while they are in the L2, again.
-
-    items: int32 [count, 3] of kind (0 amax, 1 encode), source, first of TILES * BN rows; all amax items of a group come
-    before its encode items. state: int32 [groups], zeros: amax items done. Programs all run at the same time
-    (cooperative launch) and take every n-th item in order, so that what one waits for never waits for it.
-    """
-    for i in tl.range(tl.program_id(0), count, tl.num_programs(0)):
-        item = items + 3 * i
-        kind, row0 = tl.load(item), tl.load(item + 2)
-        source = sources + tl.load(item + 1).to(tl.int64) * FIELDS
-        group, num_rows = tl.load(source + 7), tl.load(source + 3).to(tl.int32)
-        if kind == 0:
-            most = tl.zeros((BN, K // 8), tl.int32)
-            for j in tl.static_range(TILES):
-                rows = row0 + j * BN + tl.arange(0, BN)
-                v = _load(source, rows, rows < num_rows, 0, K, K, True, "")
-                v0, v1, v2, v3 = _words(v, BN, K)
-                most = tl.maximum(most, _magnitudes(v0, v1, v2, v3))
-            tl.atomic_max(largest + group, tl.max(tl.reshape(most, (BN * K // 8,)), axis=0), sem="relaxed")
-            tl.atomic_add(state + group, 1, sem="release")
-        else:
-            wanted = tl.load(expected + group)
-            while tl.atomic_add(state + group, 0, sem="acquire") < wanted:
-                pass
-            bits = tl.atomic_max(largest + group, 0, sem="relaxed")
-            gs = tl.where(bits == 0, 1.0, tl.math.div_rn((bits << 16).to(tl.float32, bitcast=True), 2688.0))
-            six = 6.0 * gs
-            inverse = tl.math.div_rn(1.0, six)
-            for j in tl.static_range(TILES):
-                rows = row0 + j * BN + tl.arange(0, BN)
-                inside = rows < num_rows
-                v = _load(source, rows, inside, 0, K, K, True, "evict_first")
-                codes, s8 = _nvfp4(v, gs, six, inverse, BN, K)
-                _store(codes, s8, source, rows, inside, 0, K, K, True, False)
-
-
 # ---------------------------------------------------------------- what changed
 
 
@@ -414,7 +373,8 @@ def encode_mx(x, weight, scales, count, BLOCKS: tl.constexpr, FP4: tl.constexpr)
         magnitude = ((bits & 0x7FFF) << 16).to(tl.float32, bitcast=True) * power[:, None]
         code = tl.zeros_like(bits)
         for edge in tl.static_range(7):
-            code += (magnitude > (0.25 + 0.5 * edge if edge < 4 else (2.5 if edge == 4 else 3.5 if edge == 5 else 5.0))).to(tl.int32)
+            half_way = 0.25 + 0.5 * edge if edge < 4 else 2.5 if edge == 4 else 3.5 if edge == 5 else 5.0
+            code += (magnitude > half_way).to(tl.int32)
         negative = ((bits & 0x8000) != 0) | (magnitude == 0)
         low, high = tl.split(tl.reshape(code | (negative.to(tl.int32) << 3), (BLOCKS, 16, 2)))
         half = block[:, None] * 16 + tl.arange(0, 16)[None, :]

@@ -34,7 +34,7 @@ Indices = npt.NDArray[np.int64]
 
 BLOCK = 256  # changed bytes that one program takes
 COPY_ITEMS, MAX_ROWS = 4096, 128  # that one program moves
-DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 16, 512, 4, 4
+DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 8, 512, 4, 4
 
 
 @cache
@@ -140,7 +140,11 @@ class Chosen:
     """Tensors of one transaction."""
 
     def __init__(
-        self, table: Tensor, kinds: dict[Kind, list[int]], num_rows: npt.NDArray[np.int64], vectors: Vectors
+        self,
+        table: Tensor,
+        kinds: dict[Kind, list[int]],
+        num_rows: npt.NDArray[np.int64],
+        vectors: Vectors | None = None,
     ) -> None:
         self.table, self._vectors = table, vectors
         self.device = table.device
@@ -171,7 +175,8 @@ class Chosen:
         out = torch.zeros(len(self.table), 2, dtype=torch.int64, device=self.device)
         for kind, live, arrived, tiles in self._digests:
             shape = live if staged is None else arrived
-            spans = -(-(-(-kind.row_bytes // 8)) // int(shape["SPAN"]))
+            words = -(-kind.row_bytes // 8)
+            spans = -(-words // int(shape["SPAN"]))
             _loops().digest_rows[(len(tiles) * spans,)](
                 self.table, self.table if staged is None else staged, tiles, out, ROW=kind.row_bytes,
                 RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None, UNROLL=DIGEST_UNROLL,
@@ -227,3 +232,17 @@ def as_digests(lanes: Tensor) -> Digests:
     """int64 [n, 2] of a device as digests of the host; waits for it."""
     found: Digests = lanes.cpu().numpy().view(np.uint64)
     return found
+
+
+def digest_of(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
+    """Digest of rows [row0, row0 + n) of one tensor, uint8 [n, row_bytes]; waits for the device."""
+    rows = rows.contiguous()
+    rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    num_rows, row_bytes = rows.shape
+    kind = Kind(row_bytes, row_bytes, 1, False, num_rows == 1)
+    key0, key1 = (signed(each) for each in lane_keys(key, row_bytes))
+    spec = [0, 0, 0, row_bytes, row_bytes, row0, num_rows, key0, key1, 0]
+    packed = torch.tensor([*spec, rows.data_ptr()], dtype=torch.int64).to(rows.device)
+    chosen = Chosen(packed[:10].view(1, -1), {kind: [0]}, np.array([num_rows], np.int64))
+    lane0, lane1 = as_digests(chosen.digest(packed[10:])).tolist()[0]
+    return int(lane0), int(lane1)

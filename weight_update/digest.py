@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 
@@ -69,6 +69,8 @@ def digest_rows(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
     num_rows, row_bytes = rows.shape
     if num_rows == 0 or row_bytes == 0:
         return 0, 0
+    if rows.device.type in ELSEWHERE:
+        return ELSEWHERE[rows.device.type](key, rows, row0)
     digest = _digest_torch if rows.device.type != "cpu" or _loops() is None else _digest_numba
     step = max(1, BLOCK_BYTES // max(row_bytes, 64))
     lane0 = lane1 = 0
@@ -155,6 +157,15 @@ def _digest_numba(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[i
     array = words.numpy().view(np.uint64)
     lane0, lane1 = loops.digest(array, np.uint64(key), np.uint64(row_bytes), np.uint64(row0))
     return int(lane0), int(lane1)
+
+
+def _digest_cuda(key: int, rows: Tensor, row0: int) -> Lanes:
+    found: Lanes = importlib.import_module(".cuda", __package__).digest_of(key, rows, row0)
+    return found
+
+
+# By type of device; where one is not named, the host's loops or the twin.
+ELSEWHERE: Mapping[str, Callable[[int, Tensor, int], Lanes]] = {"cuda": _digest_cuda}
 
 
 # ---------------------------------------------------------------- torch twin
