@@ -9,37 +9,35 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import numpy as np
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
-from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
-from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
+from weight_update.errors import MemberError
 from weight_update.install import MemoryPlan
+from weight_update.links import Place, here
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
 from weight_update.transport import from_delta_proto
 
+from .data import WINDOW_BYTES, DataServicer
 from .engine import Engine
 from .faults import Faults
-from .fetching import fetched
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .leases import ServingLease
 from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
-from .wire import bind, make_server, refuse, set_serving
+from .wire import bind, make_server, set_serving
 from .witness import Witness
 
 log = logging.getLogger(__name__)
 
-WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
 PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last, or what is left of a sample
 RESUME_TIMEOUT_S = 60.0
@@ -64,7 +62,7 @@ class RankServer:
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
     written. listen: host:port, port 0 for any. scrub_s: within which every installed byte is read again, 0 for never.
-    witness: of how the checkpoint was read.
+    witness: of how the checkpoint was read. shares_memory: with trainers of the same user on this host.
     """
 
     def __init__(
@@ -79,8 +77,10 @@ class RankServer:
         listen: str,
         scrub_s: float = SCRUB_S,
         witness: Witness,
+        shares_memory: bool = True,
     ) -> None:
         self.identity = identity
+        self.place = here() if shares_memory else Place()
         self.receiver = receiver
         self.engine = engine
         self.faults = faults
@@ -105,7 +105,8 @@ class RankServer:
         self._names = [service.full_name for service in services]
         pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
         pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
-        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)),))
+        self._data = DataServicer(self)
+        self._server.add_generic_rpc_handlers((self._data.handler(),))
         self.address = bind(self._server, listen)
         self._lease.start()
         self._scrubber.start()
@@ -143,6 +144,7 @@ class RankServer:
 
     def open(self, request: Any) -> int:
         self.given_up.clear()
+        self._data.drop_rings()
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
             self.receiver.version, self.damage = 0, ""
@@ -173,6 +175,7 @@ class RankServer:
     def prepare(self, request: Any) -> np.ndarray:
         self.sources.wait()
         digests = self.receiver.prepare()
+        self._data.drop_rings()
         self._foresee()
         if self._is_pushed:
             self.witness.hear()
@@ -209,6 +212,7 @@ class RankServer:
 
     def abort(self, request: Any) -> None:
         self.receiver.abort()
+        self._data.drop_rings()
         self.receiver.version = self.member.version
         self._resume(self.member.version, refresh=self._stale)
 
@@ -249,58 +253,3 @@ def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
     """What the streams may hold; a delta is seldom as large as their windows."""
     sizes = [STREAM_BYTES] * num_streams
     return sum(sizes if blobs is None else (min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs))
-
-
-class DataServicer:
-    """The bytes: messages stay raw, so that a payload is copied once, into the staging buffer."""
-
-    def __init__(self, rank: RankServer) -> None:
-        self._rank = rank
-
-    def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
-        try:
-            yield from self._stage(messages)
-        except WeightUpdateError as error:
-            refuse(context, error)
-
-    def _stage(self, messages: Iterator[bytes]) -> Iterator[pb.StageReply]:
-        rank, received_bytes = self._rank, 0
-        opening = decode_request(next(messages, b""))
-        if not isinstance(opening, StageOpen):
-            raise TransferError("stage: the first message must be StageOpen; open the stream first")
-        member = rank.member
-        if (member.state, member.transaction) != ("open", opening.transaction):
-            raise BusyError(
-                f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
-                f" {opening.transaction}; begin again"
-            )
-        yield pb.StageReply(credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes)
-        for message in messages:
-            chunk = decode_request(message)
-            if not isinstance(chunk, Chunk):
-                raise TransferError("stage: a second StageOpen on one stream; open another stream")
-            rank.faults.reached("stage")
-            staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
-            received_bytes += len(chunk.payload)
-            yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes
-            )
-        rank.timing.staged_bytes = rank.receiver.staged_bytes
-
-    def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            if self._rank.member.version != request.version:
-                raise VersionError(f"fetch of version {request.version}: this rank holds {self._rank.member.version}")
-            yield from fetched(self._rank.receiver, request)
-        except WeightUpdateError as error:
-            refuse(context, error)
-
-
-def _data_handler(servicer: DataServicer) -> grpc.GenericRpcHandler:
-    stage = grpc.stream_stream_rpc_method_handler(
-        servicer.stage, request_deserializer=None, response_serializer=pb.StageReply.SerializeToString
-    )
-    fetch = grpc.unary_stream_rpc_method_handler(
-        servicer.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
-    )
-    return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage, "Fetch": fetch})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,15 @@ from protos import transfuse_pb2 as pb
 from .base import Changes, Whole
 from .delta import DeltaPlan
 from .errors import BusyError, TransferError, WeightUpdateError
+from .links import choose, here
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock
+from .rings import RING_BYTES
 from .sending import Packed, Streams, announced, destinations_of, pack_for, send_packed, send_whole
 from .source import PushPlan
-from .transport import ControlClient, StageStream, to_delta_proto
+from .stream import StageStream
+from .transport import ControlClient, from_place_proto, to_delta_proto
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,12 @@ class Attempt:
     lease_s: float
     retry_s: float
     pushed_by: str
+    transports: Sequence[str]  # that may be used
     channel: Callable[[str], Any]
     on_progress: Progress
     unknown: bool = False  # the commit was asked for, and whether it happened is not known
     num_changed: int = 0
+    links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _deciding: bool = False
     _streams: Streams | None = None
@@ -89,9 +94,14 @@ class Attempt:
             sent = self._transfer(begun.transaction)
         except WeightUpdateError as error:
             failure = error
-        for each in self.ranks.gather(failure):
+        ways = [] if self._streams is None else self._streams.ways
+        everywhere = self.ranks.gather((failure, ways))
+        for each, _ in everywhere:
             if each is not None:
                 raise each
+        self.links = [f"trainer {i} to {way}" for i, (_, ways) in enumerate(everywhere) for way in ways]
+        if self.ranks.rank == 0:
+            log.info("push %s: %s", self.push_id, ", ".join(self.links))
         self._packed = []
         self.clock.stop("transfer")
         digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
@@ -190,26 +200,36 @@ class Attempt:
     # -- transfer
 
     def _transfer(self, transaction: int) -> int:
-        streams = [
+        if isinstance(self.content, Whole):
+            total = sum(spec.num_bytes for spec in self.plan.specs)
+        else:
+            total = sum(size.num_bytes for _, size in self._packed)
+        streams = self._open_streams(transaction, total)
+        with Streams(streams, destinations_of(self.described.ranks)) as self._streams:
+            self._raise_cancelled()
+            if isinstance(self.content, Whole):
+                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
+            else:
+                send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
+        return self._streams.wire_bytes
+
+    def _open_streams(self, transaction: int, total_bytes: int) -> list[StageStream]:
+        ours, ranks = here(), self.described.ranks
+        links = [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
+        return [
             StageStream(
                 self.channel(rank.address),
                 target=rank.address,
+                name=f"{rank.replica}.{rank.rank}",
                 transaction=transaction,
                 epoch=self.described.epoch,
                 trainer_rank=self.ranks.rank,
                 retry_s=self.retry_s,
+                link=link,
+                ring_bytes=min(RING_BYTES, 2 * total_bytes),
             )
-            for rank in self.described.ranks
+            for rank, link in zip(ranks, links, strict=True)
         ]
-        with Streams(streams, destinations_of(self.described.ranks)) as self._streams:
-            self._raise_cancelled()
-            if isinstance(self.content, Whole):
-                total = sum(spec.num_bytes for spec in self.plan.specs)
-                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
-            else:
-                total = sum(size.num_bytes for _, size in self._packed)
-                send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
-        return self._streams.wire_bytes
 
     def _counted(self, total: int) -> Callable[[int], None]:
         done = 0

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ from .base import Base, Changes, Whole, compare
 from .encoder import global_scales, largest_bits, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
 from .handle import PushHandle
+from .links import AUTO, allowed_of
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock, PushReport, report_of
@@ -59,9 +61,11 @@ class Pusher:
     otherwise, such as q, k and v in one. mode: "auto" sends what changed wherever the service holds the last confirmed
     push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
     device whose memory holds the bytes of the last confirmed push. lease_s: how long the service keeps an open push
-    whose trainer went silent. retry_s: how long lost connections are retried. on_progress: called with (phase, bytes
-    done, bytes in all). Errors: see weight_update.errors; whatever is raised, the service serves the old version
-    unchanged, unless the message says that the outcome is not known; the next push then finds out.
+    whose trainer went silent. retry_s: how long lost connections are retried. transport: the one that payloads take to
+    every rank ("grpc", "shared-memory": see links), or the ones that they may take; "auto": the best that both ends
+    have. on_progress: called with (phase, bytes done, bytes in all). Errors: see weight_update.errors; whatever is
+    raised, the service serves the old version unchanged, unless the message says that the outcome is not known; the
+    next push then finds out.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Pusher:
         lease_s: float = 60.0,
         retry_s: float = 30.0,
         pushed_by: str | None = None,
+        transport: str | Sequence[str] = AUTO,
         on_progress: Progress | None = None,
     ) -> None:
         self.mode = mode
@@ -87,6 +92,7 @@ class Pusher:
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or f"{_user()}@{socket.gethostname()} pid {os.getpid()}"
+        self._transports = allowed_of(transport)
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels: dict[str, Any] = {}
         self._manifest: Manifest | None = None
@@ -225,6 +231,7 @@ class Pusher:
             lease_s=self._lease_s,
             retry_s=self._retry_s,
             pushed_by=self._pushed_by,
+            transports=self._transports,
             channel=self._channel,
             on_progress=self._on_progress,
         )
@@ -357,6 +364,7 @@ class Pusher:
             mode=attempt.content.mode,
             reason=attempt.reason,
             changed_tensors=attempt.num_changed,
+            transports=attempt.links,
             kept_bytes=self.kept_bytes,
         )
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
-from .packing import Framed, Packer
-from .transport import StageStream
+from .chunks import Packet
+from .packing import Packer
+from .stream import StageStream
 
 
 class Door:
@@ -29,10 +30,10 @@ class Door:
         """Send what is queued."""
         self._send(self._packer.flush())
 
-    def _send(self, chunks: Iterable[Framed]) -> None:
-        for chunk in chunks:
+    def _send(self, packets: Iterable[Packet]) -> None:
+        for packet in packets:
             for stream in self._streams:
-                stream.send(chunk.sequence, chunk.message, chunk.payload_bytes)
+                stream.send(packet)
 
 
 def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, data: Tensor) -> None:

@@ -18,7 +18,8 @@ class PushReport:
     carried_over: parameters outside the scope. widened: parameters that were added to the scope because their fused
     group was cut. changed_tensors: tensors of the push with new bytes, all of them in a full one. kept_bytes: what this
     trainer rank keeps of the version, in checkpoint form, so that the next push can be a delta. step: the trainer's own
-    count. digest_verified: every rank's installed digest equalled the trainer's.
+    count. transports: how the bytes went, from each trainer rank to each rank, and why no better way was taken.
+    digest_verified: every rank's installed digest equalled the trainer's.
     """
 
     version: int
@@ -40,6 +41,7 @@ class PushReport:
     step: int = 0
     widened: list[str] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
+    transports: list[str] = field(default_factory=list)
 
 
 class Clock:
@@ -70,6 +72,7 @@ def report_of(
     reason: str,
     changed_tensors: int,
     kept_bytes: int,
+    transports: list[str],
 ) -> PushReport:
     """The report of one committed push."""
     info = decided.version
@@ -97,4 +100,5 @@ def report_of(
         step=info.step,
         widened=list(plan.widened),
         timings=timings,
+        transports=transports,
     )

@@ -1,15 +1,7 @@
-"""The one module of this folder that speaks gRPC: channels, errors on the wire, and the stream to one rank.
-
-A stream survives its connection: chunks are kept until they are acknowledged and are sent again on a new connection,
-which is harmless since chunks are idempotent. Credits bound what is in flight, so a slow rank holds its sender back.
-"""
+"""The one module of this folder that speaks gRPC: channels, errors and values on the wire, the coordinator's client."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -24,15 +16,15 @@ from quant.parameters import ParameterRow
 from .delta import BlobSize, DeltaPlan, RankDelta
 from .digest import Digests
 from .errors import ERRORS, MemberError, TransferError, WeightUpdateError
+from .links import Place
 from .manifest import Manifest
 
-log = logging.getLogger(__name__)
+RpcError = grpc.RpcError
 
 STAGE = "/transfuse.v1.Data/Stage"
 FETCH = "/transfuse.v1.Data/Fetch"
 ERROR_CODE_KEY = "transfuse-error-code"
 RETRY_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
-RETRY_DELAY_S = 0.2
 CONTROL_MESSAGE_BYTES = 256 << 20  # a manifest of a million tensors is about 100 MiB
 
 # An error that lists fifty tensors is longer than gRPC's default of 8 KiB of metadata.
@@ -129,6 +121,16 @@ def from_manifest_proto(message: pb.Manifest) -> Manifest:
     return manifest
 
 
+def to_place_proto(place: Place) -> pb.Place:
+    """Where a process is, for the wire."""
+    return pb.Place(host=place.host, processes=place.processes, user=place.user)
+
+
+def from_place_proto(message: pb.Place) -> Place:
+    """Where a process is, from the wire."""
+    return Place(host=message.host, processes=message.processes, user=message.user)
+
+
 def to_digests_proto(digests: Digests) -> pb.Digests:
     """[n, 2] uint64 to its message."""
     return pb.Digests(lane0=digests[:, 0].tolist(), lane1=digests[:, 1].tolist())
@@ -178,133 +180,7 @@ def from_delta_proto(message: pb.Delta) -> DeltaPlan:
     )
 
 
-# ---------------------------------------------------------------- one rank's stream
-
-
-class StageStream:
-    """The stream of one trainer rank to one actor rank.
-
-    target: the rank's host:port. retry_s: how long a broken connection is retried before the push fails.
-    """
-
-    def __init__(
-        self, channel: grpc.Channel, *, target: str, transaction: int, epoch: int, trainer_rank: int, retry_s: float
-    ) -> None:
-        self._stage = channel.stream_stream(
-            STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
-        )
-        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank)
-        self._opening = pb.StageRequest(open=opening).SerializeToString()
-        self._target = target
-        self._retry_s = retry_s
-        self._state = threading.Condition()  # guards all below; never held during a gRPC call
-        self._unacked: deque[tuple[int, int, bytes]] = deque()  # sequence, payload bytes, message
-        self._unsent: deque[bytes] = deque()
-        self._sent_bytes = 0
-        self._credit_bytes = 0
-        self._heard_s = 0.0  # when the rank last answered
-        self._closing = False
-        self._error: WeightUpdateError | None = None
-        self._call: Any = None
-        self.wire_bytes = 0
-        self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
-        self._thread.start()
-
-    def send(self, sequence: int, message: bytes, payload_bytes: int) -> None:
-        """Queue one chunk; blocks while the rank has granted no credit for it."""
-        with self._state:
-            self._state.wait_for(
-                lambda: self._error or self._sent_bytes + payload_bytes <= self._credit_bytes or not self._unacked
-            )
-            self._raise()
-            self._unacked.append((sequence, payload_bytes, message))
-            self._unsent.append(message)
-            self._sent_bytes += payload_bytes
-            self.wire_bytes += len(message)
-            self._state.notify_all()
-
-    def finish(self) -> None:
-        """Wait until the rank has acknowledged everything."""
-        with self._state:
-            self._closing = True
-            self._state.notify_all()
-        self._thread.join()
-        with self._state:
-            self._raise()
-
-    def cancel(self) -> None:
-        """Drop the stream; what was staged stays until the transaction is aborted."""
-        with self._state:
-            self._error = self._error or TransferError(f"{self._target}: the push was cancelled")
-            call = self._call
-            self._state.notify_all()
-        if call is not None:
-            call.cancel()
-        self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        broken_s = float("-inf")
-        while not self._done():
-            try:
-                self._connect()
-            except grpc.RpcError as error:
-                now_s = time.monotonic()
-                if self._heard_s > broken_s:  # it had worked until now
-                    broken_s = now_s
-                if error.code() not in RETRY_CODES or now_s > broken_s + self._retry_s:
-                    self._fail(error_of(error, f"stream to {self._target}"))
-                    return
-                log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
-                time.sleep(RETRY_DELAY_S)
-
-    def _connect(self) -> None:
-        with self._state:
-            self._unsent = deque(message for _, _, message in self._unacked)
-            self._sent_bytes = sum(payload for _, payload, _ in self._unacked)
-            self._credit_bytes = 0
-            connection = threading.Event()
-        self._call = self._stage(self._requests(connection))
-        try:
-            for reply in self._call:
-                self._acknowledge(reply)
-        finally:
-            connection.set()
-            with self._state:
-                self._state.notify_all()
-
-    def _requests(self, connection: threading.Event) -> Iterator[bytes]:
-        yield self._opening
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._unsent or self._over() or connection.is_set())
-                if connection.is_set() or (not self._unsent and self._over()):
-                    return
-                message = self._unsent.popleft()
-            yield message
-
-    def _over(self) -> bool:
-        return self._error is not None or (self._closing and not self._unacked)
-
-    def _done(self) -> bool:
-        with self._state:
-            return self._over()
-
-    def _acknowledge(self, reply: pb.StageReply) -> None:
-        with self._state:
-            self._heard_s = time.monotonic()
-            while self._unacked and self._unacked[0][0] <= reply.sequence:
-                self._unacked.popleft()
-            self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)
-            self._state.notify_all()
-
-    def _fail(self, error: WeightUpdateError) -> None:
-        with self._state:
-            self._error = self._error or error
-            self._state.notify_all()
+# ---------------------------------------------------------------- a rank's door
 
 
 def fetch_stream(target: str, request: pb.FetchRequest) -> Iterator[bytes]:

@@ -1,0 +1,114 @@
+"""A rank's door for bytes: chunks in, rows out. Messages stay raw, so that a payload is copied once, into the staging
+buffer; payloads in shared memory are read where the trainer put them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import grpc
+
+from protos import transfuse_pb2 as pb
+from weight_update.chunks import Chunk, StageOpen, decode_request
+from weight_update.errors import BusyError, TransferError, VersionError, WeightUpdateError
+from weight_update.rings import RING_BYTES, Ring
+
+from .fetching import fetched
+from .wire import refuse
+
+if TYPE_CHECKING:
+    from .rank import RankServer
+
+log = logging.getLogger(__name__)
+
+WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
+
+Stream = tuple[int, int]  # transaction, trainer rank
+
+
+class DataServicer:
+    """Stage and Fetch of one rank."""
+
+    def __init__(self, rank: RankServer) -> None:
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._rings: dict[Stream, Ring] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a server adds."""
+        stage = grpc.stream_stream_rpc_method_handler(
+            self.stage, request_deserializer=None, response_serializer=pb.StageReply.SerializeToString
+        )
+        fetch = grpc.unary_stream_rpc_method_handler(
+            self.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
+        )
+        return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage, "Fetch": fetch})
+
+    def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
+        try:
+            yield from self._stage(messages)
+        except WeightUpdateError as error:
+            refuse(context, error)
+
+    def _stage(self, messages: Iterator[bytes]) -> Iterator[pb.StageReply]:
+        rank, received_bytes = self._rank, 0
+        opening = decode_request(next(messages, b""))
+        if not isinstance(opening, StageOpen):
+            raise TransferError("stage: the first message must be StageOpen; open the stream first")
+        member = rank.member
+        if (member.state, member.transaction) != ("open", opening.transaction):
+            raise BusyError(
+                f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
+                f" {opening.transaction}; begin again"
+            )
+        ring = self._ring(opening)
+        payloads, said = (None, None) if ring is None else (ring.payload, _said(ring))
+        yield pb.StageReply(credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes, ring=said)
+        for message in messages:
+            chunk = decode_request(message, payloads)
+            if not isinstance(chunk, Chunk):
+                raise TransferError("stage: a second StageOpen on one stream; open another stream")
+            rank.faults.reached("stage")
+            staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
+            received_bytes += len(chunk.payload)
+            yield pb.StageReply(
+                sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes
+            )
+        rank.timing.staged_bytes = rank.receiver.staged_bytes
+
+    def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            if self._rank.member.version != request.version:
+                raise VersionError(f"fetch of version {request.version}: this rank holds {self._rank.member.version}")
+            yield from fetched(self._rank.receiver, request)
+        except WeightUpdateError as error:
+            refuse(context, error)
+
+    # -- shared memory
+
+    def drop_rings(self) -> None:
+        """No transaction takes chunks: what a stream still reads goes when it ends."""
+        with self._lock:
+            rings, self._rings = self._rings, {}
+        for ring in rings.values():
+            ring.close()
+
+    def _ring(self, opening: StageOpen) -> Ring | None:
+        """The ring of a stream, the same one after it was connected anew; None where it wants none or none can be."""
+        if not opening.ring_bytes or not self._rank.place.host:
+            return None
+        key = (opening.transaction, opening.trainer_rank)
+        with self._lock:
+            if key not in self._rings:
+                try:
+                    self._rings[key] = Ring.create(min(opening.ring_bytes, RING_BYTES))
+                except OSError as error:
+                    log.warning("no ring of shared memory for trainer rank %d: %s", opening.trainer_rank, error)
+                    return None
+            return self._rings[key]
+
+
+def _said(ring: Ring) -> pb.Ring:
+    return pb.Ring(pid=ring.pid, fd=ring.fd, num_bytes=ring.num_bytes, token=ring.token)
