@@ -3,7 +3,8 @@
     python -m tests.bench.push [--json] [--pushes N]
 
 Prints, each as a ratio to something measured in the same run: payload rate of the transfer phase over a one-thread
-memcpy, with the bytes encoded and digested on the way and with all that done before (push_async), pause over a plain copy of the same bytes, actor memory above idle over what was planned, seconds per tensor.
+memcpy, with the bytes encoded and digested on the way and with all that done before (push_async), pause over a plain
+copy of the same bytes, actor memory above idle over what was planned, seconds per tensor.
 """
 
 from __future__ import annotations
