@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import grpc
+import torch
 
 from protos import transfuse_pb2 as pb
 from weight_update.chunks import Chunk, StageOpen, decode_request
+from weight_update.device_rings import DEVICE_RING_BYTES, DeviceRing
 from weight_update.errors import BusyError, TransferError, VersionError, WeightUpdateError
 from weight_update.rings import RING_BYTES, Ring
 
@@ -34,7 +36,7 @@ class DataServicer:
     def __init__(self, rank: RankServer) -> None:
         self._rank = rank
         self._lock = threading.Lock()
-        self._rings: dict[Stream, Ring] = {}
+        self._rings: dict[Stream, Ring | DeviceRing] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a server adds."""
@@ -65,7 +67,8 @@ class DataServicer:
             )
         ring = self._ring(opening)
         payloads, said = (None, None) if ring is None else (ring.payload, _said(ring))
-        yield pb.StageReply(credit_bytes=WINDOW_BYTES, staged_bytes=rank.receiver.staged_bytes, ring=said)
+        window_bytes = WINDOW_BYTES if ring is None else max(WINDOW_BYTES, ring.num_bytes)
+        yield pb.StageReply(credit_bytes=window_bytes, staged_bytes=rank.receiver.staged_bytes, ring=said)
         for message in messages:
             chunk = decode_request(message, payloads)
             if not isinstance(chunk, Chunk):
@@ -74,7 +77,7 @@ class DataServicer:
             staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
             received_bytes += len(chunk.payload)
             yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=received_bytes + WINDOW_BYTES, staged_bytes=staged_bytes
+                sequence=chunk.sequence, credit_bytes=received_bytes + window_bytes, staged_bytes=staged_bytes
             )
         rank.timing.staged_bytes = rank.receiver.staged_bytes
 
@@ -95,7 +98,7 @@ class DataServicer:
         for ring in rings.values():
             ring.close()
 
-    def _ring(self, opening: StageOpen) -> Ring | None:
+    def _ring(self, opening: StageOpen) -> Ring | DeviceRing | None:
         """The ring of a stream, the same one after it was connected anew; None where it wants none or none can be."""
         if not opening.ring_bytes or not self._rank.place.host:
             return None
@@ -103,12 +106,19 @@ class DataServicer:
         with self._lock:
             if key not in self._rings:
                 try:
-                    self._rings[key] = Ring.create(min(opening.ring_bytes, RING_BYTES))
-                except OSError as error:
-                    log.warning("no ring of shared memory for trainer rank %d: %s", opening.trainer_rank, error)
+                    self._rings[key] = self._made(opening)
+                except (OSError, torch.OutOfMemoryError) as error:
+                    log.warning("no ring for trainer rank %d: %s", opening.trainer_rank, error)
                     return None
             return self._rings[key]
 
+    def _made(self, opening: StageOpen) -> Ring | DeviceRing:
+        if opening.on_device:
+            return DeviceRing.create(min(opening.ring_bytes, DEVICE_RING_BYTES), self._rank.receiver.device)
+        return Ring.create(min(opening.ring_bytes, RING_BYTES))
 
-def _said(ring: Ring) -> pb.Ring:
+
+def _said(ring: Ring | DeviceRing) -> pb.Ring:
+    if isinstance(ring, DeviceRing):
+        return pb.Ring(num_bytes=ring.num_bytes, token=ring.token, device=pb.DeviceMemory(**ring.said()))
     return pb.Ring(pid=ring.pid, fd=ring.fd, num_bytes=ring.num_bytes, token=ring.token)

@@ -80,7 +80,7 @@ class RankServer:
         shares_memory: bool = True,
     ) -> None:
         self.identity = identity
-        self.place = here() if shares_memory else Place()
+        self.place = here(receiver.device) if shares_memory else Place()
         self.receiver = receiver
         self.engine = engine
         self.faults = faults

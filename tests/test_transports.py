@@ -17,17 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.relays import Proxy
+from quant.formats import TensorSpec
 from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama
-from weight_update.chunks import Packet, check, decode_request
+from weight_update.chunks import Chunk, Packet, check, decode_request
 from weight_update.client import Pusher
+from weight_update.device_rings import DeviceWriter
 from weight_update.errors import TransferError, WeightUpdateError
-from weight_update.links import GRPC, SHARED_MEMORY, Place, allowed_of, choose, here
+from weight_update.links import CUDA_IPC, GRPC, SHARED_MEMORY, Place, allowed_of, choose, here
 from weight_update.rings import PAGE_BYTES, Ring, RingWriter
+from weight_update.staging import StagingBuffer, plan_staging
 
 ROOT = str(Path(__file__).parents[1])
 LAYOUTS = ("trtllm", "plain")
@@ -43,7 +47,8 @@ CHOICES = {
     "another container": (replace(OURS, processes="pid:[2]"), EITHER, GRPC, "another container"),
     "another user": (replace(OURS, user=8), EITHER, GRPC, "another user: 8 there, 7 here"),
     "no memory to share": (replace(OURS, host=""), EITHER, GRPC, "no memory to share"),
-    "forbidden": (OURS, (GRPC,), GRPC, "not allowed"),
+    "forbidden": (OURS, (GRPC,), GRPC, "shared-memory: not allowed"),
+    "no GPU here": (replace(OURS, gpu="G"), (CUDA_IPC, *EITHER), SHARED_MEMORY, "cuda-ipc: these weights are in host"),
     "forced": (OURS, (SHARED_MEMORY,), SHARED_MEMORY, ""),
 }
 
@@ -62,11 +67,20 @@ def test_where_nothing_is_left_the_error_says_why_of_each() -> None:
 
 
 def test_an_option_that_names_no_transport_is_refused() -> None:
-    assert allowed_of("auto") == EITHER and allowed_of("grpc") == (GRPC,) and allowed_of(["grpc"]) == (GRPC,)
-    with pytest.raises(TransferError, match="'smoke' is none of shared-memory, grpc"):
+    assert allowed_of("auto") == (CUDA_IPC, *EITHER)
+    assert allowed_of("grpc") == allowed_of(["grpc"]) == (GRPC,)
+    with pytest.raises(TransferError, match="'smoke' is none of cuda-ipc, shared-memory, grpc"):
         allowed_of("smoke")
     with pytest.raises(TransferError, match="none is allowed"):
         allowed_of(())
+
+
+def test_between_two_gpus_of_one_host_bytes_go_from_one_to_the_other() -> None:
+    ours, theirs = replace(OURS, gpu="G0"), replace(OURS, gpu="G1")
+    assert str(choose(ours, theirs, allowed_of("auto"))) == CUDA_IPC
+    said = str(choose(ours, replace(theirs, host="other"), allowed_of("auto")))
+    assert said == "grpc (cuda-ipc: another host; shared-memory: another host)"
+    assert str(choose(ours, OURS, allowed_of("auto"))) == "shared-memory (cuda-ipc: its weights are in host memory)"
 
 
 # ---------------------------------------------------------------- the ring
@@ -113,6 +127,27 @@ def test_what_one_end_puts_into_a_ring_the_other_reads_in_place() -> None:
         with pytest.raises(TransferError, match="of a ring"):
             decode_request(packet.in_ring(where), held)
     ring.close()
+
+
+def test_a_payload_in_a_ring_of_tensors_is_staged_where_it_belongs() -> None:
+    """As a GPU's memory is used, in memory of the host."""
+    writer = DeviceWriter(torch.zeros(4096, dtype=torch.uint8), b"")
+    specs = [TensorSpec(name=name, dtype="U8", shape=(2, 100)) for name in "ab"]
+    plan = plan_staging(specs, np.array([0, 1]), np.array([2, 2]))
+    buffer = StagingBuffer(plan, torch.zeros(plan.num_bytes, dtype=torch.uint8))
+    rows = torch.arange(300, dtype=torch.int64).to(torch.uint8)
+    numbers = np.array([0, 1], np.uint32), np.array([0, 100], np.uint64), np.array([200, 100], np.uint32)
+    packet = Packet(1, *numbers, [rows[:200], rows[200:]])
+    at = writer.take(packet.payload_bytes)
+    assert at is not None
+    chunk = decode_request(writer.put(packet, at), writer._memory)
+    assert isinstance(chunk, Chunk) and isinstance(chunk.payload, torch.Tensor)
+    check(chunk)
+    assert buffer.place(chunk) == 300 and not buffer.missing()
+    assert torch.equal(torch.cat([buffer.rows(0).flatten(), buffer.rows(1).flatten()]), rows)
+    inline = decode_request(packet.message)
+    assert isinstance(inline, Chunk) and bytes(inline.payload) == bytes(rows.tolist())  # type: ignore[arg-type]
+    check(inline)
 
 
 def test_only_the_memory_that_was_meant_is_opened() -> None:
@@ -228,7 +263,7 @@ def test_a_rank_that_offers_no_ring_after_all_is_reached_over_grpc(
     monkeypatch.setattr(service.ranks[1], "place", Place())
     with closing(Pusher(service.address)) as pusher:
         said = pusher.push(tiny_llama(seed=6)).transports
-    assert said == ["trainer 0 to 0.0: shared-memory", "trainer 0 to 1.0: grpc (shared memory: the rank offers none)"]
+    assert said == ["trainer 0 to 0.0: shared-memory", "trainer 0 to 1.0: grpc (shared-memory: the rank offers none)"]
     forced = Pusher(service.address, transport=SHARED_MEMORY)
     with closing(forced) as pusher, pytest.raises(TransferError, match="offers none"):
         pusher.push(tiny_llama(seed=7))

@@ -19,8 +19,9 @@ from protos import transfuse_pb2 as pb
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
+from .device_rings import DEVICE_RING_BYTES
 from .errors import BusyError, TransferError, WeightUpdateError
-from .links import choose, here
+from .links import CUDA_IPC, SHARED_MEMORY, choose, here
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
+RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
 
 Progress = Callable[[str, int, int], None]
 
@@ -214,7 +216,7 @@ class Attempt:
         return self._streams.wire_bytes
 
     def _open_streams(self, transaction: int, total_bytes: int) -> list[StageStream]:
-        ours, ranks = here(), self.described.ranks
+        ours, ranks = here(self.plan.device), self.described.ranks
         links = [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
         return [
             StageStream(
@@ -226,7 +228,7 @@ class Attempt:
                 trainer_rank=self.ranks.rank,
                 retry_s=self.retry_s,
                 link=link,
-                ring_bytes=min(RING_BYTES, 2 * total_bytes),
+                ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
             )
             for rank, link in zip(ranks, links, strict=True)
         ]

@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from torch import Tensor
 
 from .errors import TransferError
 
@@ -31,6 +32,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 
 Item = TypeVar("Item", np.uint32, np.uint64)
+Piece = memoryview | Tensor  # a tensor: uint8 [n] on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +43,22 @@ class StageOpen:
     epoch: int
     trainer_rank: int
     ring_bytes: int = 0
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunk:
-    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push."""
+    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push.
+
+    payload: in host memory, or uint8 [n] in that of a GPU.
+    """
 
     sequence: int
     tensor: npt.NDArray[np.uint32]
     offset: npt.NDArray[np.uint64]
     length: npt.NDArray[np.uint32]
     checksum: int
-    payload: memoryview
+    payload: memoryview | Tensor
 
 
 class Packet:
@@ -67,7 +73,7 @@ class Packet:
         tensor: npt.NDArray[np.uint32],
         offset: npt.NDArray[np.uint64],
         length: npt.NDArray[np.uint32],
-        pieces: Sequence[memoryview],
+        pieces: Sequence[Piece],
     ) -> None:
         self.sequence = sequence
         self.pieces = pieces
@@ -77,33 +83,38 @@ class Packet:
     @cached_property
     def message(self) -> bytes:
         """A serialized StageRequest with the payload in it."""
-        return b"".join([self._head(_length_field(6, self.payload_bytes), self.payload_bytes), *self.pieces])
+        pieces = self._on_host
+        checksum = _checksum([*self._columns, *pieces])
+        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, checksum)
+        return b"".join([head, *pieces])
 
-    def in_ring(self, at: int) -> bytes:
-        """A serialized StageRequest whose payload was put into the stream's ring."""
-        return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0)
+    def in_ring(self, at: int, *, on_device: bool = False) -> bytes:
+        """A serialized StageRequest whose payload was put into the stream's ring; on_device: one of a GPU's memory."""
+        checksum = _checksum(self._columns if on_device else [*self._columns, *self._on_host])
+        return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0, checksum)
 
     def put(self, target: npt.NDArray[np.uint8]) -> None:
         """Copy the payload, uint8 [payload_bytes]."""
-        if self.payload_bytes < len(self.pieces) * SMALL_PIECE_BYTES:
-            target[:] = np.frombuffer(b"".join(self.pieces), np.uint8)
+        pieces = self._on_host
+        if self.payload_bytes < len(pieces) * SMALL_PIECE_BYTES:
+            target[:] = np.frombuffer(b"".join(pieces), np.uint8)
             return
         at = 0
-        for piece in self.pieces:
+        for piece in pieces:
             target[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
             at += piece.nbytes
 
     @cached_property
-    def _checksum(self) -> int:
-        return _checksum([*self._columns, *self.pieces])
+    def _on_host(self) -> list[memoryview]:
+        return [piece.cpu().numpy().data if isinstance(piece, Tensor) else piece for piece in self.pieces]
 
-    def _head(self, where: bytes, payload_bytes: int) -> bytes:
+    def _head(self, where: bytes, payload_bytes: int, checksum: int) -> bytes:
         """All of the message but the payload; where: the fields that say where that is."""
         fields = b"".join(
             [
                 _varint_field(1, self.sequence),
                 *(_length_field(number, len(column)) + column for number, column in enumerate(self._columns, 2)),
-                b"\x29" + self._checksum.to_bytes(8, "little"),
+                b"\x29" + checksum.to_bytes(8, "little"),
                 where,
             ]
         )
@@ -127,7 +138,7 @@ def encode_chunk(
     return Packet(sequence, tensor, offset, length, pieces).message
 
 
-def decode_request(message: bytes | memoryview, ring: memoryview | None = None) -> StageOpen | Chunk:
+def decode_request(message: bytes | memoryview, ring: Piece | None = None) -> StageOpen | Chunk:
     """The StageRequest in a message. The chunk's payload is a view of the message, or of the stream's ring; check() it
     before use."""
     if len(message) > MAX_MESSAGE_BYTES:
@@ -154,7 +165,8 @@ def check(chunk: Chunk) -> None:
         raise TransferError(
             f"chunk {chunk.sequence}: {len(chunk.payload)} payload bytes, its pieces declare {declared}; send it again"
         )
-    checksum = _checksum([*(column.tobytes() for column in columns), chunk.payload])
+    parts: list[bytes | memoryview] = [column.tobytes() for column in columns]
+    checksum = _checksum(parts if isinstance(chunk.payload, Tensor) else [*parts, chunk.payload])
     if checksum != chunk.checksum:
         raise TransferError(
             f"chunk {chunk.sequence}: checksum {checksum:016x}, the sender's is {chunk.checksum:016x};"
@@ -224,14 +236,22 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         at = start + length
 
 
-def _read_open(body: memoryview, ring: memoryview | None) -> StageOpen:
+def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
     found = dict(_fields(body))
-    numbers = [found.get(number, 0) for number in (1, 2, 3, 4)]
-    transaction, epoch, trainer_rank, ring_bytes = (value if isinstance(value, int) else 0 for value in numbers)
-    return StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank, ring_bytes=ring_bytes)
+    numbers = [found.get(number, 0) for number in (1, 2, 3, 4, 5)]
+    transaction, epoch, trainer_rank, ring_bytes, on_device = (
+        value if isinstance(value, int) else 0 for value in numbers
+    )
+    return StageOpen(
+        transaction=transaction,
+        epoch=epoch,
+        trainer_rank=trainer_rank,
+        ring_bytes=ring_bytes,
+        on_device=bool(on_device),
+    )
 
 
-def _read_chunk(body: memoryview, ring: memoryview | None) -> Chunk:
+def _read_chunk(body: memoryview, ring: Piece | None) -> Chunk:
     numbers: dict[int, int] = {}
     parts: dict[int, list[memoryview]] = {}
     for number, value in _fields(body):
@@ -242,7 +262,7 @@ def _read_chunk(body: memoryview, ring: memoryview | None) -> Chunk:
     # A repeated field may come in several parts, packed or not; of a single one the last part holds.
     columns = {number: part[0] if len(part) == 1 else b"".join(part) for number, part in parts.items()}
     sequence = numbers.get(1, 0)
-    payload = parts[6][-1] if 6 in parts else memoryview(b"")
+    payload: Piece = parts[6][-1] if 6 in parts else memoryview(b"")
     if numbers.get(8):
         payload = _in_ring(sequence, numbers.get(7, 0), numbers[8], ring)
     return Chunk(
@@ -255,7 +275,7 @@ def _read_chunk(body: memoryview, ring: memoryview | None) -> Chunk:
     )
 
 
-def _in_ring(sequence: int, at: int, num_bytes: int, ring: memoryview | None) -> memoryview:
+def _in_ring(sequence: int, at: int, num_bytes: int, ring: Piece | None) -> Piece:
     held = 0 if ring is None else ring.nbytes
     if ring is None or num_bytes > held or at > held - num_bytes:
         raise TransferError(
@@ -275,4 +295,4 @@ def _column(data: bytes | memoryview | None, dtype: np.dtype[Item]) -> npt.NDArr
     return np.frombuffer(data, dtype)
 
 
-KINDS: dict[int, Callable[[memoryview, memoryview | None], StageOpen | Chunk]] = {1: _read_open, 2: _read_chunk}
+KINDS: dict[int, Callable[[memoryview, Piece | None], StageOpen | Chunk]] = {1: _read_open, 2: _read_chunk}

@@ -32,7 +32,7 @@ from quant.names import IDENTITY, NameMap
 
 from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
-from .encoder import global_scales, largest_bits, nonfinite_index
+from .encoder import global_scales, largest_bits_of, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
 from .handle import PushHandle
 from .links import AUTO, allowed_of
@@ -256,12 +256,9 @@ class Pusher:
     def _scales(self, plan: PushPlan) -> dict[str, Tensor]:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
-        bits = np.zeros(len(plan.sources), np.int64)
-        where: dict[str, tuple[int, ...]] = {}
-        for i, source in enumerate(plan.sources):
-            bits[i] = largest_bits(source)
-            if bits[i] >= NON_FINITE:
-                where[source.name] = nonfinite_index(source)
+        bits = largest_bits_of(plan.sources)
+        found = [plan.sources[i] for i in np.flatnonzero(bits >= NON_FINITE)]
+        where = {source.name: nonfinite_index(source) for source in found}
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
         check_finite(plan, bits, where)
         pairs = zip(plan.sources, bits.tolist(), strict=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
-from .chunks import Packet
+from .chunks import CHUNK_BYTES, Packet, Piece
+from .device_rings import DEVICE_CHUNK_BYTES
 from .packing import Packer
 from .stream import StageStream
 
@@ -20,9 +21,9 @@ class Door:
     def __init__(self, destination: Destination, streams: Sequence[StageStream]) -> None:
         self.destination = destination
         self._streams = streams
-        self._packer = Packer()
+        self._packer = Packer(DEVICE_CHUNK_BYTES if all(stream.on_device for stream in streams) else CHUNK_BYTES)
 
-    def add(self, tensor: int, offset: int, data: memoryview) -> None:
+    def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""
         self._send(self._packer.add(tensor, offset, data))
 
@@ -42,4 +43,5 @@ def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, d
     stop = min(first + data.shape[0], int(door.destination.row_stop[index]))
     if start < stop:
         rows = data[start - first : stop - first]
-        door.add(position, start * spec.row_bytes, rows.reshape(-1).numpy().data)
+        flat = rows.reshape(-1)
+        door.add(position, start * spec.row_bytes, flat if flat.is_cuda else flat.numpy().data)

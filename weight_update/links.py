@@ -12,37 +12,48 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .errors import TransferError, raise_all
 
-SHARED_MEMORY, GRPC = "shared-memory", "grpc"
+CUDA_IPC, SHARED_MEMORY, GRPC = "cuda-ipc", "shared-memory", "grpc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a process is. host: of one start of one kernel, "" where it cannot share memory. processes: the namespace
-    in which its process id means something. user: by whom the kernel lets it be read."""
+    in which its process id means something. user: by whom the kernel lets it be read. gpu: UUID of the one whose memory
+    holds the weights, "" for host memory."""
 
     host: str = ""
     processes: str = ""
     user: int = 0
+    gpu: str = ""
 
 
-def here() -> Place:
-    """Of this process."""
+def here(device: torch.device | None = None) -> Place:
+    """Of this process. device: where its weights are."""
     host = processes = ""
     if hasattr(os, "memfd_create"):
         with suppress(OSError):
             processes = os.readlink("/proc/self/ns/pid")
             host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Place(host=host, processes=processes, user=os.getuid())
+    return Place(host=host, processes=processes, user=os.getuid(), gpu=gpu_of(device))
+
+
+def gpu_of(device: torch.device | None) -> str:
+    """The UUID of a CUDA device, "" of any other."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device is not None and device.type == "cuda" else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transport:
-    """barrier: why it cannot go from the first place to the second; "" where it can."""
+    """barrier: why it cannot go from the first place to the second; "" where it can. concerns: whether anybody would
+    expect it there, and so wants to know why it was not taken."""
 
     name: str
     barrier: Callable[[Place, Place], str]
+    concerns: Callable[[Place, Place], bool] = lambda ours, theirs: True
 
 
 def _shares_no_memory(ours: Place, theirs: Place) -> str:
@@ -55,8 +66,17 @@ def _shares_no_memory(ours: Place, theirs: Place) -> str:
     return next((said for stands, said in barriers if stands), "")
 
 
+def _shares_no_gpu(ours: Place, theirs: Place) -> str:
+    if not ours.gpu or not theirs.gpu:
+        return f"{'these' if theirs.gpu else 'its'} weights are in host memory"
+    return _shares_no_memory(ours, theirs)
+
+
 # In the order of preference.
 TRANSPORTS = (
+    Transport(
+        name=CUDA_IPC, barrier=_shares_no_gpu, concerns=lambda ours, theirs: bool(ours.gpu or theirs.gpu)
+    ),
     Transport(name=SHARED_MEMORY, barrier=_shares_no_memory),
     Transport(name=GRPC, barrier=lambda ours, theirs: ""),
 )
@@ -86,10 +106,11 @@ def allowed_of(transport: str | Sequence[str]) -> tuple[str, ...]:
 
 def choose(ours: Place, theirs: Place, allowed: Sequence[str], where: str = "") -> Link:
     """The best allowed transport between two places; TransferError where none can be used."""
-    reasons = []
+    reasons: list[str] = []
     for each in TRANSPORTS:
         said = each.barrier(ours, theirs) if each.name in allowed else "not allowed"
         if not said:
             return Link(transport=each.name, reasons=tuple(reasons), only=GRPC not in allowed)
-        reasons.append(f"{each.name}: {said}")
+        if each.concerns(ours, theirs) or allowed == (each.name,):
+            reasons.append(f"{each.name}: {said}")
     raise TransferError(f"no transport to {where or 'the rank'}: {'; '.join(reasons)}; allow another one")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .chunks import CHUNK_BYTES, Packet
+from .chunks import CHUNK_BYTES, Packet, Piece
 
 CHUNK_PIECES = 1 << 16  # a piece costs 16 bytes of index: a chunk of tiny pieces stays below the message limit
 
@@ -14,23 +14,24 @@ CHUNK_PIECES = 1 << 16  # a piece costs 16 bytes of index: a chunk of tiny piece
 class Packer:
     """Chunks of one stream, numbered from 1. What is added is not copied here: it stays as it is until it was sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         self._sequence = 0
         self._tensors: list[int] = []
         self._offsets: list[int] = []
-        self._pieces: list[memoryview] = []
+        self._pieces: list[Piece] = []
         self._bytes = 0
 
-    def add(self, tensor: int, offset: int, data: memoryview) -> Iterator[Packet]:
+    def add(self, tensor: int, offset: int, data: Piece) -> Iterator[Packet]:
         """Take bytes of a tensor; yields the chunks that are full."""
         while len(data):
-            take = min(len(data), CHUNK_BYTES - self._bytes)
+            take = min(len(data), self._chunk_bytes - self._bytes)
             self._tensors.append(tensor)
             self._offsets.append(offset)
             self._pieces.append(data[:take])
             self._bytes += take
             offset, data = offset + take, data[take:]
-            if self._bytes == CHUNK_BYTES or len(self._pieces) == CHUNK_PIECES:
+            if self._bytes == self._chunk_bytes or len(self._pieces) == CHUNK_PIECES:
                 yield from self.flush()
 
     def flush(self) -> Iterator[Packet]:

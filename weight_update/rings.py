@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import Packet
 from .errors import TransferError
 
 RING_BYTES = 8 << 20  # payload; a ring that stays in the caches is faster than a longer one (16 MiB: 0.75 of it)
@@ -71,6 +72,9 @@ class RingWriter:
 
     def __init__(self, memory: npt.NDArray[np.uint8], token: bytes) -> None:
         self._memory = memory  # keeps the mapping
+        self._begin(token)
+
+    def _begin(self, token: bytes) -> None:
         self.token = token
         self._taken: deque[tuple[int, int]] = deque()  # (at, stop) in the order in which they were taken
 
@@ -108,6 +112,11 @@ class RingWriter:
             return None
         self._taken.append((at, at + size))
         return at
+
+    def put(self, packet: Packet, at: int) -> bytes:
+        """Copy a payload to where it may be; the message that says so."""
+        packet.put(self.view(at, packet.payload_bytes))
+        return packet.in_ring(at)
 
     def view(self, at: int, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes to be written, uint8 [num_bytes]."""

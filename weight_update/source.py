@@ -60,6 +60,12 @@ class PushPlan:
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are that this rank sends, the host where they are in several places."""
+        devices = {source.rows.device for source in self.sources if source.rows.numel()}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
 
 def named_items(model: Items) -> tuple[list[tuple[str, Tensor]], frozenset[str]]:
     """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable.
@@ -185,8 +191,9 @@ def _experts(name: str, local: LocalRows) -> Parts:
 
 def _held(share: Share, source: Source) -> Share:
     """What a source fills, under its own name: of a single value always the whole."""
-    is_value = all(math.prod(spec.shape) == 1 for spec in source.specs)
-    return Share(name=source.name) if is_value else replace(share, name=source.name)
+    if all(math.prod(spec.shape) == 1 for spec in source.specs):
+        return Share(name=source.name)
+    return share if share.name == source.name else replace(share, name=source.name)
 
 
 def _in_part(found: Iterable[Share]) -> list[str]:

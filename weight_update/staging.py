@@ -74,8 +74,8 @@ class StagingBuffer:
 
     def __init__(self, plan: StagingPlan, memory: Tensor) -> None:
         self._plan = plan
-        self._memory = memory
-        self._bytes = memory.numpy()
+        self.memory = memory
+        self._bytes = None if memory.is_cuda else memory.numpy()
         # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
         # chunk is copied; nothing else may run under it.
         self._lock = threading.Lock()
@@ -89,21 +89,33 @@ class StagingBuffer:
         at = self._check(chunk)
         pieces = zip(
             chunk.tensor.tolist(),
-            at.tolist(),
             (at - self._plan.at[chunk.tensor]).tolist(),
             chunk.length.tolist(),
             strict=True,
         )
-        payload = np.frombuffer(chunk.payload, np.uint8)
-        read = 0
         with self._lock:
             if not self._open:
                 raise BusyError(f"chunk {chunk.sequence}: staging is over, the transaction was prepared or aborted")
-            for tensor, start, within, length in pieces:
-                self._bytes[start : start + length] = payload[read : read + length]
-                read += length
+            self._copy(chunk.payload, at.tolist(), chunk.length.tolist())
+            for tensor, within, length in pieces:
                 self.staged_bytes += cover(self._covered[tensor], within, within + length)
             return self.staged_bytes
+
+    def _copy(self, payload: memoryview | Tensor, starts: list[int], lengths: list[int]) -> None:
+        """Pieces, one after the other in the payload, to their starts; complete when it returns."""
+        spans = list(zip(starts, lengths, strict=True))
+        if not isinstance(payload, Tensor) and not self.memory.is_cuda:
+            data, read, target = np.frombuffer(payload, np.uint8), 0, self._bytes
+            for start, length in spans:
+                target[start : start + length] = data[read : read + length]
+                read += length
+            return
+        held = payload if isinstance(payload, Tensor) else torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
+        held = held.to(self.memory.device)
+        targets = [self.memory[start : start + length] for start, length in spans]
+        torch._foreach_copy_(targets, list(held.split(lengths)))
+        if self.memory.is_cuda:
+            torch.cuda.current_stream(self.memory.device).synchronize()
 
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
@@ -121,7 +133,7 @@ class StagingBuffer:
         at, row_bytes = int(plan.at[i]), plan.specs[i].row_bytes
         num_bytes = int(plan.stop[i] - plan.first[i])
         num_rows = num_bytes // row_bytes if row_bytes else 0
-        return self._memory[at : at + num_bytes].view(num_rows, row_bytes)
+        return self.memory[at : at + num_bytes].view(num_rows, row_bytes)
 
     def close(self) -> None:
         """Refuse everything from now on; returns once no thread is writing."""

@@ -18,8 +18,9 @@ from typing import Any
 from protos import transfuse_pb2 as pb
 
 from .chunks import Packet
+from .device_rings import DeviceWriter
 from .errors import TransferError, WeightUpdateError
-from .links import GRPC, SHARED_MEMORY, Link
+from .links import CUDA_IPC, GRPC, Link
 from .rings import RingWriter
 from .transport import RETRY_CODES, STAGE, RpcError, error_of
 
@@ -50,8 +51,15 @@ class StageStream:
         )
         self._name = name or target
         self.link = link or Link(transport=GRPC)
-        wanted = ring_bytes if self.link.transport == SHARED_MEMORY else 0
-        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank, ring_bytes=wanted)
+        self.on_device = self.link.transport == CUDA_IPC
+        wanted = 0 if self.link.transport == GRPC else ring_bytes
+        opening = pb.StageOpen(
+            transaction=transaction,
+            epoch=epoch,
+            trainer_rank=trainer_rank,
+            ring_bytes=wanted,
+            on_device=self.on_device,
+        )
         self._opening = pb.StageRequest(open=opening).SerializeToString()
         self._target = target
         self._retry_s = retry_s
@@ -202,11 +210,7 @@ class StageStream:
         if self._agreed:
             return
         try:
-            if not reply.HasField("ring"):
-                raise TransferError("shared memory: the rank offers none")
-            ring: RingWriter | None = RingWriter.open(
-                reply.ring.pid, reply.ring.fd, reply.ring.num_bytes, reply.ring.token
-            )
+            ring: RingWriter | None = _opened(reply, self.link.transport)
         except TransferError as error:
             if self.link.only:
                 raise TransferError(f"{self._target}: {error}; allow transport 'grpc'") from None
@@ -228,8 +232,7 @@ class StageStream:
             at = self._room(ring, packet.payload_bytes, connection)
         if at is None:
             return None
-        packet.put(ring.view(at, packet.payload_bytes))
-        message = packet.in_ring(at)
+        message = ring.put(packet, at)
         with self._state:
             self._placed[packet.sequence] = message
         return message
@@ -245,6 +248,16 @@ class StageStream:
 
         self._state.wait_for(lambda: self._error or connection.is_set() or taken())
         return found[0] if found else None
+
+
+def _opened(reply: pb.StageReply, transport: str) -> RingWriter:
+    """The ring that a rank offers."""
+    said = reply.ring
+    if not reply.HasField("ring"):
+        raise TransferError(f"{transport}: the rank offers none")
+    if said.HasField("device"):
+        return DeviceWriter.open_device(said.device, said.num_bytes, said.token)
+    return RingWriter.open(said.pid, said.fd, said.num_bytes, said.token)
 
 
 __all__ = ["StageStream"]

@@ -123,12 +123,12 @@ def from_manifest_proto(message: pb.Manifest) -> Manifest:
 
 def to_place_proto(place: Place) -> pb.Place:
     """Where a process is, for the wire."""
-    return pb.Place(host=place.host, processes=place.processes, user=place.user)
+    return pb.Place(host=place.host, processes=place.processes, user=place.user, gpu=place.gpu)
 
 
 def from_place_proto(message: pb.Place) -> Place:
     """Where a process is, from the wire."""
-    return Place(host=message.host, processes=message.processes, user=message.user)
+    return Place(host=message.host, processes=message.processes, user=message.user, gpu=message.gpu)
 
 
 def to_digests_proto(digests: Digests) -> pb.Digests:
