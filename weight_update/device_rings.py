@@ -70,14 +70,14 @@ class DeviceWriter(RingWriter):
             raise TransferError(f"cuda ipc: GPU {said.gpu} of the rank is not visible to this process")
         try:
             new: Any = torch.UntypedStorage._new_shared_cuda
-            torch.cuda.init()
+            torch.zeros(1, device=device)  # CUDA is up, on that device
             storage = new(
                 device.index, said.handle, said.storage_bytes, said.storage_at, said.counter, said.counter_at,
                 said.event, said.waits_for_event,
             )  # fmt: skip
         except RuntimeError as error:
             raise TransferError(f"cuda ipc: memory of GPU {said.gpu} cannot be opened: {error}") from None
-        memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, said.at, (num_bytes,))
+        memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, said.at, (num_bytes,), (1,))
         return cls(memory, token)
 
     @property

@@ -75,7 +75,7 @@ class StagingBuffer:
     def __init__(self, plan: StagingPlan, memory: Tensor) -> None:
         self._plan = plan
         self.memory = memory
-        self._bytes = None if memory.is_cuda else memory.numpy()
+        self._bytes = memory.numpy()
         # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
         # chunk is copied; nothing else may run under it.
         self._lock = threading.Lock()
@@ -103,19 +103,16 @@ class StagingBuffer:
 
     def _copy(self, payload: memoryview | Tensor, starts: list[int], lengths: list[int]) -> None:
         """Pieces, one after the other in the payload, to their starts; complete when it returns."""
-        spans = list(zip(starts, lengths, strict=True))
-        if not isinstance(payload, Tensor) and not self.memory.is_cuda:
-            data, read, target = np.frombuffer(payload, np.uint8), 0, self._bytes
-            for start, length in spans:
-                target[start : start + length] = data[read : read + length]
-                read += length
+        if isinstance(payload, Tensor):
+            targets = [self.memory[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            torch._foreach_copy_(targets, list(torch.split(payload, lengths)))
+            if payload.is_cuda:
+                torch.cuda.current_stream(payload.device).synchronize()
             return
-        held = payload if isinstance(payload, Tensor) else torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
-        held = held.to(self.memory.device)
-        targets = [self.memory[start : start + length] for start, length in spans]
-        torch._foreach_copy_(targets, list(held.split(lengths)))
-        if self.memory.is_cuda:
-            torch.cuda.current_stream(self.memory.device).synchronize()
+        data, read = np.frombuffer(payload, np.uint8), 0
+        for start, length in zip(starts, lengths, strict=True):
+            self._bytes[start : start + length] = data[read : read + length]
+            read += length
 
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
