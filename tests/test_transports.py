@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from launch.relays import Proxy
 from quant.formats import TensorSpec
+from tests.bench import links
 from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama
 from weight_update.chunks import Chunk, Packet, check, decode_request
@@ -389,3 +390,16 @@ def test_a_rank_killed_while_it_reads_fails_the_push_as_over_grpc_and_leaves_no_
     assert actor.returncode == -9
     assert eventually(lambda: rings_of(os.getpid()) == 0)
     assert set(os.listdir("/dev/shm")) <= shown
+
+
+@pytest.mark.gpu
+def test_bytes_go_from_one_process_to_another_in_a_gpus_memory_and_are_installed() -> None:
+    """measure() compares every digest, as staged and as installed."""
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    row = links.measure(CUDA_IPC, layers=1, experts=4, source="cuda:0", target=last, rounds=1)
+    assert row.transport == CUDA_IPC
+
+
+@pytest.mark.parametrize("transport", EITHER)
+def test_the_bench_of_the_transports_compares_every_digest(transport: str) -> None:
+    assert links.measure(transport, layers=1, experts=2, source="cpu", target="cpu", rounds=1).tensors == 24

@@ -221,7 +221,10 @@ def measure(transport: str, layers: int, experts: int, source: str, target: str,
     with rank_process(layers, experts, target) as rank:
         for transaction in range(1, rounds + 2):
             rank.ask("begin")
-            found["send"].append(_seconds(lambda at=transaction: send(rank, transport, source, at, specs, rows)))
+            start = time.perf_counter()
+            went = send(rank, transport, source, transaction, specs, rows)
+            found["send"].append(time.perf_counter() - start)
+            assert went.startswith(transport), went
             for word in ("prepare", "install"):
                 answer = rank.ask(word)
                 assert answer["digests"] == wanted, f"{transport}, {word}: digests differ"
