@@ -18,6 +18,7 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.delta import BlobSize
+from weight_update.device_rings import DEVICE_RING_BYTES
 from weight_update.errors import MemberError
 from weight_update.install import MemoryPlan
 from weight_update.links import Place, here
@@ -39,6 +40,7 @@ from .witness import Witness
 log = logging.getLogger(__name__)
 
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
+STREAM_BYTES_OF = {"cpu": STREAM_BYTES, "cuda": STREAM_BYTES + DEVICE_RING_BYTES}  # with a ring in device memory
 PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last, or what is left of a sample
 RESUME_TIMEOUT_S = 60.0
 SCRUB_S = 600.0
@@ -168,7 +170,7 @@ class RankServer:
             request.version,
             request.base_version,
             np.array(request.tensors, np.int64),
-            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs),
+            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs, STREAM_BYTES_OF[self.receiver.device.type]),
             blobs=blobs,
         )
 
@@ -249,7 +251,7 @@ class RankServer:
             raise MemberError(f"serving did not go on within {RESUME_TIMEOUT_S:.0f} s: {self.engine.state}")
 
 
-def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
+def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None, stream_bytes: int) -> int:
     """What the streams may hold; a delta is seldom as large as their windows."""
-    sizes = [STREAM_BYTES] * num_streams
-    return sum(sizes if blobs is None else (min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs))
+    sizes = [stream_bytes] * num_streams
+    return sum(sizes if blobs is None else (min(stream_bytes, 5 * blob.num_bytes) for blob in blobs))

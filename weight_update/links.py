@@ -38,7 +38,7 @@ def here(device: torch.device | None = None) -> Place:
         with suppress(OSError):
             processes = os.readlink("/proc/self/ns/pid")
             host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Place(host=host, processes=processes, user=os.getuid(), gpu=gpu_of(device))
+    return Place(host=host, processes=processes, user=os.geteuid(), gpu=gpu_of(device))
 
 
 def gpu_of(device: torch.device | None) -> str:
