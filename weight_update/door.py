@@ -9,8 +9,7 @@ from torch import Tensor
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
-from .chunks import CHUNK_BYTES, Packet, Piece
-from .device_rings import DEVICE_CHUNK_BYTES
+from .chunks import Packet, Piece
 from .packing import Packer
 from .stream import StageStream
 
@@ -21,7 +20,7 @@ class Door:
     def __init__(self, destination: Destination, streams: Sequence[StageStream]) -> None:
         self.destination = destination
         self._streams = streams
-        self._packer = Packer(DEVICE_CHUNK_BYTES if all(stream.on_device for stream in streams) else CHUNK_BYTES)
+        self._packer = Packer(min(stream.chunk_bytes for stream in streams))
 
     def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""

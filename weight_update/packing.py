@@ -14,8 +14,8 @@ CHUNK_PIECES = 1 << 16  # a piece costs 16 bytes of index: a chunk of tiny piece
 class Packer:
     """Chunks of one stream, numbered from 1. What is added is not copied here: it stays as it is until it was sent."""
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, chunk_bytes: int = 0) -> None:
+        self._chunk_bytes = chunk_bytes or CHUNK_BYTES
         self._sequence = 0
         self._tensors: list[int] = []
         self._offsets: list[int] = []

@@ -18,15 +18,16 @@ from typing import Any
 from protos import transfuse_pb2 as pb
 
 from .chunks import Packet
-from .device_rings import DeviceWriter
+from .device_rings import DEVICE_CHUNK_BYTES, DeviceWriter
 from .errors import TransferError, WeightUpdateError
-from .links import CUDA_IPC, GRPC, Link
-from .rings import RingWriter
+from .links import CUDA_IPC, GRPC, SHARED_MEMORY, Link
+from .rings import RING_CHUNK_BYTES, RingWriter
 from .transport import RETRY_CODES, STAGE, RpcError, error_of
 
 log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 0.2
+CHUNK_BYTES_OF = {CUDA_IPC: DEVICE_CHUNK_BYTES, SHARED_MEMORY: RING_CHUNK_BYTES, GRPC: 0}  # payload; 0: as packed
 
 
 class StageStream:
@@ -51,14 +52,14 @@ class StageStream:
         )
         self._name = name or target
         self.link = link or Link(transport=GRPC)
-        self.on_device = self.link.transport == CUDA_IPC
+        self.chunk_bytes = CHUNK_BYTES_OF[self.link.transport]
         wanted = 0 if self.link.transport == GRPC else ring_bytes
         opening = pb.StageOpen(
             transaction=transaction,
             epoch=epoch,
             trainer_rank=trainer_rank,
             ring_bytes=wanted,
-            on_device=self.on_device,
+            on_device=self.link.transport == CUDA_IPC,
         )
         self._opening = pb.StageRequest(open=opening).SerializeToString()
         self._target = target

@@ -88,6 +88,8 @@ def receiver_of(layers: int, experts: int, device: str) -> Receiver:
 def serve(layers: int, experts: int, device: str) -> None:
     """Does what standard input says, a word a line, and answers each with a line of JSON."""
     torch.set_num_threads(1)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     receiver = receiver_of(layers, experts, device)
     rank: Any = SimpleNamespace(
         receiver=receiver,
