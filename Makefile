@@ -11,7 +11,7 @@ READY := .venv/ready
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 ARGS ?=
 
-.PHONY: help demo demo-diffusion test slow bench soak lint protos clean
+.PHONY: help demo demo-diffusion test slow bench bench-gpu soak lint protos clean
 
 help:
 	@echo 'make demo    the main job on this machine: 2 replicas x 2 ranks, a trainer, a report (about 4 minutes)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test    the tests'
 	@echo 'make slow    the tests marked slow'
 	@echo 'make bench   what README.md says about speed and memory, measured here'
+	@echo 'make bench-gpu   what docs/performance.md says about a GPU, measured there'
 	@echo 'make soak    what takes long; writes docs/soak.txt, which is committed'
 	@echo 'make lint    ruff, mypy, import directions'
 	@echo 'make protos  the generated code in protos/'
@@ -39,6 +40,9 @@ slow: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+bench-gpu: $(READY)
+	@$(BIN)/python -m tests.bench.gpu $(ARGS)
 
 soak: $(READY)
 	@$(BIN)/python -m tests.bench.soak $(ARGS) | tee docs/soak.txt

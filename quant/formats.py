@@ -15,13 +15,15 @@ A new row: its numbers in quant/numerics_*.py, its components in quant/encodings
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import cuda, kernels
 from .encodings import FORMATS, as_rows
-from .specs import DTYPES, Component, Format, Kind, Parts, TensorSpec, dtype_name
+from .specs import DTYPES, Component, EncodeRows, Format, Kind, Parts, TensorSpec, dtype_name
 
 __all__ = [
     "DTYPES",
@@ -44,11 +46,15 @@ __all__ = [
 
 NON_FINITE = 0x7F80  # BF16 bits of infinity; NaNs lie above
 
+# By type of device; where one is not named, torch and the loops of the host serve.
+AMAX: Mapping[str, Callable[[Tensor], int]] = {"cuda": cuda.amax_bits}
+ENCODERS: Mapping[str, Mapping[str, EncodeRows]] = {"cuda": cuda.ENCODERS}
+
 
 def amax(rows: Tensor) -> int:
     """BF16 bits (0..0x7FFF) of the largest absolute value; 0x7F80 and above mean that one is not finite."""
     _require_bf16(rows)
-    return kernels.amax_bits(rows.contiguous())
+    return AMAX.get(rows.device.type, kernels.amax_bits)(rows.contiguous())
 
 
 def first_nonfinite(rows: Tensor) -> tuple[int, ...] | None:
@@ -99,8 +105,23 @@ def encode(
             part.suffix: torch.empty(_byte_shape(part, tuple(rows.shape)), dtype=torch.uint8, device=rows.device)
             for part in fmt.row_components
         }
-    fmt.encode_rows(rows, _scale_value(fmt, scale), given or {}, out)
+    _encoder(fmt, rows.device)(rows, _scale_value(fmt, scale), given or {}, out)
     return dict(out)
+
+
+def _encoder(fmt: Format, device: torch.device) -> EncodeRows:
+    """What encodes rows on a device: the format's own, or what the device has for it."""
+    if device.type not in ENCODERS or not fmt.is_quantized:
+        return fmt.encode_rows
+    return ENCODERS[device.type].get(fmt.name, partial(_encode_on_host, fmt.encode_rows))
+
+
+def _encode_on_host(encode_rows: EncodeRows, rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
+    """Where a device has no kernel. Not the same torch there: it divides by a number as it multiplies by 1 / number."""
+    parts = {name: torch.empty_like(part, device="cpu") for name, part in out.items()}
+    encode_rows(rows.cpu(), scale, {name: value.cpu() for name, value in given.items()}, parts)
+    for name, part in parts.items():
+        out[name].copy_(part)
 
 
 def typed(fmt: Format, parts: Parts, shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -129,3 +129,18 @@ def reshard_all(model: nn.Module) -> None:
 
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def check_capturable(model: nn.Module) -> None:
+    """Raise ShardingError where a CUDA graph of this model's forward would hold addresses that move.
+
+    What FSDP gathers lies elsewhere after every forward (and a capture over the gather raises nothing), so only modules
+    that it does not shard may be captured.
+    """
+    sharded = [path or type(model).__name__ for path, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        shown = ", ".join(sharded[:8]) + (", ..." if len(sharded) > 8 else "")
+        raise ShardingError(
+            f"CUDA graph refused: FSDP gathers the parameters of {shown} to another address for every forward;"
+            " capture modules that are whole on this rank"
+        )

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "protos", "quant", "service", "sharding", "weight_update")
+# Loaded only where numba is installed, and where a CUDA device is used.
+COMPILED = {f"{folder}.{name}" for folder in ("quant", "weight_update") for name in ("loops", "cuda_loops")}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
 
@@ -51,8 +53,7 @@ def test_imports_follow_the_folders() -> None:
 
 
 def test_the_job_needs_neither_ray_nor_numba_nor_transformers() -> None:
-    compiled = {"quant.loops", "weight_update.loops"}  # loaded only where numba is installed
-    names = [name for name in modules("quant", "sharding", "weight_update") if name not in compiled]
+    names = [name for name in modules("quant", "sharding", "weight_update") if name not in COMPILED]
     assert import_without(("ray", "numba", "transformers", "triton", "gguf"), names) == ""
 
 
@@ -61,7 +62,8 @@ def test_everything_but_the_door_needs_no_grpc() -> None:
     through_transport = {
         f"weight_update.{name}" for name in ("transport", "stream", "fetch", "client", "attempt", "sending", "door")
     }
-    names = [name for name in modules("quant", "sharding", "weight_update") if name not in through_transport]
+    apart = through_transport | {name for name in COMPILED if name.endswith("cuda_loops")}
+    names = [name for name in modules("quant", "sharding", "weight_update") if name not in apart]
     assert import_without(("ray", "grpc"), names) == ""
 
 

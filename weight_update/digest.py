@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 
@@ -53,11 +53,25 @@ def name_key(name: str) -> int:
     return xxhash.xxh3_64_intdigest(name.encode())
 
 
+def lane_keys(key: int, row_bytes: int) -> tuple[int, int]:
+    """The lane keys of a tensor, from which those of its rows are made."""
+    k0, k1 = (_mixed(((key ^ seed) + row_bytes * GOLDEN) & MASK) for seed in SEEDS)
+    return k0, k1
+
+
+def _mixed(x: int) -> int:
+    x = ((x ^ (x >> 30)) * MULTIPLIERS[0]) & MASK
+    x = ((x ^ (x >> 27)) * MULTIPLIERS[1]) & MASK
+    return x ^ (x >> 31)
+
+
 def digest_rows(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
     """Digest of rows [row0, row0 + n) of the tensor with this key. rows: uint8 [n, row_bytes]."""
     num_rows, row_bytes = rows.shape
     if num_rows == 0 or row_bytes == 0:
         return 0, 0
+    if rows.device.type in ELSEWHERE:
+        return ELSEWHERE[rows.device.type](key, rows, row0)
     digest = _digest_torch if rows.device.type != "cpu" or _loops() is None else _digest_numba
     step = max(1, BLOCK_BYTES // max(row_bytes, 64))
     lane0 = lane1 = 0
@@ -97,9 +111,9 @@ def digest_words(key: int, row_bytes: int, at: npt.NDArray[np.int64], words: npt
     row, column = (torch.from_numpy(part) for part in np.divmod(at, num_words))
     sums = []
     for seed in SEEDS:
-        lane = _mix(torch.tensor([_signed((key ^ seed) + row_bytes * GOLDEN)]))
-        row_keys = _mix(lane + (row + 1) * _signed(GOLDEN))
-        mixed = _mix(torch.from_numpy(words.view(np.int64)) ^ (row_keys + column * _signed(GOLDEN)))
+        lane = _mix(torch.tensor([signed((key ^ seed) + row_bytes * GOLDEN)]))
+        row_keys = _mix(lane + (row + 1) * signed(GOLDEN))
+        mixed = _mix(torch.from_numpy(words.view(np.int64)) ^ (row_keys + column * signed(GOLDEN)))
         sums.append(int(mixed.sum()) & MASK)
     return sums[0], sums[1]
 
@@ -164,23 +178,32 @@ def _digest_numba(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[i
     return int(lane0), int(lane1)
 
 
+def _digest_cuda(key: int, rows: Tensor, row0: int) -> Lanes:
+    found: Lanes = importlib.import_module(".cuda", __package__).digest_of(key, rows, row0)
+    return found
+
+
+# By type of device; where one is not named, the host's loops or the twin.
+ELSEWHERE: Mapping[str, Callable[[int, Tensor, int], Lanes]] = {"cuda": _digest_cuda}
+
+
 # ---------------------------------------------------------------- torch twin
 
 
 def _digest_torch(words: Tensor, key: int, row_bytes: int, row0: int) -> tuple[int, int]:
     num_rows, num_words = words.shape
-    steps = torch.arange(max(num_rows + 1, num_words), device=words.device) * _signed(GOLDEN)
+    steps = torch.arange(max(num_rows + 1, num_words), device=words.device) * signed(GOLDEN)
     sums = []
     for seed in SEEDS:
-        lane = _mix(torch.tensor([_signed((key ^ seed) + row_bytes * GOLDEN)], device=words.device))
-        row_keys = _mix(lane + (steps[1 : num_rows + 1] + _signed(row0 * GOLDEN)))
+        lane = _mix(torch.tensor([signed((key ^ seed) + row_bytes * GOLDEN)], device=words.device))
+        row_keys = _mix(lane + (steps[1 : num_rows + 1] + signed(row0 * GOLDEN)))
         sums.append(int(_mix(words ^ (row_keys[:, None] + steps[:num_words])).sum()) & MASK)
     return sums[0], sums[1]
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(MULTIPLIERS[0])
-    x = (x ^ _shift(x, 27)) * _signed(MULTIPLIERS[1])
+    x = (x ^ _shift(x, 30)) * signed(MULTIPLIERS[0])
+    x = (x ^ _shift(x, 27)) * signed(MULTIPLIERS[1])
     return x ^ _shift(x, 31)
 
 
@@ -189,7 +212,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """The same 64 bits as torch's int64 takes them."""
     x &= MASK
     return x - (1 << 64) if x >> 63 else x

@@ -207,7 +207,8 @@ def require_equal(installed: Digests, staged: Digests, writes: Sequence[Write]) 
 
 def read_back(writes: Sequence[Write], scratch: Tensor | None = None) -> Digests:
     """Digests of live rows, [n, 2]."""
-    scratch = torch.empty(block_bytes(writes), dtype=torch.uint8) if scratch is None else scratch
+    if scratch is None:
+        scratch = torch.empty(block_bytes(writes), dtype=torch.uint8, device=writes[0].local.device if writes else None)
     return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
 
 

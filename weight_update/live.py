@@ -147,6 +147,11 @@ class Live:
     padding: Mapping[str, tuple[Padding, ...]]
     audit: AddressAudit
 
+    @property
+    def device(self) -> torch.device:
+        """Where the storages are."""
+        return next(iter(self.bytes.values())).device if self.bytes else torch.device("cpu")
+
     def stale(self, touched: set[str]) -> list[Recompute]:
         """Derived values, in their order, that follow from these storages or from each other."""
         stale = []
@@ -166,6 +171,9 @@ def plan_live(
 ) -> Live:
     """The live bytes of one rank; PlanError that lists whatever does not fit together."""
     data = {name: bytes_of(name, local_of(tensor)) for name, tensor in storages.items()}
+    devices = {each.device for each in data.values()}
+    if len(devices) > 1:
+        raise PlanError(f"storages lie on {', '.join(sorted(map(str, devices)))}; expected one device, a receiver each")
     writes = plan_writes(data, placements, derived, shards)
     return Live(
         bytes=data,
@@ -371,8 +379,8 @@ def _unfilled(local: Tensor, unit_bytes: int, parts: Sequence[Part]) -> Unfilled
             continue
         words = free.reshape(-1, size)
         if np.array_equal(words.all(axis=1), words.any(axis=1)):
-            return dtype, _positions(words[:, 0])
-    return torch.uint8, _positions(free)
+            return dtype, _positions(words[:, 0]).to(local.device)
+    return torch.uint8, _positions(free).to(local.device)
 
 
 def _positions(free: npt.NDArray[np.bool_]) -> Tensor:

@@ -113,10 +113,10 @@ class Dense:
         row0, row1 = patch.first // row_bytes, patch.stop // row_bytes
         self.index, self.write = index, part_of(write, row0, row1 - row0)
         self._scratch = scratch
-        self.rows = torch.from_numpy(patch.values).view(row1 - row0, row_bytes)
+        self.rows = torch.from_numpy(patch.values).view(row1 - row0, row_bytes).to(write.local.device)
         self._old = invert_rows(write.placement, row0, row1 - row0, write.local, write.base)
         if patch.relative:
-            self.rows += self._old.cpu()
+            self.rows += self._old
         self.out, self.into = (digest_rows(write.key, rows, row0) for rows in (self._old, self.rows))
 
     def apply(self) -> Lanes:
@@ -225,10 +225,13 @@ class DeltaInstall:
         return digests
 
     def arrived(self) -> dict[str, Tensor]:
+        return self.whole_of([part for part in self._prepared().parts if isinstance(part, Dense)])
+
+    def whole_of(self, dense: Sequence[Dense]) -> dict[str, Tensor]:
+        """The rows of tensors that come whole in these parts, by name."""
         parts: dict[int, list[Dense]] = {}
-        for part in self._prepared().parts:
-            if isinstance(part, Dense):
-                parts.setdefault(part.index, []).append(part)
+        for part in dense:
+            parts.setdefault(part.index, []).append(part)
         found = {}
         for index, write in zip(self.indices, self._writes, strict=True):
             ordered = sorted(parts.get(index, ()), key=lambda part: part.write.row0)

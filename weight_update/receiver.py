@@ -29,14 +29,13 @@ from quant.parameters import ParameterRow
 
 from .chunks import Chunk, check
 from .delta import BlobSize, Patch, Positions
+from .devices import DEVICES
 from .digest import Digests, Lanes
 from .errors import BusyError, ManifestError, VersionError, raise_all
 from .inplace import Storages, local_of
-from .install import Changes, FullInstall, Install, MemoryPlan, read_back
+from .install import Changes, Install, MemoryPlan
 from .live import Shards, plan_live
 from .manifest import Manifest
-from .patching import DeltaInstall
-from .staging import Arena
 
 Indices = npt.NDArray[np.integer[Any]] | Sequence[int]
 
@@ -71,7 +70,7 @@ class Receiver:
     storages: live tensors by name (of a DTensor the local shard), written in place, never replaced. placements: where
     each checkpoint tensor lies. derived: values recomputed from storages. shards: units [start, stop) of each storage
     that this rank holds, by default all. Bytes that nothing fills are padding and stay zero. live: looks the storages
-    up anew for the address audit. All memory is host memory.
+    up anew for the address audit. All storages lie on one device: the host, or a CUDA device.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Receiver:
             {} if shards is None else shards,
             self._storages if live is None else live,
         )
-        self._arena = Arena()
+        self._device = DEVICES[self._live.device.type](self._live)
         self._install: Install | None = None
         self._last: tuple[Install, int] | None = None  # the published one whose undo is still there, and its base
         self._known = np.zeros((len(placements), 2), np.uint64)  # digests of the live rows of this rank
@@ -158,17 +157,14 @@ class Receiver:
                     f"version {version} on base {base_version}: this rank holds {self.version}; describe again"
                 )
             indices = self._checked(tensors)
-            install: FullInstall | DeltaInstall
+            begun = (transaction, version, indices, in_flight_bytes)
             if blobs is None:
-                install = FullInstall(self._live, transaction, version, indices, in_flight_bytes)
+                install = self._device.full(*begun)
             else:
-                base = self._base_digests(indices)
-                install = DeltaInstall(
-                    self._live, transaction, version, indices, in_flight_bytes, base=base, blobs=blobs, patches=patches
-                )
+                install = self._device.delta(*begun, base=self._base_digests(indices), blobs=blobs, patches=patches)
             install.memory.require(self._budget_bytes)
             self._last = None  # its undo lies in the memory that is taken now
-            install.reserve(self._arena)
+            self._device.reserve(install)
             self._install, self.state = install, State.OPEN
             return install.memory
 
@@ -235,8 +231,7 @@ class Receiver:
     def digests(self, tensors: Indices | None = None) -> Digests:
         """Digests of the live bytes of these tensors, all by default, [n, 2]; every byte is read."""
         with self._lock:
-            writes = self._live.writes
-            return read_back(writes if tensors is None else [writes[int(i)] for i in tensors])
+            return self._device.digests(range(len(self._live.writes)) if tensors is None else [int(i) for i in tensors])
 
     def rows(self, version: int, tensor: int, first: int, stop: int) -> Tensor:
         """Live rows [first, stop) of a tensor of the manifest in checkpoint form, uint8 [n, row_bytes], copied to host
@@ -306,7 +301,7 @@ class Receiver:
     @property
     def reserved_bytes(self) -> int:
         """Bytes of staging, undo and scratch that are kept, touched, from one push to the next."""
-        return self._arena.num_bytes
+        return self._device.reserved_bytes
 
     def audit(self) -> None:
         """Raise LayoutError unless every storage is where it was when this receiver was built."""
@@ -316,7 +311,7 @@ class Receiver:
     def storage_bytes(self) -> dict[str, bytes]:
         """A copy of every storage of this rank, as it lies in memory."""
         with self._lock:
-            return {name: data.numpy().tobytes() for name, data in self._live.bytes.items()}
+            return {name: data.cpu().numpy().tobytes() for name, data in self._live.bytes.items()}
 
     def storage_addresses(self) -> dict[str, int]:
         """The data pointer of every storage of this rank."""

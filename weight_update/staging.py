@@ -10,6 +10,8 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +51,9 @@ def plan_staging(specs: Sequence[TensorSpec], row_start: Bytes, row_stop: Bytes)
 class Arena:
     """Memory that grows when it must and is never given back: fresh pages are ten times slower than reused ones."""
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device | None = None, *, pinned: bool = False) -> None:
+        self._make = partial(torch.empty, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._memory = self._make(0)
 
     @property
     def num_bytes(self) -> int:
@@ -60,21 +63,35 @@ class Arena:
     def reserve(self, num_bytes: int) -> Tensor:
         """The first num_bytes of the arena; earlier reservations are void."""
         if num_bytes > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.uint8)  # freed first, so that old and new never coexist
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+            self._memory = self._make(0)  # freed first, so that old and new never coexist
+            self._memory = self._make(num_bytes)
             self._memory.zero_()  # touches every page now, not while bytes arrive
         return self._memory[:num_bytes]
+
+
+class Mirror(Protocol):
+    """Memory elsewhere that follows a staging buffer: device memory that is fed on a stream of its own."""
+
+    memory: Tensor
+
+    def send(self, starts: Bytes, stops: Bytes) -> None:
+        """These bytes were written; they may be sent now or later."""
+
+    def wait(self) -> None:
+        """All that was sent has arrived."""
 
 
 class StagingBuffer:
     """The bytes of one transaction on one rank.
 
-    memory: uint8 [plan.num_bytes], owned by this buffer until close().
+    memory: uint8 [plan.num_bytes] of the host, owned by this buffer until close(). mirror: where the bytes end up
+    instead, on a device.
     """
 
-    def __init__(self, plan: StagingPlan, memory: Tensor) -> None:
+    def __init__(self, plan: StagingPlan, memory: Tensor, mirror: Mirror | None = None) -> None:
         self._plan = plan
-        self.memory = memory
+        self._mirror = mirror
+        self.memory = memory if mirror is None else mirror.memory
         self._bytes = memory.numpy()
         # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
         # chunk is copied; nothing else may run under it.
@@ -99,6 +116,8 @@ class StagingBuffer:
             self._copy(chunk.payload, at.tolist(), chunk.length.tolist())
             for tensor, within, length in pieces:
                 self.staged_bytes += cover(self._covered[tensor], within, within + length)
+            if self._mirror is not None and not isinstance(chunk.payload, Tensor):
+                self._mirror.send(at, at + chunk.length)
             return self.staged_bytes
 
     def _copy(self, payload: memoryview | Tensor, starts: list[int], lengths: list[int]) -> None:
@@ -136,6 +155,8 @@ class StagingBuffer:
         """Refuse everything from now on; returns once no thread is writing."""
         with self._lock:
             self._open = False
+            if self._mirror is not None:
+                self._mirror.wait()
 
     def _check(self, chunk: Chunk) -> Bytes:
         """Where each piece goes in the buffer; raises, naming every piece that lies outside this rank's rows."""

@@ -1,0 +1,245 @@
+"""What the CUDA kernels cost, over a device copy of the same bytes in the same run, as a Markdown table.
+
+    python -m tests.bench.gpu [--json FILE]
+
+Layers of Qwen3-30B-A3B (four in a call, 128 experts, 2048/768) and one share of 32 experts of DeepSeek-V3 (7168/2048),
+NVFP4 in the trtllm_moe layout. Medians by events. Beside them the call sequence of today's engines, written here in
+torch: quantize each expert, gather its rows, swizzle its scales, stack, copy. Says so and exits where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant import cuda
+from quant.formats import FORMATS
+from quant.layouts import LAYOUTS, plan_experts
+from weight_update import cuda as rows_of
+from weight_update.live import plan_live
+
+LAYERS = {"qwen3-30b-a3b, 4 layers": (4, 128, 2048, 768), "deepseek-v3, 32 experts": (1, 32, 7168, 2048)}
+SHARE = 1000  # one byte of codes in this many differs in the diff
+
+
+def milliseconds(work: Callable[[], object], runs: int = 15) -> float:
+    """The median by events; caches are flushed before each run."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(runs + 3):
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return float(np.median(times[3:]))
+
+
+def copy_ms(num_bytes: float) -> float:
+    """A copy that reads and writes this many bytes together."""
+    source = torch.empty(int(num_bytes / 2), dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source))
+
+
+class Layer:
+    """Weights of a layer's experts, their checkpoint form, and live storages."""
+
+    def __init__(self, layers: int, experts: int, hidden: int, inter: int) -> None:
+        self.sizes = (layers * experts, hidden, inter)
+        num = layers * experts
+        self.w13 = (torch.randn(num, 2 * inter, hidden, device="cuda") * 0.02).bfloat16()
+        self.w2 = (torch.randn(num, hidden, inter, device="cuda") * 0.02).bfloat16()
+        plan = plan_experts(LAYOUTS["trtllm_moe"], FORMATS["nvfp4"], "m", num, hidden, inter)
+        self.live = {s.name: torch.zeros(s.shape, dtype=s.dtype, device="cuda") for s in plan.storages}
+        self.live |= {each.name: torch.zeros(each.shape, device="cuda") for each in plan.derived}
+        planned = plan_live(self.live, plan.placements, plan.derived, {}, self.live)
+        self.writes = planned.writes
+        self.form = {
+            name: torch.zeros(num, rows, columns // width, dtype=torch.uint8, device="cuda")
+            for matrix, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter))
+            for name, width in ((f"{matrix}.weight", 2), (f"{matrix}.weight_scale", 16))
+        }
+
+    def part(self, name: str) -> Tensor:
+        """Checkpoint form of a tensor of the manifest."""
+        _, expert, half, suffix = name.split(".")
+        inter = self.sizes[2]
+        whole = self.form[f"{'w2' if half == 'down_proj' else 'w13'}.{suffix}"][int(expert)]
+        return {"gate_proj": whole[:inter], "up_proj": whole[inter:], "down_proj": whole}[half]
+
+    def matrices(self, matrix: str, live: bool) -> list[cuda.Matrix]:
+        halves = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}[matrix]
+        place = {write.placement.tensor.name: write.placement for write in self.writes}
+        found = []
+        for expert in range(self.sizes[0]):
+            parts = getattr(self, matrix)[expert].chunk(len(halves))
+            for half, rows in zip(halves, parts, strict=True):
+                names = [f"m.{expert}.{half}.{suffix}" for suffix in ("weight", "weight_scale")]
+                at = [place[name] for name in names]
+                memory = [self.live[each.storage] for each in at] if live else [self.part(name) for name in names]
+                where = [cuda.At(located=each.located, row0=0, shift=each.origin) if live else None for each in at]
+                found.append(
+                    cuda.Matrix(
+                        rows=rows,
+                        weight=memory[0],
+                        block_scale=memory[1],
+                        group=expert,
+                        weight_at=where[0],
+                        scale_at=where[1],
+                    )
+                )
+        return found
+
+
+def measured(layer: Layer) -> Iterator[tuple[str, float, str, float]]:
+    """(what, milliseconds, over what, milliseconds of that)."""
+    plain, direct, tables, amaxes = [], [], [], []
+    for matrix in ("w13", "w2"):
+        batch = cuda.plan_batch(layer.matrices(matrix, live=False))
+        plain.append(batch)
+        direct.append(cuda.plan_batch(layer.matrices(matrix, live=True)))
+        amaxes.append(cuda.amax(batch))
+        tables.append(cuda.scale_table(cuda.scales_of(amaxes[-1])))
+    read = 2.0 * (layer.w13.numel() + layer.w2.numel())
+    form = float(sum(each.numel() for each in layer.form.values()))
+    copy = copy_ms(read + form)
+    pairs = list(zip(plain, tables, strict=True))
+    yield "encode", milliseconds(lambda: [cuda.encode_nvfp4(*pair) for pair in pairs]), "copy", copy
+    lay = [*zip(direct, tables, strict=True)]
+    both = milliseconds(lambda: [cuda.encode_nvfp4(*pair) for pair in lay])
+    yield "encode and lay out", both, "copy", copy
+    direct_bytes = {name: each.clone() for name, each in layer.live.items()}
+
+    def with_amax() -> None:
+        for batch, bits in zip(plain, amaxes, strict=True):
+            cuda.encode_nvfp4(batch, cuda.scale_table(cuda.scales_of(cuda.amax(batch, bits))))
+
+    yield "encode, amax not given", milliseconds(with_amax), "copy", copy
+    names = [write.placement.tensor.name for write in layer.writes]
+    indices = [i for i, name in enumerate(names) if name.endswith((".weight", ".weight_scale"))]
+    chosen = rows_of.Table(layer.writes).select(indices)
+    staged = torch.tensor([layer.part(names[i]).data_ptr() for i in indices], device="cuda")
+    for each in layer.live.values():
+        each.zero_()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    chosen.scatter(staged)
+    torch.cuda.synchronize()
+    scratch = torch.cuda.max_memory_allocated() - base
+    assert all(torch.equal(each, direct_bytes[name]) for name, each in layer.live.items()), "layout differs"
+    whole = copy_ms(2 * form)
+    install = milliseconds(lambda: chosen.scatter(staged))
+    yield "install, full", install, "copy", whole
+    assert torch.equal(chosen.digest(staged), chosen.digest()), "digest differs"
+    words = torch.empty(int(form) // 8, dtype=torch.int64, device="cuda").random_()
+    reading = milliseconds(words.sum)
+    yield "digest of what arrived", milliseconds(lambda: chosen.digest(staged)), "read", reading
+    yield "digest through the layout", milliseconds(chosen.digest), "read", reading
+    yield "scratch of the install, MiB", scratch / 2**20, "", 1.0
+    random = torch.Generator(device="cuda").manual_seed(0)
+    for name in ("w13.weight", "w2.weight"):
+        flat = layer.form[name].view(-1)
+        at = torch.randint(0, flat.numel(), (flat.numel() // SHARE,), device="cuda", generator=random)
+        flat[at] ^= 1
+    noted = [cuda.note_nvfp4(*pair) for pair in pairs]
+
+    def note() -> None:
+        for pair, each in zip(pairs, noted, strict=True):
+            cuda.note_nvfp4(*pair, each)
+
+    yield "diff, 0.1 % of the codes: compare and note", milliseconds(note), "copy", copy
+    diff = milliseconds(lambda: [cuda.diff_nvfp4(*pair) for pair in pairs])
+    yield "diff, sorted into positions and values", diff, "copy", copy
+    yield from sequence(layer, install, both)
+
+
+def sequence(layer: Layer, install: float, direct: float) -> Iterator[tuple[str, float, str, float]]:
+    """Today's calls an expert: for the layout alone, and with quantizing."""
+    num, hidden, inter = layer.sizes
+    out = {name: torch.empty_like(each) for name, each in layer.form.items()}
+    order = {"w13": source_rows(2 * inter, gated=True), "w2": source_rows(hidden, gated=False)}
+
+    def lay_out() -> None:
+        for matrix in ("w13", "w2"):
+            weights, scales = [], []
+            for e in range(num):
+                weights.append(layer.form[f"{matrix}.weight"][e][order[matrix]].contiguous())
+                scale = layer.form[f"{matrix}.weight_scale"][e][order[matrix]]
+                rows, columns = scale.shape
+                swizzled = scale.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).contiguous()
+                scales.append(swizzled.view(rows, columns))
+            out[f"{matrix}.weight"].copy_(torch.stack(weights))
+            out[f"{matrix}.weight_scale"].copy_(torch.stack(scales))
+
+    def quantize() -> None:
+        for matrix in ("w13", "w2"):
+            for e in range(num):
+                eager(getattr(layer, matrix)[e])
+
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    alone = milliseconds(lay_out, 3)
+    peak = (torch.cuda.max_memory_allocated() - base) / sum(each.numel() for each in out.values())
+    yield "the sequence of calls, layout alone", alone, "our install", install
+    yield "its scratch over the destination", peak, "", 1.0
+    both = alone + milliseconds(quantize, 1)
+    yield "the sequence of calls, quantizing first", both, "our encode and lay out", direct
+
+
+def eager(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One expert, an operator at a time."""
+    scale = rows.abs().amax().float() / 2688
+    blocks = rows.float().unflatten(1, (-1, 16))
+    block = (blocks.abs().amax(2) / (6 * scale)).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    quotient = blocks / (block.float() * scale).unsqueeze(2)
+    magnitude, code = quotient.abs(), (quotient < 0).to(torch.uint8) << 3
+    for edge in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0):
+        code += magnitude > edge
+    code = code.flatten(1)
+    return code[:, 0::2] | (code[:, 1::2] << 4), block
+
+
+def source_rows(num_rows: int, *, gated: bool) -> Tensor:
+    row = torch.arange(num_rows)
+    row = 32 * (row // 32) + 4 * (row % 8) + row % 32 // 8
+    if gated:  # up first: [gate; up] in the checkpoint
+        row = torch.where(row % 2 == 0, num_rows // 2 + row // 2, row // 2)
+    return row.cuda()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing measured")
+        return
+    device = torch.cuda.get_device_name()
+    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "layers": {}}
+    print(f"{device}, torch {torch.__version__}\n")
+    print("| layers | what | ms | ratio | over |\n| --- | --- | --- | --- | --- |")
+    for name, sizes in LAYERS.items():
+        layer, rows = Layer(*sizes), []
+        for what, took, over, other in measured(layer):
+            ratio = (took / other if over.startswith("our") else other / took) if over else took
+            rows.append({"what": what, "ms": took if over else None, "ratio": ratio, "over": over})
+            print(f"| {name} | {what} | {f'{took:.3f}' if over else ''} | **{ratio:.2f}** | {over} |", flush=True)
+        results["layers"][name] = rows
+        del layer
+        torch.cuda.empty_cache()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

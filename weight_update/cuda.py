@@ -1,0 +1,248 @@
+"""Rows of many tensors on a CUDA device: copied through their layouts and digested, a launch for each kind of row.
+
+    table = Table(writes)                        # once a receiver
+    chosen = table.select(indices)               # once a transaction
+    chosen.scatter(staged)                       # staged rows into live storages
+    lanes = chosen.digest(staged)                # of what arrived; chosen.digest() of what lies there: int64 [n, 2]
+    changes = chosen.changes(tensors, positions, differences)
+    changes.apply(); changes.undo(); changes.read_back()
+
+Nothing here waits for the device. staged: int64 [n] on the device, the address of the first of this rank's rows of
+each tensor, rows one after the other, at multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quant.cuda import Vectors, tiles_of
+from quant.steps import Located
+
+from .digest import Digests, lane_keys, signed
+from .live import Write
+
+Indices = npt.NDArray[np.int64]
+
+BLOCK = 256  # changed bytes that one program takes
+COPY_ITEMS, MAX_ROWS = 4096, 128  # that one program moves
+DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 8, 512, 4, 4
+
+
+@cache
+def _loops() -> ModuleType:
+    return importlib.import_module(".cuda_loops", __package__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What rows have in common that one launch takes. item: bytes that may move at a time through the layout, 16 where
+    a row is one run; single: there is one row."""
+
+    row_bytes: int
+    run_bytes: int
+    item: int
+    swap: bool
+    single: bool
+
+    @property
+    def copy_shape(self) -> dict[str, int | bool]:
+        item = min(self.item, 4)
+        width = _width(self.row_bytes // item, 256)
+        rows = 1 if self.single else max(1, min(MAX_ROWS, COPY_ITEMS // width))
+        return {"ITEM": item, "BN": rows, "BW": width, "WIDE": self.item == 16}
+
+    def digest_shape(self, staged: bool) -> dict[str, int | bool]:
+        words = -(-self.row_bytes // 8)
+        width = min(DIGEST_WORDS, _power(words))
+        spans = [span for span in range(SPAN_WORDS, 0, -width) if span % width == 0 and words % span == 0]
+        span = spans[0] if spans else min(SPAN_WORDS, -(-words // width) * width)
+        whole = next(item for item in (16, 8, 4, 1) if self.row_bytes % item == 0)
+        item = whole if staged else self.item
+        item = item if item != 4 or self.row_bytes % 8 == 0 else 1
+        return {"ITEM": item, "BN": 1 if self.single else DIGEST_ROWS, "BW": width, "SPAN": span}
+
+
+def _power(size: int) -> int:
+    return 1 << (max(1, size) - 1).bit_length()
+
+
+def _width(items: int, most: int) -> int:
+    """The widest power of two that divides a row, or else covers it."""
+    dividing = [width for width in (256, 128, 64, 32) if width <= most and items % width == 0]
+    return dividing[0] if dividing else min(most, _power(items))
+
+
+class Table:
+    """What the kernels know of a receiver's tensors, on its device."""
+
+    def __init__(self, writes: Sequence[Write]) -> None:
+        self.device = writes[0].local.device
+        self._vectors = Vectors(self.device)
+        self._aligned: dict[int, tuple[int, Located]] = {}
+        rows = [self._columns(write) for write in writes]
+        self._table = np.array(rows, np.int64).reshape(len(writes), -1)
+        self._kinds = [self._kind(write, row[0]) for write, row in zip(writes, rows, strict=True)]
+        self._num_rows = np.array([write.num_rows for write in writes], np.int64)
+
+    def select(self, indices: Sequence[int]) -> Chosen:
+        """Some of the tensors, in this order."""
+        kinds: dict[Kind, list[int]] = {}
+        for place, index in enumerate(indices):
+            if self._num_rows[index]:
+                kinds.setdefault(self._kinds[index], []).append(place)
+        chosen = np.asarray(indices, np.int64)
+        table = torch.from_numpy(self._table[chosen]).to(self.device)
+        return Chosen(table, kinds, self._num_rows[chosen], self._vectors)
+
+    def _columns(self, write: Write) -> list[int]:
+        placement, spec = write.placement, write.placement.tensor
+        located = placement.located
+        key0, key1 = (signed(key) for key in lane_keys(write.key, spec.row_bytes))
+        return [
+            write.local.data_ptr() + placement.origin - write.base,
+            self._vectors.rows(located).data_ptr() + 8 * write.row0,
+            self._vectors.runs(located).data_ptr(),
+            located.run_bytes,
+            spec.row_bytes,
+            write.row0,
+            write.num_rows,
+            key0,
+            key1,
+            int(placement.swap_nibbles),
+        ]
+
+    def _kind(self, write: Write, address: int) -> Kind:
+        located, row_bytes = write.placement.located, write.placement.tensor.row_bytes
+        step = self._step(located) | address
+        whole = located.run_bytes == row_bytes
+        items = (16,) if whole else ()
+        item = next((i for i in (*items, 8, 4) if step % i == 0 and located.run_bytes % i == 0), 1)
+        return Kind(row_bytes, located.run_bytes, item, write.placement.swap_nibbles, write.num_rows == 1)
+
+    def _step(self, located: Located) -> int:
+        """What all offsets are multiples of, or-ed together."""
+        if id(located) not in self._aligned:
+            parts = [np.bitwise_or.reduce(each) if len(each) else 0 for each in (located.rows, located.runs)]
+            self._aligned[id(located)] = (int(parts[0] | parts[1]), located)
+        return self._aligned[id(located)][0]
+
+
+class Chosen:
+    """Tensors of one transaction."""
+
+    def __init__(
+        self,
+        table: Tensor,
+        kinds: dict[Kind, list[int]],
+        num_rows: npt.NDArray[np.int64],
+        vectors: Vectors | None = None,
+    ) -> None:
+        self.table, self._vectors = table, vectors
+        self.device = table.device
+        self._copies: list[tuple[Kind, dict[str, int | bool], Tensor]] = []
+        self._digests: list[tuple[Kind, dict[str, int | bool], dict[str, int | bool], Tensor]] = []
+        for kind, places in kinds.items():
+            shape, rows = kind.copy_shape, num_rows[places]
+            self._copies.append((kind, shape, self._tiles(places, rows, int(shape["BN"]))))
+            live, staged = kind.digest_shape(False), kind.digest_shape(True)
+            self._digests.append((kind, live, staged, self._tiles(places, rows, int(live["BN"]))))
+
+    def _tiles(self, places: list[int], rows: npt.NDArray[np.int64], step: int) -> Tensor:
+        tiles = tiles_of(rows, step)
+        tiles[:, 0] = np.array(places, np.int32)[tiles[:, 0]]
+        return torch.from_numpy(tiles).to(self.device)
+
+    def scatter(self, staged: Tensor, *, back: bool = False) -> None:
+        """Staged rows to where they lie; back: the other way."""
+        for kind, shape, tiles in self._copies:
+            steps = -(-(kind.row_bytes // int(shape["ITEM"])) // int(shape["BW"]))
+            _loops().copy_rows[(len(tiles) * steps,)](
+                self.table, staged, tiles, ROW=kind.row_bytes, RUN=kind.run_bytes, BACK=back, SWAP=kind.swap,
+                FIELDS=_loops().FIELDS, num_warps=1 if kind.single else 4, **shape,
+            )  # fmt: skip
+
+    def digest(self, staged: Tensor | None = None) -> Tensor:
+        """Digests of the rows as they arrived, or as they lie in the storages: int64 [n, 2]."""
+        out = torch.zeros(len(self.table), 2, dtype=torch.int64, device=self.device)
+        for kind, live, arrived, tiles in self._digests:
+            shape = live if staged is None else arrived
+            words = -(-kind.row_bytes // 8)
+            spans = -(-words // int(shape["SPAN"]))
+            _loops().digest_rows[(len(tiles) * spans,)](
+                self.table, self.table if staged is None else staged, tiles, out, ROW=kind.row_bytes,
+                RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None, UNROLL=DIGEST_UNROLL,
+                FIELDS=_loops().FIELDS, num_warps=1 if kind.single else DIGEST_WARPS, **shape,
+            )  # fmt: skip
+        return out
+
+    def changes(self, tensors: Tensor, positions: Tensor, differences: Tensor) -> Bytes:
+        """Single bytes: int32 tensor of this choice, int64 position in it, uint8 new - old, sorted by both."""
+        return Bytes(self, tensors, positions, differences)
+
+
+class Bytes:
+    """Changed bytes of tensors, found where they lie. Reads what is there now."""
+
+    def __init__(self, chosen: Chosen, tensors: Tensor, positions: Tensor, differences: Tensor) -> None:
+        self._chosen, self._tensors, self._positions = chosen, tensors, positions
+        count, device = len(positions), positions.device
+        self._at = torch.empty(count, dtype=torch.int64, device=device)
+        self._old, self._new = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
+        self.moved = torch.zeros(len(chosen.table), 2, dtype=torch.int64, device=device)  # of the digests, mod 2^64
+        self.taken = self.read_back()
+        if count:
+            _loops().plan_bytes[(-(-count // BLOCK),)](
+                chosen.table, tensors, positions, differences, count, self._at, self._old, self._new, self.moved,
+                BLOCK=BLOCK, FIELDS=_loops().FIELDS,
+            )  # fmt: skip
+
+    def apply(self) -> None:
+        """Write the new bytes."""
+        self._put(self._new)
+
+    def undo(self) -> None:
+        """Write the old bytes."""
+        self._put(self._old)
+
+    def _put(self, values: Tensor) -> None:
+        if len(values):
+            _loops().put_bytes[(-(-len(values) // 1024),)](self._at, values, len(values), BLOCK=1024)
+
+    def read_back(self) -> Tensor:
+        """What the words with changed bytes add to the digests as they lie now: int64 [n, 2]."""
+        out = torch.zeros(len(self._chosen.table), 2, dtype=torch.int64, device=self._positions.device)
+        if len(self._positions):
+            _loops().digest_bytes[(-(-len(self._positions) // BLOCK),)](
+                self._chosen.table, self._tensors, self._positions, len(self._positions), out, BLOCK=BLOCK,
+                FIELDS=_loops().FIELDS,
+            )  # fmt: skip
+        return out
+
+
+def as_digests(lanes: Tensor) -> Digests:
+    """int64 [n, 2] of a device as digests of the host; waits for it."""
+    found: Digests = lanes.cpu().numpy().view(np.uint64)
+    return found
+
+
+def digest_of(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
+    """Digest of rows [row0, row0 + n) of one tensor, uint8 [n, row_bytes]; waits for the device."""
+    rows = rows.contiguous()
+    rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    num_rows, row_bytes = rows.shape
+    kind = Kind(row_bytes, row_bytes, 1, False, num_rows == 1)
+    key0, key1 = (signed(each) for each in lane_keys(key, row_bytes))
+    spec = [0, 0, 0, row_bytes, row_bytes, row0, num_rows, key0, key1, 0]
+    packed = torch.tensor([*spec, rows.data_ptr()], dtype=torch.int64).to(rows.device)
+    chosen = Chosen(packed[:10].view(1, -1), {kind: [0]}, np.array([num_rows], np.int64))
+    lane0, lane1 = as_digests(chosen.digest(packed[10:])).tolist()[0]
+    return int(lane0), int(lane1)
