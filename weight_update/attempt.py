@@ -216,7 +216,7 @@ class Attempt:
         return self._streams.wire_bytes
 
     def _open_streams(self, transaction: int, total_bytes: int) -> list[StageStream]:
-        ours, ranks = here(self.plan.device), self.described.ranks
+        ours, ranks = here(), self.described.ranks  # encoded rows are in host memory
         links = [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
         return [
             StageStream(

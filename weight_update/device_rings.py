@@ -87,7 +87,8 @@ class DeviceWriter(RingWriter):
     def put(self, packet: Packet, at: int) -> bytes:
         """One copy on the sender's GPU, of the pieces to one another, and one across."""
         pieces = [piece if isinstance(piece, Tensor) else _tensor(piece) for piece in packet.pieces]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        device = next((piece.device for piece in pieces if piece.is_cuda), torch.device("cpu"))
+        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])
         self._memory[at : at + packet.payload_bytes].copy_(joined)
         if joined.is_cuda:
             torch.cuda.current_stream(joined.device).synchronize()

@@ -23,7 +23,7 @@ CUDA_IPC, SHARED_MEMORY, GRPC = "cuda-ipc", "shared-memory", "grpc"
 class Place:
     """Where a process is. host: of one start of one kernel, "" where it cannot share memory. processes: the namespace
     in which its process id means something. user: by whom the kernel lets it be read. gpu: UUID of the one whose memory
-    holds the weights, "" for host memory."""
+    holds what is sent or served, "" for host memory."""
 
     host: str = ""
     processes: str = ""
@@ -32,7 +32,7 @@ class Place:
 
 
 def here(device: torch.device | None = None) -> Place:
-    """Of this process. device: where its weights are."""
+    """Of this process. device: where what it sends or serves is."""
     host = processes = ""
     if hasattr(os, "memfd_create"):
         with suppress(OSError):
@@ -68,7 +68,7 @@ def _shares_no_memory(ours: Place, theirs: Place) -> str:
 
 def _shares_no_gpu(ours: Place, theirs: Place) -> str:
     if not ours.gpu or not theirs.gpu:
-        return f"{'these' if theirs.gpu else 'its'} weights are in host memory"
+        return f"what {'this end sends' if theirs.gpu else 'that end serves'} is in host memory"
     return _shares_no_memory(ours, theirs)
 
 

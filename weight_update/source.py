@@ -60,12 +60,6 @@ class PushPlan:
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
 
-    @property
-    def device(self) -> torch.device:
-        """Where the rows are that this rank sends, the host where they are in several places."""
-        devices = {source.rows.device for source in self.sources if source.rows.numel()}
-        return devices.pop() if len(devices) == 1 else torch.device("cpu")
-
 
 def named_items(model: Items) -> tuple[list[tuple[str, Tensor]], frozenset[str]]:
     """The (name, tensor) pairs of a trainer's model, tied names included, and the names that are trainable.
