@@ -49,7 +49,7 @@ CHOICES = {
     "another user": (replace(OURS, user=8), EITHER, GRPC, "another user: 8 there, 7 here"),
     "no memory to share": (replace(OURS, host=""), EITHER, GRPC, "no memory to share"),
     "forbidden": (OURS, (GRPC,), GRPC, "shared-memory: not allowed"),
-    "no GPU here": (replace(OURS, gpu="G"), (CUDA_IPC, *EITHER), SHARED_MEMORY, "cuda-ipc: what that end serves is in host"),
+    "no GPU here": (replace(OURS, gpu="G"), (CUDA_IPC, *EITHER), SHARED_MEMORY, "cuda-ipc: what this end sends is"),
     "forced": (OURS, (SHARED_MEMORY,), SHARED_MEMORY, ""),
 }
 
@@ -81,7 +81,8 @@ def test_between_two_gpus_of_one_host_bytes_go_from_one_to_the_other() -> None:
     assert str(choose(ours, theirs, allowed_of("auto"))) == CUDA_IPC
     said = str(choose(ours, replace(theirs, host="other"), allowed_of("auto")))
     assert said == "grpc (cuda-ipc: another host; shared-memory: another host)"
-    assert str(choose(ours, OURS, allowed_of("auto"))) == "shared-memory (cuda-ipc: what that end serves is in host memory)"
+    said = str(choose(ours, OURS, allowed_of("auto")))
+    assert said == "shared-memory (cuda-ipc: what that end serves is in host memory)"
 
 
 # ---------------------------------------------------------------- the ring
