@@ -24,6 +24,7 @@ import ray
 from protos import transfuse_pb2 as pb
 from weight_update.client import Mode
 from weight_update.errors import WeightUpdateError
+from weight_update.links import GRPC
 from weight_update.transport import call
 
 from .drill import RETRY_S, Drill, DrillPusher, end
@@ -216,7 +217,8 @@ def _ways(make: Callable[[str], Proxy | Relay]) -> Iterator[dict[str, Any]]:
 
 
 def _push_along(drill: Drill, ways: Mapping[str, Any]) -> str:
-    pusher = DrillPusher(drill.address, way=lambda address: str(ways[address].address), mode="full")
+    # Over gRPC, so that payloads are on the way that is cut or spoiled.
+    pusher = DrillPusher(drill.address, way=lambda address: str(ways[address].address), mode="full", transport=GRPC)
     try:
         return push(pusher, drill.new_seed(), on_busy="wait")
     finally:

@@ -164,6 +164,9 @@ def push(
     base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
     push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
     durable: Annotated[bool, typer.Option("--durable", help="Return once the version is stored, too.")] = False,
+    transport: Annotated[
+        str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Push a checkpoint as the next version."""
@@ -177,12 +180,11 @@ def push(
     from .tables import mebibytes
 
     bars = Bars()
-    pusher = Pusher(
-        target,
-        mode="full",
-        on_progress=lambda phase, done, total: bars.update("push", done, total),
-        security=access.security(),
-    )
+
+    def on_progress(phase: str, done: int, total: int) -> None:
+        bars.update("push", done, total)
+
+    pusher = Pusher(target, mode="full", transport=transport, on_progress=on_progress, security=access.security())
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
@@ -193,7 +195,7 @@ def push(
         f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
         f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s (predicted"
         f" {sum(report.predicted.values()):.2f} s, {report.bottleneck}), pause {1e3 * report.pause_s:.0f} ms,"
-        f" {report.carried_over} parameters carried over",
+        f" {report.carried_over} parameters carried over, {', '.join(report.transports)}",
         as_json,
     )
 

@@ -30,6 +30,7 @@ from service.fleet import Fleet, FleetConfig
 from service.loading import cold_load
 from sharding.fsdp import shard_range
 from weight_update.client import Mode, OnBusy, Pusher, PushReport
+from weight_update.links import AUTO
 from weight_update.receiver import Receiver
 from weight_update.transport import ControlClient, call, connect
 
@@ -77,10 +78,14 @@ def weights(seed: int) -> nn.Module:
 
 
 class DrillPusher(Pusher):
-    """A trainer of a drill. way: rank's address -> the one to dial."""
+    """A trainer of a drill. way: rank's address -> the one to dial. transport: as a Pusher's."""
 
-    def __init__(self, target: str, *, way: Callable[[str], str] = str, mode: Mode = "auto") -> None:
-        super().__init__(target, mode=mode, lease_s=LEASE_S, retry_s=RETRY_S, pushed_by="drill")
+    def __init__(
+        self, target: str, *, way: Callable[[str], str] = str, mode: Mode = "auto", transport: str = AUTO
+    ) -> None:
+        super().__init__(
+            target, mode=mode, lease_s=LEASE_S, retry_s=RETRY_S, pushed_by="drill", transport=transport
+        )
         self._control = TwoSteps(target)
         self._way = way
 

@@ -43,18 +43,32 @@ class Manifest(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[ParameterSpec, _Mapping]]] = ..., fingerprint: _Optional[int] = ...) -> None: ...
 
 class RankSpec(_message.Message):
-    __slots__ = ("replica", "rank", "address", "row_start", "row_stop")
+    __slots__ = ("replica", "rank", "address", "row_start", "row_stop", "place")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROW_START_FIELD_NUMBER: _ClassVar[int]
     ROW_STOP_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     replica: int
     rank: int
     address: str
     row_start: _containers.RepeatedScalarFieldContainer[int]
     row_stop: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ...) -> None: ...
+    place: Place
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("host", "processes", "user", "gpu")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    processes: str
+    user: int
+    gpu: str
+    def __init__(self, host: _Optional[str] = ..., processes: _Optional[str] = ..., user: _Optional[int] = ..., gpu: _Optional[str] = ...) -> None: ...
 
 class Digests(_message.Message):
     __slots__ = ("lane0", "lane1")
@@ -577,32 +591,76 @@ class Event(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ..., who: _Optional[str] = ..., peer: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StageOpen(_message.Message):
-    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket")
+    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket", "ring_bytes", "on_device")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     epoch: int
     trainer_rank: int
     ticket: bytes
-    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    ring_bytes: int
+    on_device: bool
+    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ring_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ...) -> None: ...
+
+class Ring(_message.Message):
+    __slots__ = ("pid", "fd", "num_bytes", "token", "device")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    num_bytes: int
+    token: bytes
+    device: DeviceMemory
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., token: _Optional[bytes] = ..., device: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+
+class DeviceMemory(_message.Message):
+    __slots__ = ("gpu", "handle", "storage_bytes", "storage_at", "counter", "counter_at", "event", "waits_for_event", "at")
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_AT_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_AT_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_EVENT_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    gpu: str
+    handle: bytes
+    storage_bytes: int
+    storage_at: int
+    counter: bytes
+    counter_at: int
+    event: bytes
+    waits_for_event: bool
+    at: int
+    def __init__(self, gpu: _Optional[str] = ..., handle: _Optional[bytes] = ..., storage_bytes: _Optional[int] = ..., storage_at: _Optional[int] = ..., counter: _Optional[bytes] = ..., counter_at: _Optional[int] = ..., event: _Optional[bytes] = ..., waits_for_event: _Optional[bool] = ..., at: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("sequence", "tensor", "offset", "length", "checksum", "payload")
+    __slots__ = ("sequence", "tensor", "offset", "length", "checksum", "payload", "ring_at", "ring_bytes")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    RING_AT_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tensor: _containers.RepeatedScalarFieldContainer[int]
     offset: _containers.RepeatedScalarFieldContainer[int]
     length: _containers.RepeatedScalarFieldContainer[int]
     checksum: int
     payload: bytes
-    def __init__(self, sequence: _Optional[int] = ..., tensor: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., length: _Optional[_Iterable[int]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    ring_at: int
+    ring_bytes: int
+    def __init__(self, sequence: _Optional[int] = ..., tensor: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., length: _Optional[_Iterable[int]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ..., ring_at: _Optional[int] = ..., ring_bytes: _Optional[int] = ...) -> None: ...
 
 class StageRequest(_message.Message):
     __slots__ = ("open", "chunk")
@@ -613,14 +671,16 @@ class StageRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[StageOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class StageReply(_message.Message):
-    __slots__ = ("sequence", "credit_bytes", "staged_bytes")
+    __slots__ = ("sequence", "credit_bytes", "staged_bytes", "ring")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     credit_bytes: int
     staged_bytes: int
-    def __init__(self, sequence: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ...) -> None: ...
+    ring: Ring
+    def __init__(self, sequence: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., ring: _Optional[_Union[Ring, _Mapping]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("version", "row_start", "row_stop")

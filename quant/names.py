@@ -294,6 +294,8 @@ def _identity(name: str) -> Link:
 
 
 def _renamed(link: Link, source: str, target: str) -> Link:
+    if (link.source.name, link.target.name) == (source, target):
+        return link
     return Link(source=replace(link.source, name=source), target=replace(link.target, name=target))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,21 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.channels import PLAINTEXT
-from weight_update.chunks import Chunk, StageOpen, decode_request
 from weight_update.delta import BlobSize
-from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
+from weight_update.device_rings import DEVICE_RING_BYTES
+from weight_update.errors import MemberError
 from weight_update.flight import Recorder
 from weight_update.install import MemoryPlan
+from weight_update.links import Place, here
 from weight_update.member import Member
 from weight_update.receiver import Receiver, State
 from weight_update.security import Security
 from weight_update.values import from_delta_proto
 
+from .data import WINDOW_BYTES, DataServicer
 from .elsewhere import Elsewhere
 from .faults import Faults
-from .fetching import fetched
-from .gauges import Gauges, OpenStream
+from .gauges import Gauges
 from .generation import MESSAGE_BYTES, GenerationServicer
 from .guard import Guard, Limits
 from .hosts.boundary import Boundary
@@ -43,13 +44,13 @@ from .pages import Pages
 from .scrubbing import Scrubber
 from .sources import Sources
 from .steps import MemberServicer
-from .wire import bind, make_server, refuse, set_serving
+from .wire import bind, make_server, set_serving
 from .witness import Witness
 
 log = logging.getLogger(__name__)
 
-WINDOW_BYTES = 16 << 20  # payload that one stream may have in flight
 STREAM_BYTES = 5 * WINDOW_BYTES  # payload in flight: in gRPC on the way in, as messages, as Python objects; measured
+STREAM_BYTES_OF = {"cpu": STREAM_BYTES, "cuda": STREAM_BYTES + DEVICE_RING_BYTES}  # with a ring in device memory
 PAUSE_TIMEOUT_S = {"steps": 60.0, "samples": 540.0}  # how long a step may last, or what is left of a sample
 RESUME_TIMEOUT_S = 60.0
 SCRUB_S = 600.0
@@ -74,7 +75,8 @@ class RankServer:
     reshard: called at the step boundary before an install; gives the module its local shards back, whose addresses are
     audited (the engine's refresh gathers them again). foresee: called before a pause, once it is known what will be
     written. listen: host:port, port 0 for any. scrub_s: within which every installed byte is read again, 0 for never.
-    witness: of how the checkpoint was read. security, limits: of its door.
+    witness: of how the checkpoint was read. security, limits: of its door. shares_memory: with trainers of the same
+    user on this host.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class RankServer:
         witness: Witness,
         security: Security = PLAINTEXT,
         limits: Limits | None = None,
+        shares_memory: bool = True,
     ) -> None:
         self.identity = identity
+        self.place = here(receiver.device) if shares_memory else Place()
         self.receiver = receiver
         self.engine = engine
         self.faults = faults
@@ -115,22 +119,26 @@ class RankServer:
         self._is_pushed = False  # the open transaction comes from a trainer
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
-        services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
-        self.guard = Guard(security, limits)
-        self._server, self._checks = make_server(
-            services, max_message_bytes=MESSAGE_BYTES[engine.rpc], guard=self.guard
-        )
-        self._names = [service.full_name for service in services]
-        pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
-        pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
-        elsewhere = Elsewhere(f"rank {identity.replica}.{identity.rank}", lambda: self.coordinator)
-        self._server.add_generic_rpc_handlers((_data_handler(DataServicer(self)), elsewhere))
         self.metrics = RankMetrics(self)
         self.pages: Pages | None = None
         self.recorder: Recorder | None = None
-        self.address = bind(self._server, listen, security)
+        self.guard = Guard(security, limits)
+        self.address = bind(self._door(), listen, security)
         self._lease.start()
         self._scrubber.start()
+
+    def _door(self) -> grpc.Server:
+        """The server of all that this rank answers, not yet listening."""
+        services = [pb.DESCRIPTOR.services_by_name[name] for name in SERVICES]
+        max_message_bytes = MESSAGE_BYTES[self.engine.rpc]
+        self._server, self._checks = make_server(services, max_message_bytes=max_message_bytes, guard=self.guard)
+        self._names = [service.full_name for service in services]
+        pb_grpc.add_MemberServicer_to_server(MemberServicer(self), self._server)
+        pb_grpc.add_GenerationServicer_to_server(self._generation(), self._server)
+        self._data = DataServicer(self)
+        elsewhere = Elsewhere(f"rank {self.identity.replica}.{self.identity.rank}", lambda: self.coordinator)
+        self._server.add_generic_rpc_handlers((self._data.handler(), elsewhere))
+        return self._server
 
     def _generation(self) -> GenerationServicer:
         return GenerationServicer(
@@ -181,6 +189,7 @@ class RankServer:
 
     def open(self, request: Any) -> int:
         self.given_up.clear()
+        self._data.drop_rings()
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
             self.receiver.version, self.damage = 0, ""
@@ -232,7 +241,7 @@ class RankServer:
             request.version,
             request.base_version,
             np.array(request.tensors, np.int64),
-            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs),
+            in_flight_bytes=_in_flight_bytes(request.num_streams, blobs, STREAM_BYTES_OF[self.receiver.device.type]),
             blobs=blobs,
         )
 
@@ -240,6 +249,7 @@ class RankServer:
         self.sources.wait()
         digests = self.receiver.prepare()
         self._record(request, "staged", digests)
+        self._data.drop_rings()
         self._foresee()
         if self._is_pushed:
             self.witness.hear()
@@ -288,6 +298,7 @@ class RankServer:
     def abort(self, request: Any) -> None:
         self.receiver.abort()
         self._recorded(request.transaction, "given up")
+        self._data.drop_rings()
         self.receiver.version = self.member.version
         self._resume(self.member.version, refresh=self._stale)
 
@@ -327,81 +338,8 @@ class RankServer:
             raise MemberError(f"serving did not go on within {RESUME_TIMEOUT_S:.0f} s: {self.engine.state}")
 
 
-def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None) -> int:
+def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None, stream_bytes: int) -> int:
     """What the streams may hold; a delta is seldom as large as their windows."""
     if blobs is None:
-        return STREAM_BYTES * num_streams
-    return sum(min(STREAM_BYTES, 5 * blob.num_bytes) for blob in blobs)
-
-
-class DataServicer:
-    """The bytes: messages stay raw, so that a payload is copied once, into the staging buffer."""
-
-    def __init__(self, rank: RankServer) -> None:
-        self._rank = rank
-        # (transaction, trainer rank) -> the last chunk staged: a stream that broke goes on behind it
-        self._placed: dict[tuple[int, int], int] = {}
-
-    def stage(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.StageReply]:
-        try:
-            yield from self._stage(messages, context.peer())
-        except WeightUpdateError as error:
-            refuse(context, error)
-
-    def _stage(self, messages: Iterator[bytes], peer: str) -> Iterator[pb.StageReply]:
-        rank = self._rank
-        opening = decode_request(next(messages, b""))
-        if not isinstance(opening, StageOpen):
-            raise TransferError("stage: the first message must be StageOpen; open the stream first")
-        rank.guard.require_ticket(opening.ticket, opening.transaction)
-        member = rank.member
-        if (member.state, member.transaction) != ("open", opening.transaction):
-            raise BusyError(
-                f"stage: this rank is {member.state} in transaction {member.transaction}, the stream is for"
-                f" {opening.transaction}; begin again"
-            )
-        self._placed = {each: placed for each, placed in self._placed.items() if each[0] == opening.transaction}
-        with rank.gauges.stream(opening.trainer_rank, peer, WINDOW_BYTES) as stream:
-            yield from self._take(messages, opening, stream)
-        rank.timing.staged_bytes = rank.receiver.staged_bytes
-
-    def _take(self, messages: Iterator[bytes], opening: StageOpen, stream: OpenStream) -> Iterator[pb.StageReply]:
-        rank, key = self._rank, (opening.transaction, opening.trainer_rank)
-        yield pb.StageReply(
-            sequence=self._placed.get(key, 0),
-            credit_bytes=stream.credit_bytes,
-            staged_bytes=rank.receiver.staged_bytes,
-        )
-        for message in messages:
-            chunk = decode_request(message)
-            if not isinstance(chunk, Chunk):
-                raise TransferError("stage: a second StageOpen on one stream; open another stream")
-            rank.faults.reached("stage")
-            if rank.recorder is not None:
-                rank.recorder.chunk(opening.transaction, opening.trainer_rank, bytes(message))
-            staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
-            self._placed[key] = chunk.sequence
-            stream.received_bytes += len(chunk.payload)
-            rank.metrics.add("transfuse_received_bytes_total", len(chunk.payload))
-            stream.credit_bytes = stream.received_bytes + WINDOW_BYTES
-            yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=stream.credit_bytes, staged_bytes=staged_bytes
-            )
-
-    def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            if self._rank.member.version != request.version:
-                raise VersionError(f"fetch of version {request.version}: this rank holds {self._rank.member.version}")
-            yield from fetched(self._rank.receiver, request)
-        except WeightUpdateError as error:
-            refuse(context, error)
-
-
-def _data_handler(servicer: DataServicer) -> grpc.GenericRpcHandler:
-    stage = grpc.stream_stream_rpc_method_handler(
-        servicer.stage, request_deserializer=None, response_serializer=pb.StageReply.SerializeToString
-    )
-    fetch = grpc.unary_stream_rpc_method_handler(
-        servicer.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
-    )
-    return grpc.method_handlers_generic_handler("transfuse.v1.Data", {"Stage": stage, "Fetch": fetch})
+        return stream_bytes * num_streams
+    return sum(min(stream_bytes, 5 * blob.num_bytes) for blob in blobs)

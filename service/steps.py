@@ -13,7 +13,7 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.errors import BusyError
-from weight_update.values import to_digests_proto, to_manifest_proto
+from weight_update.values import to_digests_proto, to_manifest_proto, to_place_proto
 
 from .gauges import gauges_of
 from .scrubbing import reread
@@ -83,6 +83,7 @@ class MemberServicer(pb_grpc.MemberServicer):
                 address=rank.address,
                 row_start=rank.receiver.row_start.tolist() if in_full else (),
                 row_stop=rank.receiver.row_stop.tolist() if in_full else (),
+                place=to_place_proto(rank.place),
             ),
             version=rank.member.version,
             state=rank.state,

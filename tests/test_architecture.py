@@ -60,7 +60,8 @@ def test_the_job_needs_neither_ray_nor_numba_nor_transformers() -> None:
 def test_everything_but_the_door_needs_no_grpc() -> None:
     """weight_update.client and what it sends through use transport, the one module that speaks gRPC."""
     through_transport = {
-        f"weight_update.{name}" for name in ("channels", "transport", "fetch", "client", "attempt", "sending", "door")
+        f"weight_update.{name}"
+        for name in ("channels", "transport", "stream", "fetch", "client", "attempt", "sending", "door")
     }
     apart = through_transport | {name for name in COMPILED if name.endswith("cuda_loops")}
     names = [name for name in modules("quant", "sharding", "weight_update") if name not in apart]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quant.models import build_model, parameters_of
 from quant.parameters import ParameterRow
-from service.control import ControlServer
+from service.control_server import ControlServer
 from service.coordinator import CoordinatorShell
 from service.hosts import plugins, sglang
 from service.hosts.boundary import Foreign

@@ -20,7 +20,7 @@ from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama, tiny_qwen3_moe
-from weight_update.chunks import encode_chunk
+from weight_update.chunks import Packet, encode_chunk
 from weight_update.client import Pusher
 from weight_update.digest import total
 from weight_update.errors import (
@@ -32,7 +32,8 @@ from weight_update.errors import (
     VersionError,
     WeightUpdateError,
 )
-from weight_update.transport import STAGE, ControlClient, StageStream, connect
+from weight_update.stream import StageStream
+from weight_update.transport import STAGE, ControlClient, connect
 from weight_update.values import from_manifest_proto
 
 LAYOUTS = ("trtllm", "cutlass")
@@ -473,7 +474,8 @@ def test_a_push_whose_digest_is_not_that_of_its_bytes_is_refused(service: LocalS
                 stream = StageStream(
                     channel, target=rank.address, transaction=transaction, epoch=1, trainer_rank=0, retry_s=1
                 )
-                stream.send(1, chunk(0, bytes(256)), 256)
+                numbers = np.zeros(1, np.uint32), np.zeros(1, np.uint64), np.array([256], np.uint32)
+                stream.send(Packet(1, *numbers, [memoryview(bytes(256))]))
                 stream.finish()
         with pytest.raises(DigestError, match=r"model\.norm\.weight"):
             opened.client.prepare(transaction, np.ones((1, 2), np.uint64), 256)

@@ -23,6 +23,9 @@ the trainer side
     encoder     its rows in checkpoint form, block by block
     door        encoded rows become chunks on the streams of their owners
     ranks       the few collectives that a push needs
+    links       the table of transports: which one two processes can use
+    stream      chunks on their way to one rank: credits, acknowledgements, connections
+    rings       payloads in shared memory (device_rings: in a GPU's)
     transport   the one module that speaks gRPC; loads no torch, so that administrators' commands start at once
     values      manifests, digests and delta plans, to their messages and back
 

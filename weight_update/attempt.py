@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,21 +20,26 @@ from sharding.cost import Work
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
+from .device_rings import DEVICE_RING_BYTES
 from .digest import Digests
 from .errors import BusyError, TransferError, WeightUpdateError
+from .links import CUDA_IPC, SHARED_MEMORY, choose, here
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock
+from .rings import RING_BYTES
 from .sending import Packed, Streams, announced, destinations_of, pack_for, send_packed, send_whole
 from .source import PushPlan
-from .transport import ControlClient, StageStream
-from .values import to_delta_proto
+from .stream import StageStream
+from .transport import ControlClient
+from .values import from_place_proto, to_delta_proto
 
 log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
 RENEW_RETRY_S = 1.0  # after a renewal that was not heard
+RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,10 +65,12 @@ class Attempt:
     lease_s: float
     retry_s: float
     pushed_by: str
+    transports: Sequence[str]  # that may be used
     channel: Callable[[str], Any]
     on_progress: Progress
     unknown: bool = False  # the commit was asked for, and whether it happened is not known
     num_changed: int = 0
+    links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _deciding: bool = False
     _streams: Streams | None = None
@@ -94,9 +101,14 @@ class Attempt:
             sent = self._transfer(begun)
         except WeightUpdateError as error:
             failure = error
-        for each in self.ranks.gather(failure):
+        ways = [] if self._streams is None else self._streams.ways
+        everywhere = self.ranks.gather((failure, ways))
+        for each, _ in everywhere:
             if each is not None:
                 raise each
+        self.links = [f"trainer {i} to {way}" for i, (_, ways) in enumerate(everywhere) for way in ways]
+        if self.ranks.rank == 0:
+            log.info("push %s: %s", self.push_id, ", ".join(self.links))
         self._packed = []
         self.clock.stop("transfer")
         digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
@@ -199,27 +211,36 @@ class Attempt:
     # -- transfer
 
     def _transfer(self, begun: pb.BeginReply) -> int:
-        streams = [
+        if isinstance(self.content, Whole):
+            total = sum(spec.num_bytes for spec in self.plan.specs)
+        else:
+            total = sum(size.num_bytes for _, size in self._packed)
+        with Streams(self._open_streams(begun, total), destinations_of(self.described.ranks)) as self._streams:
+            self._raise_cancelled()
+            if isinstance(self.content, Whole):
+                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
+            else:
+                send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
+        return self._streams.wire_bytes
+
+    def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> list[StageStream]:
+        ours, ranks = here(), self.described.ranks  # encoded rows are in host memory
+        links = [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
+        return [
             StageStream(
                 self.channel(rank.address),
                 target=rank.address,
+                name=f"{rank.replica}.{rank.rank}",
                 transaction=begun.transaction,
                 epoch=self.described.epoch,
                 trainer_rank=self.ranks.rank,
                 retry_s=self.retry_s,
                 ticket=begun.ticket,
+                link=link,
+                ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
             )
-            for rank in self.described.ranks
+            for rank, link in zip(ranks, links, strict=True)
         ]
-        with Streams(streams, destinations_of(self.described.ranks)) as self._streams:
-            self._raise_cancelled()
-            if isinstance(self.content, Whole):
-                total = sum(spec.num_bytes for spec in self.plan.specs)
-                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
-            else:
-                total = sum(size.num_bytes for _, size in self._packed)
-                send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
-        return self._streams.wire_bytes
 
     def _counted(self, total: int) -> Callable[[int], None]:
         done = 0

@@ -1,7 +1,7 @@
 """Rows on the wire: StageRequest messages framed by hand, so that payload bytes bypass the protobuf runtime.
 
 What is written is what the generated class would write; any valid encoding is read. The payload is copied once on the
-way out (the join) and not at all on the way in (a memoryview).
+way out (the join, or into a ring of shared memory) and not at all on the way in (a memoryview).
 
     0x12 len [0x08 sequence][0x12 len tensor..][0x1a len offset..][0x22 len length..][0x29 checksum][0x32 len payload..]
 
@@ -14,22 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from torch import Tensor
 
 from .errors import TransferError
 
 CHUNK_BYTES = 2 << 20  # payload; 1 to 4 MiB measured best, 16 MiB is worse
 MAX_MESSAGE_BYTES = 16 << 20  # a chunk of small pieces is mostly index: 16 bytes a piece
 MAX_TICKET_BYTES = 64
+BLOCK_BYTES = 256 << 10  # that stay in a core's cache between being hashed and being copied
+SMALL_PIECE_BYTES = 4 << 10  # on average: below, joining the pieces first is faster than copying each by itself
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 
 Item = TypeVar("Item", np.uint32, np.uint64)
+Piece = memoryview | Tensor  # a tensor: uint8 [n] on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +45,94 @@ class StageOpen:
     epoch: int
     trainer_rank: int
     ticket: bytes = b""
+    ring_bytes: int = 0
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunk:
-    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push."""
+    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push.
+
+    payload: in host memory, or uint8 [n] in that of a GPU.
+    """
 
     sequence: int
     tensor: npt.NDArray[np.uint32]
     offset: npt.NDArray[np.uint64]
     length: npt.NDArray[np.uint32]
     checksum: int
-    payload: memoryview
+    payload: memoryview | Tensor
+
+
+class Packet:
+    """One chunk to be sent: what it says of its pieces, and the pieces themselves, not copied yet.
+
+    Its messages are made where they are needed: one that carries the payload, one that says where in a ring it lies.
+    """
+
+    def __init__(
+        self,
+        sequence: int,
+        tensor: npt.NDArray[np.uint32],
+        offset: npt.NDArray[np.uint64],
+        length: npt.NDArray[np.uint32],
+        pieces: Sequence[Piece],
+    ) -> None:
+        self.sequence = sequence
+        self.pieces = pieces
+        self.payload_bytes = sum(piece.nbytes for piece in pieces)
+        self._columns = [tensor.astype("<u4").tobytes(), offset.astype("<u8").tobytes(), length.astype("<u4").tobytes()]
+
+    @cached_property
+    def message(self) -> bytes:
+        """A serialized StageRequest with the payload in it."""
+        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, self._checksum)
+        return b"".join([head, *self._on_host])
+
+    def in_ring(self, at: int, *, on_device: bool = False) -> bytes:
+        """A serialized StageRequest whose payload was put into the stream's ring; on_device: one of a GPU's memory."""
+        checksum = _checksum(self._columns) if on_device else self._checksum
+        return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0, checksum)
+
+    def put(self, target: npt.NDArray[np.uint8]) -> None:
+        """Copy the payload, uint8 [payload_bytes]. Its checksum is taken on the way, of what is in the cache then."""
+        pieces = self._on_host
+        if self.payload_bytes < len(pieces) * SMALL_PIECE_BYTES:
+            pieces = [memoryview(b"".join(pieces))]
+        checksum, at = xxhash.xxh3_64(b"".join(self._columns)), 0
+        for piece in pieces:
+            for first in range(0, len(piece), BLOCK_BYTES):
+                block = piece[first : first + BLOCK_BYTES]
+                checksum.update(block)
+                target[at : at + len(block)] = np.frombuffer(block, np.uint8)
+                at += len(block)
+        self._checksum = checksum.intdigest()
+
+    @cached_property
+    def _checksum(self) -> int:
+        return _checksum([*self._columns, *self._on_host])
+
+    @cached_property
+    def _on_host(self) -> list[memoryview]:
+        return [piece.cpu().numpy().data if isinstance(piece, Tensor) else piece for piece in self.pieces]
+
+    def _head(self, where: bytes, payload_bytes: int, checksum: int) -> bytes:
+        """All of the message but the payload; where: the fields that say where that is."""
+        fields = b"".join(
+            [
+                _varint_field(1, self.sequence),
+                *(_length_field(number, len(column)) + column for number, column in enumerate(self._columns, 2)),
+                b"\x29" + checksum.to_bytes(8, "little"),
+                where,
+            ]
+        )
+        head = _length_field(2, len(fields) + payload_bytes) + fields
+        if len(head) + payload_bytes > MAX_MESSAGE_BYTES:
+            raise TransferError(
+                f"chunk {self.sequence}: a message of {len(head) + payload_bytes} bytes, at most {MAX_MESSAGE_BYTES}"
+                f" are taken; send {len(self.pieces)} pieces of {payload_bytes} bytes in several chunks"
+            )
+        return head
 
 
 def encode_chunk(
@@ -59,31 +140,15 @@ def encode_chunk(
     tensor: npt.NDArray[np.uint32],
     offset: npt.NDArray[np.uint64],
     length: npt.NDArray[np.uint32],
-    pieces: Sequence[memoryview],
+    pieces: Sequence[Piece],
 ) -> bytes:
     """One serialized StageRequest that holds a chunk; the concatenated pieces are its payload."""
-    columns = [tensor.astype("<u4").tobytes(), offset.astype("<u8").tobytes(), length.astype("<u4").tobytes()]
-    checksum = _checksum([*columns, *pieces])
-    payload_bytes = sum(piece.nbytes for piece in pieces)
-    fields = b"".join(
-        [
-            _varint_field(1, sequence),
-            *(_length_field(number, len(column)) + column for number, column in enumerate(columns, 2)),
-            b"\x29" + checksum.to_bytes(8, "little"),
-            _length_field(6, payload_bytes),
-        ]
-    )
-    head = _length_field(2, len(fields) + payload_bytes) + fields
-    if len(head) + payload_bytes > MAX_MESSAGE_BYTES:
-        raise TransferError(
-            f"chunk {sequence}: a message of {len(head) + payload_bytes} bytes, at most {MAX_MESSAGE_BYTES} are taken;"
-            f" send {len(pieces)} pieces of {payload_bytes} bytes in several chunks"
-        )
-    return b"".join([head, *pieces])
+    return Packet(sequence, tensor, offset, length, pieces).message
 
 
-def decode_request(message: bytes | memoryview) -> StageOpen | Chunk:
-    """The StageRequest in a message. The chunk's payload is a view of the message; check() it before use."""
+def decode_request(message: bytes | memoryview, ring: Piece | None = None) -> StageOpen | Chunk:
+    """The StageRequest in a message. The chunk's payload is a view of the message, or of the stream's ring; check() it
+    before use."""
     if len(message) > MAX_MESSAGE_BYTES:
         raise TransferError(
             f"a message of {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are taken; send smaller chunks"
@@ -94,7 +159,7 @@ def decode_request(message: bytes | memoryview) -> StageOpen | Chunk:
             kind, body = number, value
     if kind not in KINDS:
         raise TransferError("a message on the stage stream is neither an open nor a chunk; expected a StageRequest")
-    return KINDS[kind](body)
+    return KINDS[kind](body, ring)
 
 
 def check(chunk: Chunk) -> None:
@@ -108,7 +173,8 @@ def check(chunk: Chunk) -> None:
         raise TransferError(
             f"chunk {chunk.sequence}: {len(chunk.payload)} payload bytes, its pieces declare {declared}; send it again"
         )
-    checksum = _checksum([*(column.tobytes() for column in columns), chunk.payload])
+    parts: list[bytes | memoryview] = [column.tobytes() for column in columns]
+    checksum = _checksum(parts if isinstance(chunk.payload, Tensor) else [*parts, chunk.payload])
     if checksum != chunk.checksum:
         raise TransferError(
             f"chunk {chunk.sequence}: checksum {checksum:016x}, the sender's is {chunk.checksum:016x};"
@@ -178,37 +244,55 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         at = start + length
 
 
-def _read_open(body: memoryview) -> StageOpen:
+def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
     found = dict(_fields(body))
-    numbers = [found.get(number, 0) for number in (1, 2, 3)]
-    transaction, epoch, trainer_rank = (value if isinstance(value, int) else 0 for value in numbers)
+    numbers = [found.get(number, 0) for number in (1, 2, 3, 5, 6)]
+    transaction, epoch, trainer_rank, ring_bytes, on_device = (
+        value if isinstance(value, int) else 0 for value in numbers
+    )
     ticket = found.get(4, b"")
     return StageOpen(
         transaction=transaction,
         epoch=epoch,
         trainer_rank=trainer_rank,
         ticket=b"" if isinstance(ticket, int) else bytes(ticket[:MAX_TICKET_BYTES]),
+        ring_bytes=ring_bytes,
+        on_device=bool(on_device),
     )
 
 
-def _read_chunk(body: memoryview) -> Chunk:
-    sequence = 0
+def _read_chunk(body: memoryview, ring: Piece | None) -> Chunk:
+    numbers: dict[int, int] = {}
     parts: dict[int, list[memoryview]] = {}
     for number, value in _fields(body):
         if isinstance(value, int):
-            sequence = value if number == 1 else sequence
+            numbers[number] = value
         else:
             parts.setdefault(number, []).append(value)
     # A repeated field may come in several parts, packed or not; of a single one the last part holds.
     columns = {number: part[0] if len(part) == 1 else b"".join(part) for number, part in parts.items()}
+    sequence = numbers.get(1, 0)
+    payload: Piece = parts[6][-1] if 6 in parts else memoryview(b"")
+    if numbers.get(8):
+        payload = _in_ring(sequence, numbers.get(7, 0), numbers[8], ring)
     return Chunk(
         sequence=sequence,
         tensor=_column(columns.get(2), np.dtype("<u4")),
         offset=_column(columns.get(3), np.dtype("<u8")),
         length=_column(columns.get(4), np.dtype("<u4")),
         checksum=int.from_bytes(parts[5][-1], "little") if 5 in parts else 0,
-        payload=parts[6][-1] if 6 in parts else memoryview(b""),
+        payload=payload,
     )
+
+
+def _in_ring(sequence: int, at: int, num_bytes: int, ring: Piece | None) -> Piece:
+    held = 0 if ring is None else ring.nbytes
+    if ring is None or num_bytes > held or at > held - num_bytes:
+        raise TransferError(
+            f"chunk {sequence}: its payload is bytes [{at}, {at + num_bytes}) of a ring, this stream's has {held};"
+            " open the stream with a ring, or send the payload in the chunk"
+        )
+    return ring[at : at + num_bytes]
 
 
 def _column(data: bytes | memoryview | None, dtype: np.dtype[Item]) -> npt.NDArray[Item]:
@@ -221,4 +305,4 @@ def _column(data: bytes | memoryview | None, dtype: np.dtype[Item]) -> npt.NDArr
     return np.frombuffer(data, dtype)
 
 
-KINDS: dict[int, Callable[[memoryview], StageOpen | Chunk]] = {1: _read_open, 2: _read_chunk}
+KINDS: dict[int, Callable[[memoryview, Piece | None], StageOpen | Chunk]] = {1: _read_open, 2: _read_chunk}

@@ -13,11 +13,9 @@ push are the checkpoint-form bytes of the last confirmed one (`mode="full"` keep
 
 from __future__ import annotations
 
-import getpass
 import logging
-import os
-import socket
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,12 +30,13 @@ from quant.names import IDENTITY, NameMap
 from .attempt import Attempt, Lease, Progress
 from .base import Base, Changes, Whole, compare
 from .channels import PLAINTEXT
-from .encoder import global_scales, largest_bits, nonfinite_index
+from .encoder import global_scales, largest_bits_of, nonfinite_index
 from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
 from .foresight import Foresight
 from .handle import PushHandle
+from .links import AUTO, allowed_of
 from .manifest import Manifest
-from .ranks import Ranks
+from .ranks import Ranks, this_process
 from .report import Clock, PushReport, report_of
 from .security import Security
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
@@ -64,10 +63,11 @@ class Pusher:
     otherwise, such as q, k and v in one. mode: "auto" sends what changed wherever the service holds the last confirmed
     push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
     device whose memory holds the bytes of the last confirmed push. lease_s: how long the service keeps an open push
-    whose trainer went silent. retry_s: how long lost connections are retried. on_progress: called with (phase, bytes
-    done, bytes in all). security: certificates and token. Errors: see weight_update.errors; whatever is raised, the
-    service serves the old version unchanged, unless the message says that the outcome is not known; the next push then
-    finds out.
+    whose trainer went silent. retry_s: how long lost connections are retried. transport: the one that payloads take to
+    every rank ("grpc", "shared-memory": see links), or the ones that they may take; "auto": the best that both ends
+    have. on_progress: called with (phase, bytes done, bytes in all). security: certificates and token. Errors: see
+    weight_update.errors; whatever is raised, the service serves the old version unchanged, unless the message says that
+    the outcome is not known; the next push then finds out.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Pusher:
         lease_s: float = 60.0,
         retry_s: float = 45.0,
         pushed_by: str | None = None,
+        transport: str | Sequence[str] = AUTO,
         on_progress: Progress | None = None,
         security: Security = PLAINTEXT,
     ) -> None:
@@ -93,7 +94,8 @@ class Pusher:
         self._keep = None if mode == "full" else torch.device(keep)
         self._lease_s = lease_s
         self._retry_s = retry_s
-        self._pushed_by = pushed_by or f"{_user()}@{socket.gethostname()} pid {os.getpid()}"
+        self._pushed_by = pushed_by or this_process()
+        self._transports = allowed_of(transport)
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels = Channels(security)
         self._manifest: Manifest | None = None
@@ -236,6 +238,7 @@ class Pusher:
             lease_s=self._lease_s,
             retry_s=self._retry_s,
             pushed_by=self._pushed_by,
+            transports=self._transports,
             channel=self._channel,
             on_progress=self._on_progress,
         )
@@ -273,12 +276,10 @@ class Pusher:
         Inf."""
         bits = np.zeros(len(plan.order), np.int64)
         places = {name: i for i, (name, _) in enumerate(plan.order)}
-        where: dict[str, tuple[int, ...]] = {}
-        for source in plan.sources:
-            largest = largest_bits(source)
-            bits[places[source.name]] = max(bits[places[source.name]], largest)
-            if largest >= NON_FINITE:
-                where[source.name] = nonfinite_index(source)
+        largest = largest_bits_of(plan.sources)
+        np.maximum.at(bits, np.array([places[source.name] for source in plan.sources], np.int64), largest)
+        found = [plan.sources[i] for i in np.flatnonzero(largest >= NON_FINITE)]
+        where = {source.name: nonfinite_index(source) for source in found}
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
         check_finite(plan, bits, where)
         pairs = zip(plan.order, bits.tolist(), strict=True)
@@ -384,16 +385,10 @@ class Pusher:
             mode=attempt.content.mode,
             reason=attempt.reason,
             changed_tensors=attempt.num_changed,
+            transports=attempt.links,
             kept_bytes=self.kept_bytes,
             predicted=predicted,
         )
 
     def _channel(self, address: str) -> Any:
         return self._channels(address)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        return f"uid {os.getuid()}"

@@ -9,8 +9,9 @@ from torch import Tensor
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
-from .packing import Framed, Packer
-from .transport import StageStream
+from .chunks import Packet, Piece
+from .packing import Packer
+from .stream import StageStream
 
 
 class Door:
@@ -19,9 +20,9 @@ class Door:
     def __init__(self, destination: Destination, streams: Sequence[StageStream]) -> None:
         self.destination = destination
         self._streams = streams
-        self._packer = Packer()
+        self._packer = Packer(min(stream.chunk_bytes for stream in streams))
 
-    def add(self, tensor: int, offset: int, data: memoryview) -> None:
+    def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""
         self._send(self._packer.add(tensor, offset, data))
 
@@ -29,10 +30,10 @@ class Door:
         """Send what is queued."""
         self._send(self._packer.flush())
 
-    def _send(self, chunks: Iterable[Framed]) -> None:
-        for chunk in chunks:
+    def _send(self, packets: Iterable[Packet]) -> None:
+        for packet in packets:
             for stream in self._streams:
-                stream.send(chunk.sequence, chunk.message, chunk.payload_bytes)
+                stream.send(packet)
 
 
 def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, data: Tensor) -> None:
@@ -41,4 +42,5 @@ def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, d
     stop = min(first + data.shape[0], int(door.destination.row_stop[index]))
     if start < stop:
         rows = data[start - first : stop - first]
-        door.add(position, start * spec.row_bytes, rows.reshape(-1).numpy().data)
+        flat = rows.reshape(-1)
+        door.add(position, start * spec.row_bytes, flat if flat.is_cuda else flat.numpy().data)

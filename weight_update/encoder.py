@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from .adapters import merged
 from .source import Source
 
 BLOCK_BYTES = 8 << 20  # BF16 bytes encoded at a time
+SMALL_ELEMENTS, SMALL_AT_A_TIME = 2048, 4096  # of a source, and sources: their scratch is at most 16 MiB
 
 
 def rows_at_a_time(fmt: Format, columns: int) -> int:
@@ -64,6 +67,34 @@ def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
 def largest_bits(source: Source) -> int:
     """BF16 bits of the largest magnitude in what this rank sends of a source, 0 of nothing."""
     return max((amax(_cut(block)) for _, block in blocks(source)), default=0)
+
+
+def largest_bits_of(sources: Sequence[Source]) -> npt.NDArray[np.int64]:
+    """The same of many sources; those of a few bytes, of which models may have tens of thousands, are looked at
+    together."""
+    bits = np.zeros(len(sources), np.int64)
+    few = [i for i, source in enumerate(sources) if _is_small(source)]
+    for i in sorted({*range(len(sources))}.difference(few)):
+        bits[i] = largest_bits(sources[i])
+    for start in range(0, len(few), SMALL_AT_A_TIME):
+        part = few[start : start + SMALL_AT_A_TIME]
+        rows = [sources[i].rows.detach().view(-1) for i in part]
+        values = torch.cat(rows).view(torch.int16).numpy().view(np.uint16) & 0x7FFF
+        ends = np.cumsum([each.numel() for each in rows])
+        bits[part] = np.maximum.reduceat(values, np.concatenate([[0], ends[:-1]]))
+    return bits
+
+
+def _is_small(source: Source) -> bool:
+    rows = source.rows
+    return (
+        source.kind == "encode"
+        and not source.updates
+        and rows.dtype == torch.bfloat16
+        and rows.device.type == "cpu"
+        and 0 < rows.numel() <= SMALL_ELEMENTS
+        and rows.is_contiguous()
+    )
 
 
 def _cut(block: Tensor) -> Tensor:

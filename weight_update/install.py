@@ -23,7 +23,7 @@ from torch import Tensor
 from quant.layouts import invert_rows
 
 from .delta import Patch, Positions
-from .digest import Digests, digest_rows
+from .digest import Digests, digest_staged
 from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
 from .live import BLOCK_BYTES, Live, Span, Write, merge_spans
 from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
@@ -132,8 +132,15 @@ class FullInstall:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
         raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
         self.staging.close()
-        rows = [digest_rows(write.key, rows, write.row0) for write, rows in zip(self._writes, self._rows, strict=True)]
-        self._staged = np.array(rows, np.uint64).reshape(-1, 2)
+        writes, specs = self._writes, self._layout.specs
+        self._staged = digest_staged(
+            self.staging.memory,
+            self._layout.at,
+            np.array([write.num_rows for write in writes], np.int64),
+            np.array([spec.row_bytes for spec in specs], np.int64),
+            np.array([write.row0 for write in writes], np.int64),
+            np.array([write.key for write in writes], np.uint64),
+        )
         for live, copy in self._undo:
             copy.copy_(live)
         return self._staged

@@ -42,6 +42,17 @@ def digest(words: U64, key: np.uint64, row_bytes: np.uint64, row0: np.uint64) ->
 
 
 @loop
+def digest_many(
+    memory: U64, at: I64, rows: I64, num_words: I64, row0: I64, keys: U64, row_bytes: I64, out: U64
+) -> None:
+    """Both lanes of many tensors whose rows lie in one memory: tensor i from word at[i]; out: [n, 2]."""
+    for i in range(at.size):
+        stop = at[i] + rows[i] * num_words[i]
+        words = memory[at[i] : stop].reshape((rows[i], num_words[i]))
+        out[i, 0], out[i, 1] = digest(words, keys[i], np.uint64(row_bytes[i]), np.uint64(row0[i]))
+
+
+@loop
 def digest_words(
     words: U64, at: I64, key: np.uint64, row_bytes: np.uint64, num_words: int
 ) -> tuple[np.uint64, np.uint64]:

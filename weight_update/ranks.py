@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -58,3 +61,12 @@ class Ranks:
         tensor = torch.from_numpy(values.view(np.int64).copy()).to(self._device)
         dist.all_reduce(tensor, op=op, group=self._group)
         return tensor.cpu().numpy().view(values.dtype)
+
+
+def this_process() -> str:
+    """Whose process this is, and which."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()} pid {os.getpid()}"

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from quant.layouts import Derived, Placement, invert_rows
@@ -293,6 +294,11 @@ class Receiver:
             return {name: _joined(parts) for name, parts in stale.items()}
 
     # -- what is there
+
+    @property
+    def device(self) -> torch.device:
+        """Where the storages are."""
+        return next((data.device for data in self._live.bytes.values()), torch.device("cpu"))
 
     @property
     def staged_bytes(self) -> int:

@@ -21,7 +21,8 @@ class PushReport:
     carried_over: parameters outside the scope. widened: parameters that were added to the scope because their fused
     group was cut. changed_tensors: tensors of the push with new bytes, all of them in a full one. kept_bytes: what this
     trainer rank keeps of the version, in checkpoint form, so that the next push can be a delta. step: the trainer's own
-    count. digest_verified: every rank's installed digest equalled the trainer's.
+    count. transports: how the bytes went, from each trainer rank to each rank, and why no better way was taken.
+    digest_verified: every rank's installed digest equalled the trainer's.
     """
 
     version: int
@@ -46,6 +47,7 @@ class PushReport:
     bottleneck: str = ""
     widened: list[str] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
+    transports: list[str] = field(default_factory=list)
 
 
 class Clock:
@@ -77,6 +79,7 @@ def report_of(
     changed_tensors: int,
     kept_bytes: int,
     predicted: Prediction,
+    transports: list[str],
 ) -> PushReport:
     """The report of one committed push."""
     info = decided.version
@@ -107,4 +110,5 @@ def report_of(
         bottleneck=predicted.bottleneck,
         widened=list(plan.widened),
         timings=timings,
+        transports=transports,
     )

@@ -15,7 +15,7 @@ from .base import Changes, Whole
 from .delta import BlobSize, Patch, RankDelta, cut, pack
 from .door import Door, route
 from .manifest import Manifest
-from .transport import StageStream
+from .stream import StageStream
 
 Sent = Callable[[int], None]  # told the bytes that were queued since the last call
 Packed = tuple[bytes, BlobSize]
@@ -55,6 +55,11 @@ class Streams:
         """Drop all streams; whoever sends or waits gets an error."""
         for stream in self._streams:
             stream.cancel()
+
+    @property
+    def ways(self) -> list[str]:
+        """How the bytes went to each rank."""
+        return [stream.way for stream in self._streams]
 
     @property
     def wire_bytes(self) -> int:

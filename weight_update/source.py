@@ -218,8 +218,9 @@ def _experts(name: str, shape: tuple[int, ...], local: LocalRows) -> Parts:
 
 def _held(share: Share, source: Source) -> Share:
     """What a source fills, under its own name: of a single value always the whole."""
-    is_value = all(math.prod(spec.shape) == 1 for spec in source.specs)
-    return Share(name=source.name) if is_value else replace(share, name=source.name)
+    if all(math.prod(spec.shape) == 1 for spec in source.specs):
+        return Share(name=source.name)
+    return share if share.name == source.name else replace(share, name=source.name)
 
 
 def _filled_twice(found: Mapping[Share, Source]) -> list[str]:

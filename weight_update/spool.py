@@ -48,6 +48,7 @@ class Spool:
 
     def place(self, chunk: Chunk) -> None:
         """Rows by tensor of the manifest; any thread, any order."""
+        assert isinstance(chunk.payload, memoryview)  # what is fetched comes in the chunks
         at = 0
         with reporting(self._what):
             for tensor, offset, length in zip(

@@ -91,7 +91,7 @@ class StagingBuffer:
     def __init__(self, plan: StagingPlan, memory: Tensor, mirror: Mirror | None = None) -> None:
         self._plan = plan
         self._mirror = mirror
-        self._memory = memory if mirror is None else mirror.memory
+        self.memory = memory if mirror is None else mirror.memory
         self._bytes = memory.numpy()
         # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
         # chunk is copied; nothing else may run under it.
@@ -106,23 +106,32 @@ class StagingBuffer:
         at = self._check(chunk)
         pieces = zip(
             chunk.tensor.tolist(),
-            at.tolist(),
             (at - self._plan.at[chunk.tensor]).tolist(),
             chunk.length.tolist(),
             strict=True,
         )
-        payload = np.frombuffer(chunk.payload, np.uint8)
-        read = 0
         with self._lock:
             if not self._open:
                 raise BusyError(f"chunk {chunk.sequence}: staging is over, the transaction was prepared or aborted")
-            for tensor, start, within, length in pieces:
-                self._bytes[start : start + length] = payload[read : read + length]
-                read += length
+            self._copy(chunk.payload, at.tolist(), chunk.length.tolist())
+            for tensor, within, length in pieces:
                 self.staged_bytes += cover(self._covered[tensor], within, within + length)
-            if self._mirror is not None:
+            if self._mirror is not None and not isinstance(chunk.payload, Tensor):
                 self._mirror.send(at, at + chunk.length)
             return self.staged_bytes
+
+    def _copy(self, payload: memoryview | Tensor, starts: list[int], lengths: list[int]) -> None:
+        """Pieces, one after the other in the payload, to their starts; complete when it returns."""
+        if isinstance(payload, Tensor):
+            targets = [self.memory[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            torch._foreach_copy_(targets, list(torch.split(payload, lengths)))
+            if payload.is_cuda:
+                torch.cuda.current_stream(payload.device).synchronize()
+            return
+        data, read = np.frombuffer(payload, np.uint8), 0
+        for start, length in zip(starts, lengths, strict=True):
+            self._bytes[start : start + length] = data[read : read + length]
+            read += length
 
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
@@ -140,7 +149,7 @@ class StagingBuffer:
         at, row_bytes = int(plan.at[i]), plan.specs[i].row_bytes
         num_bytes = int(plan.stop[i] - plan.first[i])
         num_rows = num_bytes // row_bytes if row_bytes else 0
-        return self._memory[at : at + num_bytes].view(num_rows, row_bytes)
+        return self.memory[at : at + num_bytes].view(num_rows, row_bytes)
 
     def close(self) -> None:
         """Refuse everything from now on; returns once no thread is writing."""

@@ -1,16 +1,7 @@
-"""What this folder says over gRPC: errors on the wire, values, the stream to one rank, the coordinator's calls.
-
-A stream survives its connection: chunks are kept until they are acknowledged. On a new connection the rank says first
-what it holds, and the rest is sent; a chunk that comes twice is harmless. Credits bound what is in flight, so a slow
-rank holds its sender back.
-"""
+"""What this folder says over gRPC: errors on the wire, unary calls, rows from a rank, the coordinator's calls."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +21,7 @@ if TYPE_CHECKING:  # they load torch, which administrators' commands do without
 
 __all__ = ["CHANNEL_OPTIONS", "CONTROL_MESSAGE_BYTES", "Channels", "connect"]
 
-log = logging.getLogger(__name__)
+RpcError = grpc.RpcError
 
 STAGE = "/transfuse.v1.Data/Stage"
 FETCH = "/transfuse.v1.Data/Fetch"
@@ -68,147 +59,7 @@ def call(method: Callable[..., Message], request: Any, *, timeout_s: float | Non
         raise error_of(error, where) from None
 
 
-# ---------------------------------------------------------------- one rank's stream
-
-
-class StageStream:
-    """The stream of one trainer rank to one actor rank.
-
-    target: the rank's host:port. retry_s: how long a broken connection is retried before the push fails. ticket: of
-    the transaction, from its Begin.
-    """
-
-    def __init__(
-        self,
-        channel: grpc.Channel,
-        *,
-        target: str,
-        transaction: int,
-        epoch: int,
-        trainer_rank: int,
-        retry_s: float,
-        ticket: bytes = b"",
-    ) -> None:
-        self._stage = channel.stream_stream(
-            STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
-        )
-        opening = pb.StageOpen(transaction=transaction, epoch=epoch, trainer_rank=trainer_rank, ticket=ticket)
-        self._opening = pb.StageRequest(open=opening).SerializeToString()
-        self._target = target
-        self._retry_s = retry_s
-        self._state = threading.Condition()  # guards all below; never held during a gRPC call
-        self._unacked: deque[tuple[int, int, bytes]] = deque()  # sequence, payload bytes, message
-        self._unsent: deque[bytes] = deque()
-        self._greeted = False  # the rank said on this connection what it holds
-        self._sent_bytes = 0
-        self._credit_bytes = 0
-        self._heard_s = 0.0  # when the rank last answered
-        self._closing = False
-        self._error: WeightUpdateError | None = None
-        self._call: Any = None
-        self.wire_bytes = 0
-        self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
-        self._thread.start()
-
-    def send(self, sequence: int, message: bytes, payload_bytes: int) -> None:
-        """Queue one chunk; blocks while the rank has granted no credit for it."""
-        with self._state:
-            self._state.wait_for(
-                lambda: self._error or self._sent_bytes + payload_bytes <= self._credit_bytes or not self._unacked
-            )
-            self._raise()
-            self._unacked.append((sequence, payload_bytes, message))
-            if self._greeted:
-                self._unsent.append(message)
-                self._sent_bytes += payload_bytes
-            self.wire_bytes += len(message)
-            self._state.notify_all()
-
-    def finish(self) -> None:
-        """Wait until the rank has acknowledged everything."""
-        with self._state:
-            self._closing = True
-            self._state.notify_all()
-        self._thread.join()
-        with self._state:
-            self._raise()
-
-    def cancel(self) -> None:
-        """Drop the stream; what was staged stays until the transaction is aborted."""
-        with self._state:
-            self._error = self._error or TransferError(f"{self._target}: the push was cancelled")
-            call = self._call
-            self._state.notify_all()
-        if call is not None:
-            call.cancel()
-        self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        broken_s = float("-inf")
-        while not self._done():
-            try:
-                self._connect()
-            except grpc.RpcError as error:
-                now_s = time.monotonic()
-                if self._heard_s > broken_s:  # it had worked until now
-                    broken_s = now_s
-                if error.code() not in STREAM_RETRY_CODES or now_s > broken_s + self._retry_s:
-                    self._fail(error_of(error, f"stream to {self._target}"))
-                    return
-                log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
-                time.sleep(RETRY_DELAY_S)
-
-    def _connect(self) -> None:
-        with self._state:
-            self._unsent.clear()
-            self._greeted, self._sent_bytes, self._credit_bytes = False, 0, 0
-            connection = threading.Event()
-        self._call = self._stage(self._requests(connection))
-        try:
-            for reply in self._call:
-                self._acknowledge(reply)
-        finally:
-            connection.set()
-            with self._state:
-                self._state.notify_all()
-
-    def _requests(self, connection: threading.Event) -> Iterator[bytes]:
-        yield self._opening
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._unsent or self._over() or connection.is_set())
-                if connection.is_set() or (not self._unsent and self._over()):
-                    return
-                message = self._unsent.popleft()
-            yield message
-
-    def _over(self) -> bool:
-        return self._error is not None or (self._closing and not self._unacked)
-
-    def _done(self) -> bool:
-        with self._state:
-            return self._over()
-
-    def _acknowledge(self, reply: pb.StageReply) -> None:
-        with self._state:
-            self._heard_s = time.monotonic()
-            while self._unacked and self._unacked[0][0] <= reply.sequence:
-                self._unacked.popleft()
-            if not self._greeted:
-                self._greeted = True
-                self._unsent.extend(message for _, _, message in self._unacked)
-                self._sent_bytes = sum(payload for _, payload, _ in self._unacked)
-            self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)
-            self._state.notify_all()
-
-    def _fail(self, error: WeightUpdateError) -> None:
-        with self._state:
-            self._error = self._error or error
-            self._state.notify_all()
+# ---------------------------------------------------------------- a rank's door
 
 
 def fetch_stream(target: str, request: pb.FetchRequest, security: Security = PLAINTEXT) -> Iterator[bytes]:

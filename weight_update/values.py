@@ -11,6 +11,7 @@ from quant.parameters import ParameterRow
 from .delta import BlobSize, DeltaPlan, RankDelta
 from .digest import Digests
 from .errors import TransferError
+from .links import Place
 from .manifest import Manifest
 
 
@@ -58,6 +59,16 @@ def from_manifest_proto(message: pb.Manifest) -> Manifest:
             " install the same release of transfuse on both ends"
         )
     return manifest
+
+
+def to_place_proto(place: Place) -> pb.Place:
+    """Where a process is, for the wire."""
+    return pb.Place(host=place.host, processes=place.processes, user=place.user, gpu=place.gpu)
+
+
+def from_place_proto(message: pb.Place) -> Place:
+    """Where a process is, from the wire."""
+    return Place(host=message.host, processes=message.processes, user=message.user, gpu=message.gpu)
 
 
 def to_digests_proto(digests: Digests) -> pb.Digests:

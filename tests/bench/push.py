@@ -1,9 +1,10 @@
-"""What a push costs over gRPC: one trainer process, one actor process, loopback.
+"""What a push costs over gRPC and shared memory: one trainer process, one actor process, one host.
 
     python -m tests.bench.push [--json] [--pushes N]
 
 Prints, each as a ratio to something measured in the same run: payload rate of the transfer phase over a one-thread
-memcpy, pause over a plain copy of the same bytes, actor memory above idle over what was planned, seconds per tensor.
+memcpy, with the bytes encoded and digested on the way and with all that done before (push_async), pause over a plain
+copy of the same bytes, actor memory above idle over what was planned, seconds per tensor.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from quant.checkpoint import open_checkpoint
 from tests.local import local_service
 from weight_update.chunks import CHUNK_BYTES
 from weight_update.client import Pusher, PushReport
+from weight_update.links import GRPC, SHARED_MEMORY
 from weight_update.transport import CHANNEL_OPTIONS, connect
 
 COPY_BYTES = 256 << 20
@@ -43,11 +45,13 @@ class Row:
     """One measured case; medians over the pushes after the first, which touches fresh pages."""
 
     case: str
+    transport: str
     tensors: int
     wire_mb: float
     transfer_gb_s: float
     transfer_over_memcpy: float
     transfer_over_raw_grpc: float
+    encoded_before_over_memcpy: float
     pause_ms: float
     pause_over_copy: float
     memory_over_planned: float
@@ -129,32 +133,39 @@ def raw_grpc_bytes_s() -> float:
     return COPY_BYTES / min(seconds)
 
 
-def measure(case: str, model: torch.nn.Module, model_dir: Path, format: str, layout: str, pushes: int) -> Row:
-    """Push `pushes` + 1 times; every push is a full one."""
+def measure(
+    case: str, model: torch.nn.Module, model_dir: Path, format: str, layout: str, pushes: int, transport: str
+) -> Row:
+    """Push `pushes` + 1 times, and as often in the background; every push is a full one."""
     memcpy, raw = memcpy_bytes_s(), raw_grpc_bytes_s()
     reports: list[PushReport] = []
+    encoded: list[PushReport] = []
     with actor_process(model_dir, format, layout) as (address, process, reserved_bytes):
-        pusher = Pusher(address, mode="full")
+        pusher = Pusher(address, mode="full", transport=transport)
         idle = process.memory_info().rss - reserved_bytes  # the cold load has left its buffer for the pushes to come
         reset_peak(process)
         for _ in range(pushes + 1):
             with torch.no_grad():
                 next(iter(model.parameters())).view(-1)[:8].add_(1)
             reports.append(pusher.push(model))
+            encoded.append(pusher.push_async(model).result())
         above = peak_bytes(process) - idle
         pusher.close()
     warm = reports[1:]
+    encoded_s = statistics.median(report.phases["transfer"] for report in encoded[1:])
     transfer_s = statistics.median(report.phases["transfer"] for report in warm)
     pause_s = statistics.median(report.pause_s for report in warm)
     wire = warm[0].wire_bytes
     tensors = len(list(model.parameters()))
     return Row(
         case=case,
+        transport=transport,
         tensors=tensors,
         wire_mb=wire / 1e6,
         transfer_gb_s=wire / transfer_s / 1e9,
         transfer_over_memcpy=wire / transfer_s / memcpy,
         transfer_over_raw_grpc=wire / transfer_s / raw,
+        encoded_before_over_memcpy=wire / encoded_s / memcpy,
         pause_ms=pause_s * 1e3,
         pause_over_copy=pause_s / (wire / memcpy),
         memory_over_planned=above / max(report.planned_bytes for report in reports),
@@ -198,16 +209,21 @@ def main() -> None:
             real_dir = checkpoint.config_dir
         real = AutoModelForCausalLM.from_pretrained(real_dir, dtype=torch.bfloat16)
         rows = [
-            measure("SmolLM2-135M as bf16", real, real_dir, "bf16", "plain", options.pushes),
-            measure("SmolLM2-135M to nvfp4, trtllm", real, real_dir, "nvfp4", "trtllm", options.pushes),
-            measure("3,602 tiny tensors as bf16", tiny, Path(scratch), "bf16", "plain", options.pushes),
+            measure(case, model, model_dir, format, layout, options.pushes, transport)
+            for case, model, model_dir, format, layout in (
+                ("SmolLM2-135M as bf16", real, real_dir, "bf16", "plain"),
+                ("SmolLM2-135M to nvfp4, trtllm", real, real_dir, "nvfp4", "trtllm"),
+                ("3,602 tiny tensors as bf16", tiny, Path(scratch), "bf16", "plain"),
+            )
+            for transport in (GRPC, SHARED_MEMORY)
         ]
     if options.json:
         print(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
         return
     for row in rows:
-        print(f"{row.case} ({row.tensors} tensors, {row.wire_mb:.1f} MB on the wire)")
+        print(f"{row.case} over {row.transport} ({row.tensors} tensors, {row.wire_mb:.1f} MB on the wire)")
         print(f"  transfer {row.transfer_gb_s:.2f} GB/s = {row.transfer_over_memcpy:.3f} of a one-thread memcpy,")
+        print(f"    {row.encoded_before_over_memcpy:.3f} with all bytes encoded before,")
         print(f"    {row.transfer_over_raw_grpc:.2f} of a raw gRPC stream that drops its messages")
         print(f"  pause {row.pause_ms:.1f} ms = {row.pause_over_copy:.1f} times a plain copy of the same bytes")
         print(f"  actor memory above idle = {row.memory_over_planned:.2f} of planned")

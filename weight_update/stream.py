@@ -1,0 +1,273 @@
+"""The stream of one trainer rank to one actor rank: chunks, credits, acknowledgements.
+
+A stream survives its connection: chunks are kept until they are acknowledged. On a new connection the rank says first
+what it holds, and the rest is sent; a chunk that comes twice is harmless. Credits bound what is in flight, so a slow
+rank holds its sender back.
+Payloads go in the chunks, or through a ring of memory that the rank offers, where both agree on one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from protos import transfuse_pb2 as pb
+
+from .chunks import Packet
+from .device_rings import DEVICE_CHUNK_BYTES, DeviceWriter
+from .errors import TransferError, WeightUpdateError
+from .links import CUDA_IPC, GRPC, SHARED_MEMORY, Link
+from .rings import RING_CHUNK_BYTES, RingWriter
+from .transport import STAGE, STREAM_RETRY_CODES, RpcError, error_of
+
+log = logging.getLogger(__name__)
+
+RETRY_DELAY_S = 0.2
+CHUNK_BYTES_OF = {CUDA_IPC: DEVICE_CHUNK_BYTES, SHARED_MEMORY: RING_CHUNK_BYTES, GRPC: 0}  # payload; 0: as packed
+
+
+class StageStream:
+    """target: the rank's host:port. name: its replica and number. retry_s: how long a broken connection is retried
+    before the push fails. ticket: of the transaction, as Begin gave it. link: how payloads are to go. ring_bytes: room
+    wanted where that is shared memory."""
+
+    def __init__(
+        self,
+        channel: Any,
+        *,
+        target: str,
+        name: str = "",
+        transaction: int,
+        epoch: int,
+        trainer_rank: int,
+        retry_s: float,
+        ticket: bytes = b"",
+        link: Link | None = None,
+        ring_bytes: int = 0,
+    ) -> None:
+        self._stage = channel.stream_stream(
+            STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
+        )
+        self._name = name or target
+        self.link = link or Link(transport=GRPC)
+        self.chunk_bytes = CHUNK_BYTES_OF[self.link.transport]
+        wanted = 0 if self.link.transport == GRPC else ring_bytes
+        opening = pb.StageOpen(
+            transaction=transaction,
+            epoch=epoch,
+            trainer_rank=trainer_rank,
+            ticket=ticket,
+            ring_bytes=wanted,
+            on_device=self.link.transport == CUDA_IPC,
+        )
+        self._opening = pb.StageRequest(open=opening).SerializeToString()
+        self._target = target
+        self._retry_s = retry_s
+        self._state = threading.Condition()  # guards all below; never held during a gRPC call or a copy
+        self._agreed = not wanted  # how payloads go
+        self._ring: RingWriter | None = None
+        self._placed: dict[int, bytes] = {}  # sequence -> message, of payloads that lie in the ring
+        self._unacked: deque[Packet] = deque()
+        self._unsent: deque[Packet] = deque()
+        self._greeted = False  # the rank said on this connection what it holds
+        self._sent_bytes = 0
+        self._credit_bytes = 0
+        self._heard_s = 0.0  # when the rank last answered
+        self._closing = False
+        self._error: WeightUpdateError | None = None
+        self._call: Any = None
+        self.wire_bytes = 0
+        self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
+        self._thread.start()
+
+    def send(self, packet: Packet) -> None:
+        """Queue one chunk; blocks while the rank has granted no credit for it."""
+        size = packet.payload_bytes
+        with self._state:
+            self._state.wait_for(
+                lambda: self._error or self._sent_bytes + size <= self._credit_bytes or not self._unacked
+            )
+            self._raise()
+            self._unacked.append(packet)
+            if self._greeted:
+                self._unsent.append(packet)
+                self._sent_bytes += size
+            self._state.notify_all()
+
+    def finish(self) -> None:
+        """Wait until the rank has acknowledged everything."""
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        self._thread.join()
+        with self._state:
+            self._raise()
+
+    def cancel(self) -> None:
+        """Drop the stream; what was staged stays until the transaction is aborted."""
+        with self._state:
+            self._error = self._error or TransferError(f"{self._target}: the push was cancelled")
+            call = self._call
+            self._state.notify_all()
+        if call is not None:
+            call.cancel()
+        self._thread.join()
+
+    @property
+    def way(self) -> str:
+        """To whom payloads went, and how."""
+        return f"{self._name}: {self.link}"
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # -- the connection
+
+    def _run(self) -> None:
+        broken_s = float("-inf")
+        while not self._done():
+            try:
+                self._connect()
+            except WeightUpdateError as error:
+                self._fail(error)
+            except RpcError as error:
+                now_s = time.monotonic()
+                if self._heard_s > broken_s:  # it had worked until now
+                    broken_s = now_s
+                if error.code() not in STREAM_RETRY_CODES or now_s > broken_s + self._retry_s:
+                    self._fail(error_of(error, f"stream to {self._target}"))
+                    break
+                log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
+                time.sleep(RETRY_DELAY_S)
+        self._ring = None
+
+    def _connect(self) -> None:
+        with self._state:
+            self._unsent.clear()
+            self._greeted, self._sent_bytes, self._credit_bytes = False, 0, 0
+            connection = threading.Event()
+        self._call = self._stage(self._requests(connection))
+        try:
+            for reply in self._call:
+                self._agree(reply)
+                self._acknowledge(reply)
+        except BaseException:
+            self._call.cancel()
+            raise
+        finally:
+            connection.set()
+            with self._state:
+                self._state.notify_all()
+
+    def _requests(self, connection: threading.Event) -> Iterator[bytes]:
+        yield self._opening
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._unsent or self._over() or connection.is_set())
+                if connection.is_set() or (not self._unsent and self._over()):
+                    return
+                packet = self._unsent.popleft()
+            try:
+                message = self._framed(packet, connection)
+            except WeightUpdateError as error:
+                self._fail(error)
+                return
+            if message is None:
+                return
+            yield message
+
+    def _over(self) -> bool:
+        return self._error is not None or (self._closing and not self._unacked)
+
+    def _done(self) -> bool:
+        with self._state:
+            return self._over()
+
+    def _acknowledge(self, reply: pb.StageReply) -> None:
+        with self._state:
+            self._heard_s = time.monotonic()
+            while self._unacked and self._unacked[0].sequence <= reply.sequence:
+                packet = self._unacked.popleft()
+                placed = self._placed.pop(packet.sequence, None)
+                self.wire_bytes += len(packet.message) if placed is None else len(placed) + packet.payload_bytes
+                if placed is not None and self._ring is not None:
+                    self._ring.free()
+            if not self._greeted:
+                self._greeted = True
+                self._unsent.extend(self._unacked)
+                self._sent_bytes = sum(packet.payload_bytes for packet in self._unacked)
+            self._credit_bytes = max(self._credit_bytes, reply.credit_bytes)
+            self._state.notify_all()
+
+    def _fail(self, error: WeightUpdateError) -> None:
+        with self._state:
+            self._error = self._error or error
+            self._state.notify_all()
+
+    # -- payloads
+
+    def _agree(self, reply: pb.StageReply) -> None:
+        """Take the ring that the rank offers, the same one on every connection of a stream; do without one where it
+        cannot be had and gRPC may be used."""
+        if self._ring is not None and reply.HasField("ring") and reply.ring.token != self._ring.token:
+            raise TransferError(f"{self._target}: the rank lost its ring of shared memory; push again")
+        if self._agreed:
+            return
+        try:
+            ring: RingWriter | None = _opened(reply, self.link.transport)
+        except TransferError as error:
+            if self.link.only:
+                raise TransferError(f"{self._target}: {error}; allow transport 'grpc'") from None
+            log.warning("stream to %s: payloads go over gRPC: %s", self._target, error)
+            ring, self.link = None, replace(self.link, transport=GRPC, reasons=(*self.link.reasons, str(error)))
+        with self._state:
+            self._ring, self._agreed = ring, True
+            self._state.notify_all()
+
+    def _framed(self, packet: Packet, connection: threading.Event) -> bytes | None:
+        """The message of a chunk, its payload put into the ring where there is one; None where the stream ends."""
+        ring = self._ring
+        if ring is None or packet.payload_bytes > ring.num_bytes // 2 or not packet.payload_bytes:
+            return packet.message
+        with self._state:
+            message = self._placed.get(packet.sequence)
+            if message is not None:  # sent before, and the ring still holds it
+                return message
+            at = self._room(ring, packet.payload_bytes, connection)
+        if at is None:
+            return None
+        message = ring.put(packet, at)
+        with self._state:
+            self._placed[packet.sequence] = message
+        return message
+
+    def _room(self, ring: RingWriter, num_bytes: int, connection: threading.Event) -> int | None:
+        """Where the payload goes, once acknowledgements have made room for it."""
+        found: list[int] = []
+
+        def taken() -> bool:
+            at = ring.take(num_bytes)
+            found.extend([] if at is None else [at])
+            return bool(found)
+
+        self._state.wait_for(lambda: self._error or connection.is_set() or taken())
+        return found[0] if found else None
+
+
+def _opened(reply: pb.StageReply, transport: str) -> RingWriter:
+    """The ring that a rank offers."""
+    said = reply.ring
+    if not reply.HasField("ring"):
+        raise TransferError(f"{transport}: the rank offers none")
+    if said.HasField("device"):
+        return DeviceWriter.open_device(said.device, said.num_bytes, said.token)
+    return RingWriter.open(said.pid, said.fd, said.num_bytes, said.token)
+
+
+__all__ = ["StageStream"]
