@@ -43,7 +43,7 @@ class Through(Pusher):
 
     def __init__(self, service: LocalService, **options: Any) -> None:
         self.ways = {address: Proxy(address) for address in (service.address, *(r.address for r in service.ranks))}
-        super().__init__(self.ways[service.address].address, **options)
+        super().__init__(self.ways[service.address].address, transport=GRPC, **options)
 
     def cut(self, refuse_s: float) -> None:
         for each in self.ways.values():
@@ -142,7 +142,7 @@ def test_a_lease_that_could_not_be_renewed_is_renewed_as_soon_as_the_service_hea
     monkeypatch.setattr(ControlClient, "begin", unheard)
     monkeypatch.setattr(attempts, "RENEW_RETRY_S", 0.1)
     gate = Gate(monkeypatch)
-    pusher = Pusher(service.address, lease_s=lease_s, transport=GRPC)  # bytes are counted on the way
+    pusher = Pusher(service.address, lease_s=lease_s)
     version = current_version(service.address)
     start_s = time.monotonic()
     handle = pusher.push_async(tiny_llama(seed=3))
