@@ -125,6 +125,8 @@ class Assembly:
         return "" if self._is_delta else self._place(chunk)
 
     def _place(self, chunk: Chunk) -> str:
+        if not isinstance(chunk.payload, memoryview):
+            return f"chunk {chunk.sequence}: its payload is not in the record"
         at, payload = 0, np.frombuffer(chunk.payload, np.uint8)
         pieces = (column.tolist() for column in (chunk.tensor, chunk.offset, chunk.length))
         for tensor, offset, length in zip(*pieces, strict=True):

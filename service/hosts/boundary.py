@@ -33,6 +33,9 @@ class Boundary(Protocol):
     @property
     def num_sequences(self) -> int: ...
 
+    def warm_up(self) -> None:
+        """Compile what must be before the first request."""
+
     def request_pause(self) -> int:
         """Ask for a pause at the next boundary, and return. Idempotent."""
 
@@ -89,6 +92,9 @@ class Foreign:
     @property
     def state(self) -> str:
         return self._state
+
+    def warm_up(self) -> None:
+        """Nothing: an engine that runs is warm."""
 
     def request_pause(self) -> int:
         with self._changed:
