@@ -114,7 +114,9 @@ class _Plan:
         self._modules = dict(model.named_modules())
         self._packed = {**PACKED, **(getattr(model, "packed_modules_mapping", None) or {})}
         self._scheme = scheme
-        self._live: Callable[[], dict[str, Tensor]] = lambda: {name: parameter.data for name, parameter in model.named_parameters()}
+        self._live: Callable[[], dict[str, Tensor]] = lambda: {
+            name: parameter.data for name, parameter in model.named_parameters()
+        }
         self._held = self._live()
         self._raw: dict[str, Tensor] = {}  # ours
         self._placements: list[Placement] = []
