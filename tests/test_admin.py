@@ -346,7 +346,11 @@ def test_top_into_a_pipe_shows_it_once(live: Shell, service: LocalService) -> No
 
 
 def test_top_in_a_terminal_goes_on_until_it_is_interrupted(service: LocalService) -> None:
-    code = "from launch.cli import main; main()"
+    # Whoever runs the tests may have had interrupts ignored, which a process inherits.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        " from launch.cli import main; main()"
+    )
     main, worker = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", code, "top", "--interval", "0.2", "--to", service.address],
