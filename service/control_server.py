@@ -63,9 +63,10 @@ class ControlServer:
         shell.roster.coordinator = self.address
         set_serving(self._checks, self._names[:1], True)
         self._stopped = threading.Event()
-        threading.Thread(target=self._watch_readiness, args=(shell,), name="readiness", daemon=True).start()
+        self._readiness = threading.Thread(target=self._watch, args=(shell,), name="readiness", daemon=True)
+        self._readiness.start()
 
-    def _watch_readiness(self, shell: CoordinatorShell) -> None:
+    def _watch(self, shell: CoordinatorShell) -> None:
         while not self._stopped.is_set():
             set_serving(self._checks, self._names[1:], is_ready(shell))
             self._stopped.wait(READINESS_S)
@@ -73,6 +74,7 @@ class ControlServer:
     def stop(self) -> None:
         """End all calls."""
         self._stopped.set()
+        self._readiness.join()
         if self.pages is not None:
             self.pages.stop()
         set_serving(self._checks, self._names, False)

@@ -95,6 +95,11 @@ class VersionIndex:
         self._db.execute("INSERT INTO meta VALUES ('epoch', 1) ON CONFLICT (key) DO UPDATE SET value = value + 1")
         self.epoch: int = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
 
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """What a query finds. Even a query ends the process where another thread closes the connection meanwhile."""
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction of the file, refused where another coordinator has opened it since."""
@@ -111,7 +116,7 @@ class VersionIndex:
 
     def require_epoch(self) -> None:
         """Raise VersionError where another coordinator has opened the file since."""
-        (epoch,) = self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        ((epoch,),) = self._rows("SELECT value FROM meta WHERE key = 'epoch'")
         if epoch != self.epoch:
             raise VersionError(f"epoch {self.epoch} is over, a coordinator of epoch {epoch} took its place; stop")
 
@@ -150,11 +155,11 @@ class VersionIndex:
 
     def durable(self) -> list[int]:
         """Versions that the store has, oldest first."""
-        return [row[0] for row in self._db.execute("SELECT version FROM versions WHERE durable NOT NULL ORDER BY 1")]
+        return [row[0] for row in self._rows("SELECT version FROM versions WHERE durable NOT NULL ORDER BY 1")]
 
     def members(self) -> dict[MemberId, str]:
         """Who takes part, and at which address."""
-        rows = self._db.execute("SELECT replica, rank, address FROM members ORDER BY replica, rank")
+        rows = self._rows("SELECT replica, rank, address FROM members ORDER BY replica, rank")
         return {MemberId(replica=replica, rank=rank): address for replica, rank, address in rows}
 
     def enroll(self, addresses: Mapping[MemberId, str]) -> None:
@@ -172,8 +177,8 @@ class VersionIndex:
 
     def is_fleet(self, key: str) -> bool:
         """Whether the file was last used by the processes of this key: a restart of the coordinator alone."""
-        known = self._db.execute("SELECT value FROM meta WHERE key = 'fleet'").fetchone()
-        return known is not None and known[0] == xxhash.xxh3_64_intdigest(key.encode()) >> 1
+        known = self._rows("SELECT value FROM meta WHERE key = 'fleet'")
+        return known == [(xxhash.xxh3_64_intdigest(key.encode()) >> 1,)]
 
     def set_fleet(self, key: str) -> None:
         """From now on it is."""
@@ -183,7 +188,7 @@ class VersionIndex:
 
     def fingerprint(self, version: int) -> int:
         """Of the manifest that a version was decided for."""
-        (text,) = self._db.execute("SELECT fingerprint FROM versions WHERE version = ?", (version,)).fetchone()
+        ((text,),) = self._rows("SELECT fingerprint FROM versions WHERE version = ?", version)
         return int(text, 16)
 
     def set_pause(self, version: int, pause_s: float) -> None:
@@ -222,28 +227,25 @@ class VersionIndex:
 
     def pauses(self) -> dict[int, float]:
         """Version -> pause in seconds."""
-        return dict(self._db.execute("SELECT version, pause_s FROM versions"))
+        return dict(self._rows("SELECT version, pause_s FROM versions"))
 
     def last_version(self) -> int:
         """The largest version ever decided; 0 when there is none. Versions are never reused."""
-        return int(self._db.execute("SELECT COALESCE(MAX(version), 0) FROM versions").fetchone()[0])
+        return int(self._rows("SELECT COALESCE(MAX(version), 0) FROM versions")[0][0])
 
     def record(self, notify: Notify, *, who: str = "", peer: str = "") -> Record:
         """Append one event. who, peer: of the call that it was, "" for what the service did by itself."""
         record = Record(time_s=time.time(), event=notify, who=who, peer=peer)
         with self._lock:
             cursor = self._db.execute(f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?,?,?,?,?,?,?)", record.row())
-        return replace(record, number=cursor.lastrowid or 0)
+            return replace(record, number=cursor.lastrowid or 0)
 
     def events(self, *, after: int = 0, limit: int = 100, kinds: Sequence[str] = ()) -> list[Record]:
         """The newest `limit` events of these kinds, of all where none is named, oldest first. after: only those with a
         larger number."""
         among = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
-        with self._lock:
-            rows = self._db.execute(
-                f"SELECT rowid, {EVENT_COLUMNS} FROM events WHERE rowid > ?{among} ORDER BY rowid DESC LIMIT ?",
-                (after, *kinds, limit),
-            ).fetchall()
+        query = f"SELECT rowid, {EVENT_COLUMNS} FROM events WHERE rowid > ?{among} ORDER BY rowid DESC LIMIT ?"
+        rows = self._rows(query, after, *kinds, limit)
         return [Record.of(row) for row in reversed(rows)]
 
     def close(self) -> None:
