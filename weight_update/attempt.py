@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
 RENEW_RETRY_S = 1.0  # after a renewal that was not heard
+END_S = 1.0  # for the thread that renews to end: one that outlives the trainer's main thread can abort its process
 RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
 
 Progress = Callable[[str, int, int], None]
@@ -306,6 +307,8 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        if self._attempt.ranks.rank == 0:
+            self._thread.join(END_S)
 
     def _run(self) -> None:
         attempt = self._attempt
