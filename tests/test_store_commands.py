@@ -56,7 +56,7 @@ def test_versions_shows_what_is_durable_and_what_can_be_reached(shell: Shell) ->
         (2, 4, True, "durable"),
         (3, 5, True, "durable"),
     ]
-    code, out, _ = shell("versions", "--to", shell._address)
+    code, out, _ = shell("versions", "--to", shell.address)
     assert code == 0
     head, *lines = [line.split() for line in out.splitlines()]
     assert {"version", "step", "state", "rollback", "digest", "by"} <= set(head)
@@ -96,13 +96,13 @@ def test_rollback_brings_a_version_back_and_reset_is_for_lost_ones_only(
     assert (told["version"], told["restores"]) == (4, 2)
     save(tiny_llama(seed=1), tmp_path)
     assert service.bytes()[0] == cold(tmp_path, "trtllm")[1].storage_bytes()
-    code, out, err = shell("reset", "--to", "durable", "--service", shell._address, "--yes")
+    code, out, err = shell("reset", "--to", "durable", "--service", shell.address, "--yes")
     assert (code, out) == (6, "") and "nothing is lost" in err
-    assert shell("reset", "--to", "yesterday", "--service", shell._address)[0] == 2
+    assert shell("reset", "--to", "yesterday", "--service", shell.address)[0] == 2
 
 
 def test_status_names_the_store_and_push_can_wait_for_it(shell: Shell, place: Path, tmp_path: Path) -> None:
     version = shell.json("push", str(save(tiny_llama(seed=2), tmp_path)), "--durable")["version"]
-    code, out, _ = shell("status", "--to", shell._address)
+    code, out, _ = shell("status", "--to", shell.address)
     assert code == 0 and f"store {place / 'store'}: version {version} is durable" in out
     assert json.loads((place / "store" / f"v{version:08d}" / "transfuse.json").read_text())["version"] == version
