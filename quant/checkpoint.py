@@ -183,9 +183,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: no JSON: {error}; copy it again") from error
+        raise CheckpointError(f"{path}: no JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, got {value!r:.80}")
     return value
 
 

@@ -67,6 +67,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield running
 
 
+@pytest.mark.slow
 def test_deltas_of_two_trainer_ranks_land_on_two_actor_ranks(fleet: Fleet, tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}

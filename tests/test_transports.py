@@ -348,6 +348,7 @@ Pusher(sys.argv[1], lease_s=1.0, transport="shared-memory").push(tiny_llama(seed
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_while_it_writes_leaves_no_memory_behind_and_the_next_push_works(
     service: LocalService,
 ) -> None:
@@ -377,6 +378,7 @@ with local_service(Path(sys.argv[1]), Path(sys.argv[2]), ("plain",)) as service:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_reads_fails_the_push_as_over_grpc_and_leaves_no_memory_behind(
     checkpoint: Path, tmp_path: Path
 ) -> None:
