@@ -262,7 +262,7 @@ def _flip(receiver: Any, where: str) -> int:
 def _spot(receiver: Any, where: str) -> Any:
     """One byte of a rank's memory."""
     staged = where == "staging"
-    memory = receiver._install.staging._memory if staged else receiver._live.bytes[FLIPPED].view(-1)
+    memory = receiver._install.staging.memory if staged else receiver._live.bytes[FLIPPED].view(-1)
     return memory[len(memory) // 2]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.cost import Rates
+from weight_update.security import Security
 
 CLONE_NEWNET = 0x40000000
 TIMEOUT_S = 120.0
@@ -39,6 +40,7 @@ class Place:
 
 
 HERE = Place()
+OPEN = Security(insecure_plaintext=True)  # nobody else is on the networks of a test
 
 
 class Remote:
@@ -104,7 +106,7 @@ class _Rank:
             def _host(self) -> str:
                 return place.host
 
-        self._actor = Actor(RankConfig(host=place.host, num_threads=1, scrub_s=0.0, **settings))
+        self._actor = Actor(RankConfig(host=place.host, num_threads=1, scrub_s=0.0, security=OPEN, **settings))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actor, name)
@@ -115,7 +117,7 @@ class _Coordinator:
         from service.actor import CoordinatorActor
 
         self._actor = CoordinatorActor(
-            addresses, state, f"{place.host}:0", model, model, min_replicas=0, loaded=None, store=None
+            addresses, state, f"{place.host}:0", model, model, min_replicas=0, loaded=None, store=None, security=OPEN
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -196,7 +198,7 @@ class _Trainer:
             for layer in self._model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self._model, mesh=mesh)
-        self._pusher = Pusher(address)
+        self._pusher = Pusher(address, security=OPEN)
 
     def push(self, share: float, full: bool) -> dict[str, Any]:
         """Change a share of the layers' elements, then push; what the report says and this rank's peak memory."""
