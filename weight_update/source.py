@@ -8,7 +8,6 @@ anyone: each trainer rank makes an offer of what it has, and from all offers eac
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
-from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts
+from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, nearest
 from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
@@ -264,9 +263,7 @@ def _refused(manifest: Manifest, items: Sequence[str], names: NameMap) -> str | 
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    hint = f"nearest: {', '.join(near)}" if near else "nothing like it"
-    return f"{name}: unknown to the service ({hint}); leave it out with scope patterns"
+    return f"{name}: unknown to the service ({nearest(name, known)}); leave it out with scope patterns"
 
 
 def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) -> tuple[Source | None, str | None]:
