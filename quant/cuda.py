@@ -1,6 +1,7 @@
 """NVFP4 on a CUDA device: any number of matrices in one launch, into checkpoint form or straight into kernel layout.
 
     batch = plan_batch([Matrix(rows=bf16, weight=codes, block_scale=scales, group=0), ...])
+    batch = plan_plain(rows, weight, block_scale, elements, groups, device=device)    # the same by address
     bits = amax(batch)                    # int32 [groups], on the device
     encode_nvfp4(batch, scale_table(global_scales))
     diff = diff_nvfp4(batch, table)       # what is not as it lies at weight and block_scale
@@ -19,12 +20,15 @@ from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from . import kernels
 from .specs import EncodeRows, Parts
 from .steps import Located
+
+Addresses = npt.NDArray[np.int64]
 
 SCALES = (2.0**-60, 2.0**7)  # in which no number on the way leaves FP32's range, and no quotient becomes 0
 # Elements that a row is a multiple of -> rows and elements of a tile, and its warps: fastest where the threads of a
@@ -73,8 +77,6 @@ class Batch:
     tiles: Tensor
     num_tiles: int
     num_groups: int
-    rows_of: tuple[int, ...]
-    groups_of: tuple[int, ...]
     plain: bool
     swap: bool
     keep: tuple[object, ...]
@@ -152,11 +154,47 @@ def plan_batch(matrices: Sequence[Matrix], *, align: int = 16) -> Batch:
         tiles=torch.from_numpy(tiles_of(rows, step)).to(device),
         num_tiles=int((-(-rows // step)).sum()),
         num_groups=1 + max(each.group for each in matrices),
-        rows_of=tuple(rows.tolist()),
-        groups_of=tuple(each.group for each in matrices),
         plain=plain,
         swap=first.swap,
         keep=(*matrices, vectors),
+    )
+
+
+def plan_plain(
+    rows: Addresses,
+    weight: Addresses,
+    block_scale: Addresses,
+    elements: Addresses,
+    groups: Addresses,
+    *,
+    device: torch.device,
+    keep: tuple[object, ...] = (),
+) -> Batch:
+    """The batch of matrices in checkpoint form that are named by address, int64 [n] each: no object is made of any.
+
+    rows: of contiguous BF16 at multiples of 16 bytes, elements of them, multiples of 16. weight: multiples of 4. For
+    `amax` alone weight and block_scale may be 0. keep: the memory.
+    """
+    wrong = np.flatnonzero((rows % 16 != 0) | (weight % 4 != 0) | (elements % 16 != 0) | (elements == 0))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"matrix {i} of the batch: {elements[i]} elements at {rows[i]:#x}, codes at {weight[i]:#x}; expected"
+            " multiples of 16, 16 and 4"
+        )
+    width = next(width for width in FLAT if not (elements % width).any())
+    counts, step = elements // width, PLAIN_TILES.get(width, tile_of(width))[0]
+    none = np.zeros_like(rows)
+    fields = np.stack([rows, weight, block_scale, counts, none, none, none, groups], axis=1)
+    return Batch(
+        elements=width,
+        table=torch.from_numpy(fields).to(device),
+        tiles=torch.from_numpy(tiles_of(counts, step)).to(device),
+        num_tiles=int((-(-counts // step)).sum()),
+        num_groups=1 + int(groups.max()),
+        plain=True,
+        swap=False,
+        keep=keep,
     )
 
 
@@ -276,7 +314,7 @@ def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
     arguments = (batch.table, batch.tiles, noted.counts, noted.notes, noted.values, programs)
     grid = (-(-programs // 4),)
     counts = torch.empty(2, programs, dtype=torch.int32, device=device)
-    _loops().count_notes[grid](*arguments, counts, **shape)
+    _run("count_notes", device, grid, *arguments, counts, **shape)
     before = counts.cumsum(1)
     ends = torch.cat([before[:, -1], noted.counts.amax().long()[None]]).tolist()
     if ends[2] > ROOM:
@@ -285,7 +323,7 @@ def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
     weight, scale = _changes(ends[0], device), _changes(ends[1], device)
     out = [(part.matrix, part.position, part.difference, part.value) for part in (weight, scale)]
     if ends[0] or ends[1]:
-        _loops().sort_notes[grid](*arguments, before, *out[0], *out[1], **shape)
+        _run("sort_notes", device, grid, *arguments, before, *out[0], *out[1], **shape)
     return Diff(weight=weight, block_scale=scale, overflowed=False)
 
 
@@ -315,10 +353,14 @@ def _changes(count: int, device: torch.device) -> Changes:
 def _launch(name: str, batch: Batch, *arguments: object, **constants: object) -> None:
     rows, width, warps = batch.block
     if batch.programs:
-        getattr(_loops(), name)[(batch.programs,)](
-            *arguments, K=batch.elements, BN=rows, BK=width, EVEN=batch.even, FIELDS=_loops().FIELDS, num_warps=warps,
-            **constants,
-        )  # fmt: skip
+        shape = {"K": batch.elements, "BN": rows, "BK": width, "EVEN": batch.even, "FIELDS": _loops().FIELDS}
+        _run(name, batch.table.device, (batch.programs,), *arguments, **shape, num_warps=warps, **constants)
+
+
+def _run(name: str, device: torch.device, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Launch where the memory is: Triton launches on the current device, which may be another one."""
+    with torch.cuda.device(device):
+        getattr(_loops(), name)[grid](*arguments, **constants)
 
 
 # ---------------------------------------------------------------- rows of one matrix, as the table of formats has them
@@ -345,27 +387,29 @@ def _encode_fp8(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     if rows.numel():
         divisor = torch.tensor([scale], dtype=torch.float32, device=rows.device)
         grid = (-(-rows.numel() // 2048),)
-        _loops().encode_fp8[grid](rows, divisor, out["weight"], rows.numel(), BLOCK=2048)
+        _run("encode_fp8", rows.device, grid, rows, divisor, out["weight"], rows.numel(), BLOCK=2048)
 
 
 def _encode_fp8_channel(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     if rows.numel():
         scales = out["weight_scale"].view(torch.float32)
-        _loops().encode_fp8_channel[(len(rows),)](rows, out["weight"], scales, rows.shape[1], BK=1024)
+        grid = (len(rows),)
+        _run("encode_fp8_channel", rows.device, grid, rows, out["weight"], scales, rows.shape[1], BK=1024)
 
 
 def _encode_fp8_block(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     if rows.numel():
         scales, (n, k) = out["weight_scale"].view(torch.float32), rows.shape
         grid = (-(-n // 128), -(-k // 128))
-        _loops().encode_fp8_block[grid](rows, out["weight"], scales, n, k, TILE=128, num_warps=16)
+        _run("encode_fp8_block", rows.device, grid, rows, out["weight"], scales, n, k, TILE=128, num_warps=16)
 
 
 def _encode_mx(rows: Tensor, scale: float, given: Parts, out: Parts, *, fp4: bool) -> None:
     if rows.numel():
         blocks = rows.numel() // 32
         bits, grid = rows.view(torch.int16), (-(-blocks // 128),)
-        _loops().encode_mx[grid](bits, out["weight"], out["weight_scale"], blocks, BLOCKS=128, FP4=fp4)
+        parts = (out["weight"], out["weight_scale"])
+        _run("encode_mx", rows.device, grid, bits, *parts, blocks, BLOCKS=128, FP4=fp4)
 
 
 ENCODERS: dict[str, EncodeRows] = {

@@ -20,10 +20,11 @@ from sharding.cost import Work
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
+from .device_base import FormChanges
 from .device_rings import DEVICE_RING_BYTES
 from .digest import Digests
 from .errors import BusyError, TransferError, WeightUpdateError
-from .links import CUDA_IPC, SHARED_MEMORY, choose, here
+from .links import CUDA_IPC, SHARED_MEMORY, Link, choose, here
 from .manifest import Manifest
 from .ranks import Ranks
 from .report import Clock
@@ -54,7 +55,7 @@ class Attempt:
     described: pb.DescribeReply
     manifest: Manifest
     plan: PushPlan
-    content: Whole | Changes
+    content: Whole | Changes | FormChanges
     work: Work
     reason: str
     clock: Clock
@@ -171,7 +172,8 @@ class Attempt:
         if isinstance(self.content, Whole):
             return None
         to = destinations_of(self.described.ranks)
-        self._packed = pack_for(self.content, self.manifest, to)
+        on_device = [all(self._links[i].transport == CUDA_IPC for i in each.ranks) for each in to]
+        self._packed = pack_for(self.content, self.manifest, to, on_device)
         everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
         ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
         return DeltaPlan(
@@ -225,8 +227,7 @@ class Attempt:
         return self._streams.wire_bytes
 
     def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> list[StageStream]:
-        ours, ranks = here(), self.described.ranks  # encoded rows are in host memory
-        links = [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
+        ranks, links = self.described.ranks, self._links
         return [
             StageStream(
                 self.channel(rank.address),
@@ -242,6 +243,13 @@ class Attempt:
             )
             for rank, link in zip(ranks, links, strict=True)
         ]
+
+    @property
+    def _links(self) -> list[Link]:
+        """The way to every rank, from where what is sent lies."""
+        ours = here(self.content.device)
+        ranks = self.described.ranks
+        return [choose(ours, from_place_proto(rank.place), self.transports, rank.address) for rank in ranks]
 
     def _counted(self, total: int) -> Callable[[int], None]:
         done = 0

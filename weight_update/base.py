@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class Whole:
     """Every row of a push. keep: where its bytes stay, to be the base of the next push; None sends them unkept."""
 
     mode = "full"
+    device: torch.device | None = None  # that what is sent lies on, where that is not the host
 
     def __init__(self, plan: PushPlan, scales: Scales, *, keep: torch.device | None) -> None:
         self._plan, self._scales, self._kept = plan, scales, keep is not None
@@ -137,6 +139,11 @@ class Changes:
     held: Mapping[str, list[Held]]
 
     mode = "delta"
+    device: ClassVar[torch.device | None] = None
+
+    def whole(self, keep: torch.device | None) -> Whole:
+        """The same push with every row; the base means nothing afterwards."""
+        return Whole.of(self)
 
     @property
     def changed(self) -> frozenset[int]:
@@ -178,7 +185,7 @@ def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:
         for name, blocks in parts.items():
             at = positions[name]
             for below in _stacks(blocks):
-                new = torch.cat([data for _, data in below])
+                new = torch.cat([data for _, data in below]).cpu()
                 first = below[0][0]
                 patch, held = _compared(at, specs[name], base.rows_at(name, first), first, new)
                 patches += [patch] if patch is not None else []

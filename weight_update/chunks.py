@@ -80,7 +80,7 @@ class Packet:
     ) -> None:
         self.sequence = sequence
         self.pieces = pieces
-        self.payload_bytes = sum(piece.nbytes for piece in pieces)
+        self.payload_bytes = int(length.sum(dtype=np.uint64))
         self._columns = [tensor.astype("<u4").tobytes(), offset.astype("<u8").tobytes(), length.astype("<u4").tobytes()]
 
     @cached_property
@@ -130,7 +130,7 @@ class Packet:
         if len(head) + payload_bytes > MAX_MESSAGE_BYTES:
             raise TransferError(
                 f"chunk {self.sequence}: a message of {len(head) + payload_bytes} bytes, at most {MAX_MESSAGE_BYTES}"
-                f" are taken; send {len(self.pieces)} pieces of {payload_bytes} bytes in several chunks"
+                f" are taken; send {len(self._columns[0]) // 4} pieces of {payload_bytes} bytes in several chunks"
             )
         return head
 

@@ -21,26 +21,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from protos import transfuse_pb2 as pb
-from quant.formats import NON_FINITE
 from quant.names import IDENTITY, NameMap
 
 from .attempt import Attempt, Lease, Progress
-from .base import Base, Changes, Whole, compare
+from .base import Whole
 from .channels import PLAINTEXT
-from .encoder import global_scales, largest_bits_of, nonfinite_index
-from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
+from .encoder import Scales
+from .errors import BusyError, DigestError, StoreError, VersionError
 from .foresight import Foresight
 from .handle import PushHandle
 from .links import AUTO, allowed_of
 from .manifest import Manifest
 from .ranks import Ranks, this_process
 from .report import Clock, PushReport, report_of
+from .retained import Retained
 from .security import Security
-from .sharing import Holding, Shared, holding_of, plan_of, share_out
-from .source import Items, PushPlan, Scope, check_finite, offer_of
+from .source import Items, PushPlan, Scope
 from .transport import Channels, ControlClient
 from .values import from_manifest_proto
 
@@ -62,7 +60,8 @@ class Pusher:
     one). names: from the trainer's names to the service's (quant.name_maps), for tensors that are named or packed
     otherwise, such as q, k and v in one. mode: "auto" sends what changed wherever the service holds the last confirmed
     push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
-    device whose memory holds the bytes of the last confirmed push. lease_s: how long the service keeps an open push
+    device whose memory holds the bytes of the last confirmed push: "cpu" (pinned where the model is on a GPU), or the
+    model's own, where nothing has to be copied. lease_s: how long the service keeps an open push
     whose trainer went silent. retry_s: how long lost connections are retried. transport: the one that payloads take to
     every rank ("grpc", "shared-memory": see links), or the ones that they may take; "auto": the best that both ends
     have. on_progress: called with (phase, bytes done, bytes in all). security: certificates and token. Errors: see
@@ -90,8 +89,7 @@ class Pusher:
         self._control = ControlClient(target, security)
         self._ranks = Ranks(group)
         self._apart: Ranks | None = None
-        self._names = names
-        self._keep = None if mode == "full" else torch.device(keep)
+        self._retained = Retained(self._ranks, names, None if mode == "full" else torch.device(keep))
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or this_process()
@@ -99,13 +97,10 @@ class Pusher:
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels = Channels(security)
         self._manifest: Manifest | None = None
-        self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
         self._foresight = Foresight()
-        self._base: Base | None = None
         self._confirmed: tuple[int, str] = (0, "")  # version, digest
         self._unsettled: Attempt | None = None  # its outcome is not known
         self._running: PushHandle | None = None
-        self._why = "this trainer has pushed nothing yet"  # there is no base
 
     def push(
         self,
@@ -164,13 +159,12 @@ class Pusher:
         push are not part of the state."""
         self.run_id = str(state["run_id"])
         self._confirmed = (int(state["version"]), str(state["digest"]))
-        self._base = None
-        self._why = f"this run was resumed after version {self._confirmed[0]} and does not hold its bytes"
+        self._retained.forget(f"this run was resumed after version {self._confirmed[0]} and does not hold its bytes")
 
     @property
     def kept_bytes(self) -> int:
         """Memory that the last confirmed push takes here."""
-        return 0 if self._base is None else self._base.num_bytes
+        return self._retained.num_bytes
 
     def close(self) -> None:
         """Wait for a running push, then close all connections."""
@@ -211,14 +205,14 @@ class Pusher:
             raise StoreError("durable push: the service has no version store; start it with --store DIR")
         manifest = self._manifest_of(described)
         clock.stop("describe")
-        plan = self._plan(manifest, model, scope)
-        scales = self._scales(plan)
+        plan = self._retained.plan(manifest, model, scope)
+        scales = self._retained.scales(plan)
         content, reason = self._content(plan, scales, described)
         chosen_id = self._ranks.from_first(lambda: push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
-        delta = content.num_bytes if isinstance(content, Changes) else None
+        delta = None if isinstance(content, Whole) else content.num_bytes
         work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
-        kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._keep} memory"
+        kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._retained.keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
         return Attempt(
             control=self._control,
@@ -253,68 +247,31 @@ class Pusher:
             self._manifest = from_manifest_proto(described.manifest)
         return self._manifest
 
-    def _plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        offer = offer_of(manifest, model, scope, names=self._names)
-        ranks = self._ranks
-        shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
-        plan, problems = plan_of(manifest, offer, shared, ranks.rank, scope)
-        problems = [*offer.problems, *problems]
-        everywhere = list(dict.fromkeys(problem for each in ranks.gather(problems) for problem in each))
-        raise_all(ManifestError, "push refused", everywhere)
-        assert plan is not None
-        return plan
-
-    def _share_out(self, manifest: Manifest, own: Holding) -> Shared:
-        """Who sends what; the ranks tell each other what they hold once, and again when that changes on one of them."""
-        key = (manifest.fingerprint, *self._ranks.gather(own.digest))
-        if self._shared is None or self._shared[0] != key:
-            self._shared = key, share_out(manifest, self._ranks.gather(own), own)
-        return self._shared[1]
-
-    def _scales(self, plan: PushPlan) -> dict[str, Tensor]:
-        """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
-        Inf."""
-        bits = np.zeros(len(plan.order), np.int64)
-        places = {name: i for i, (name, _) in enumerate(plan.order)}
-        largest = largest_bits_of(plan.sources)
-        np.maximum.at(bits, np.array([places[source.name] for source in plan.sources], np.int64), largest)
-        found = [plan.sources[i] for i in np.flatnonzero(largest >= NON_FINITE)]
-        where = {source.name: nonfinite_index(source) for source in found}
-        bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)
-        check_finite(plan, bits, where)
-        pairs = zip(plan.order, bits.tolist(), strict=True)
-        return global_scales((row, value) for (_, row), value in pairs if row is not None)
-
-    def _content(self, plan: PushPlan, scales: dict[str, Tensor], described: pb.DescribeReply) -> tuple[Any, str]:
+    def _content(self, plan: PushPlan, scales: Scales, described: pb.DescribeReply) -> tuple[Any, str]:
         """What to send, and why; the same kind on every trainer rank."""
         reasons = [reason for reason in self._ranks.gather(self._why_full(described)) if reason]
         if reasons and self.mode == "delta":
             raise VersionError(f"delta push: {reasons[0]}; push once with mode='auto'")
         if reasons:
-            return Whole(plan, scales, keep=self._keep), str(reasons[0])
-        assert self._base is not None
-        changes = compare(plan, scales, self._base)
+            return self._retained.whole(plan, scales), str(reasons[0])
+        changes = self._retained.compared(plan, scales)
         total = sum(spec.num_bytes for spec in plan.specs)
         changed = int(self._ranks.reduce(np.array([changes.num_bytes], np.int64), dist.ReduceOp.SUM)[0])
         if self.mode == "auto" and changed > MAX_DELTA_SHARE * total:
-            return self._whole_of(changes), f"{changed} of {total} bytes changed"
+            return self._retained.whole_of(changes), f"{changed} of {total} bytes changed"
         return changes, f"changes of version {described.version}"
 
     def _why_full(self, described: pb.DescribeReply) -> str:
         """Why a delta cannot be pushed; nothing where it can."""
         if self.mode == "full":
             return "asked for"
-        if self._base is None:
-            return self._why
-        if self._base.digest != described.digest:
+        base = self._retained.base
+        if base is None:
+            return self._retained.why
+        if base.digest != described.digest:
             held = f"the service holds version {described.version} of digest {described.digest}"
-            return f"{held}, the last confirmed push of this trainer was version {self._base.version}"
+            return f"{held}, the last confirmed push of this trainer was version {base.version}"
         return ""
-
-    def _whole_of(self, changes: Changes) -> Whole:
-        """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
-        self._base, self._why = None, "the last push did not end well"
-        return Whole.of(changes)
 
     # -- on the way
 
@@ -329,10 +286,10 @@ class Pusher:
             return self._carried_out(attempt)
         except (VersionError, DigestError) as error:
             refused_base = isinstance(error, VersionError) and attempt.base_version
-            if self.mode != "auto" or not isinstance(attempt.content, Changes) or refused_base:
+            if self.mode != "auto" or isinstance(attempt.content, Whole) or refused_base:
                 raise
             log.warning("push %s: the delta was refused (%s), pushing in full", attempt.push_id, error)
-            attempt.content = self._whole_of(attempt.content)
+            attempt.content = self._retained.whole_of(attempt.content)
             attempt.reason = f"the delta was refused: {error}".splitlines()[0]
             attempt.described = self._describe()
             return self._carried_out(attempt)
@@ -356,10 +313,7 @@ class Pusher:
 
     def _confirm(self, attempt: Attempt, info: pb.VersionInfo) -> None:
         """The commit is certain: what was sent is what the service holds."""
-        carried = self._base
-        if carried is not None and carried.digest != attempt.described.digest:
-            carried = None  # of a version that this push does not build on
-        self._base = attempt.content.confirmed(carried, info.version, info.digest)
+        self._retained.confirm(attempt.content, attempt.described.digest, info.version, info.digest)
         self._confirmed = (info.version, info.digest)
 
     def _settle(self) -> None:

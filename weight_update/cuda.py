@@ -6,6 +6,8 @@
     lanes = chosen.digest(staged)                # of what arrived; chosen.digest() of what lies there: int64 [n, 2]
     changes = chosen.changes(tensors, positions, differences)
     changes.apply(); changes.undo(); changes.read_back()
+    form = row_major(at, row_bytes, row0, num_rows, keys, device)      # the same of rows that lie as they come
+    moves = Moves(sources, targets, sizes, device)  # pieces of memory; moves.run()
 
 Nothing here waits for the device. staged: int64 [n] on the device, the address of the first of this rank's rows of
 each tensor, rows one after the other, at multiples of 16 bytes.
@@ -27,19 +29,28 @@ from torch import Tensor
 from quant.cuda import Vectors, tiles_of
 from quant.steps import Located
 
-from .digest import Digests, lane_keys, signed
+from .digest import Digests, lane_keys, lanes_of, signed
 from .live import Write
 
 Indices = npt.NDArray[np.int64]
 
 BLOCK = 256  # changed bytes that one program takes
 COPY_ITEMS, MAX_ROWS = 4096, 128  # that one program moves
+MOVE_BYTES = {True: 32 << 10, False: 1 << 10}  # of a piece, that one program moves: by words of 16 bytes, by bytes
+COMPARE_BYTES = 4096  # that one program compares
+MOVE_STEP = {True: 8 << 10, False: 1 << 10}
 DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 8, 512, 4, 4
 
 
 @cache
 def _loops() -> ModuleType:
     return importlib.import_module(".cuda_loops", __package__)
+
+
+def _run(name: str, programs: int, first: Tensor, *others: object, **constants: object) -> None:
+    """Launch where the first argument is: Triton launches on the current device, which may be another one."""
+    with torch.cuda.device(first.device):
+        getattr(_loops(), name)[(programs,)](first, *others, **constants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +155,9 @@ class Chosen:
         table: Tensor,
         kinds: dict[Kind, list[int]],
         num_rows: npt.NDArray[np.int64],
-        vectors: Vectors | None = None,
+        keep: object = None,
     ) -> None:
-        self.table, self._vectors = table, vectors
+        self.table, self._keep = table, keep  # memory that the table names
         self.device = table.device
         self._copies: list[tuple[Kind, dict[str, int | bool], Tensor]] = []
         self._digests: list[tuple[Kind, dict[str, int | bool], dict[str, int | bool], Tensor]] = []
@@ -165,9 +176,9 @@ class Chosen:
         """Staged rows to where they lie; back: the other way."""
         for kind, shape, tiles in self._copies:
             steps = -(-(kind.row_bytes // int(shape["ITEM"])) // int(shape["BW"]))
-            _loops().copy_rows[(len(tiles) * steps,)](
-                self.table, staged, tiles, ROW=kind.row_bytes, RUN=kind.run_bytes, BACK=back, SWAP=kind.swap,
-                FIELDS=_loops().FIELDS, num_warps=1 if kind.single else 4, **shape,
+            _run(
+                "copy_rows", len(tiles) * steps, self.table, staged, tiles, ROW=kind.row_bytes, RUN=kind.run_bytes,
+                BACK=back, SWAP=kind.swap, FIELDS=_loops().FIELDS, num_warps=1 if kind.single else 4, **shape,
             )  # fmt: skip
 
     def digest(self, staged: Tensor | None = None) -> Tensor:
@@ -177,10 +188,10 @@ class Chosen:
             shape = live if staged is None else arrived
             words = -(-kind.row_bytes // 8)
             spans = -(-words // int(shape["SPAN"]))
-            _loops().digest_rows[(len(tiles) * spans,)](
-                self.table, self.table if staged is None else staged, tiles, out, ROW=kind.row_bytes,
-                RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None, UNROLL=DIGEST_UNROLL,
-                FIELDS=_loops().FIELDS, num_warps=1 if kind.single else DIGEST_WARPS, **shape,
+            _run(
+                "digest_rows", len(tiles) * spans, self.table, self.table if staged is None else staged, tiles, out,
+                ROW=kind.row_bytes, RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None,
+                UNROLL=DIGEST_UNROLL, FIELDS=_loops().FIELDS, num_warps=1 if kind.single else DIGEST_WARPS, **shape,
             )  # fmt: skip
         return out
 
@@ -200,9 +211,9 @@ class Bytes:
         self.moved = torch.zeros(len(chosen.table), 2, dtype=torch.int64, device=device)  # of the digests, mod 2^64
         self.taken = self.read_back()
         if count:
-            _loops().plan_bytes[(-(-count // BLOCK),)](
-                chosen.table, tensors, positions, differences, count, self._at, self._old, self._new, self.moved,
-                BLOCK=BLOCK, FIELDS=_loops().FIELDS,
+            _run(
+                "plan_bytes", -(-count // BLOCK), chosen.table, tensors, positions, differences, count, self._at,
+                self._old, self._new, self.moved, BLOCK=BLOCK, FIELDS=_loops().FIELDS,
             )  # fmt: skip
 
     def apply(self) -> None:
@@ -215,17 +226,84 @@ class Bytes:
 
     def _put(self, values: Tensor) -> None:
         if len(values):
-            _loops().put_bytes[(-(-len(values) // 1024),)](self._at, values, len(values), BLOCK=1024)
+            _run("put_bytes", -(-len(values) // 1024), self._at, values, len(values), BLOCK=1024)
 
     def read_back(self) -> Tensor:
         """What the words with changed bytes add to the digests as they lie now: int64 [n, 2]."""
         out = torch.zeros(len(self._chosen.table), 2, dtype=torch.int64, device=self._positions.device)
         if len(self._positions):
-            _loops().digest_bytes[(-(-len(self._positions) // BLOCK),)](
-                self._chosen.table, self._tensors, self._positions, len(self._positions), out, BLOCK=BLOCK,
-                FIELDS=_loops().FIELDS,
+            _run(
+                "digest_bytes", -(-len(self._positions) // BLOCK), self._chosen.table, self._tensors, self._positions,
+                len(self._positions), out, BLOCK=BLOCK, FIELDS=_loops().FIELDS,
             )  # fmt: skip
         return out
+
+
+def row_major(
+    at: Indices, row_bytes: Indices, row0: Indices, num_rows: Indices, keys: Digests, device: torch.device
+) -> Chosen:
+    """Rows [row0[i], row0[i] + num_rows[i]) of tensors, one after the other from address at[i], a multiple of 16. keys:
+    uint64 [n], of the tensors."""
+    lanes = lanes_of(keys, row_bytes).view(np.int64)
+    offsets = {
+        int(size): torch.arange(int(num_rows[row_bytes == size].max(initial=0)), device=device) * int(size)
+        for size in np.unique(row_bytes)
+    }
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    rows_at = np.array([offsets[size].data_ptr() for size in row_bytes.tolist()], np.int64)
+    runs_at, plain = np.full_like(at, none.data_ptr()), np.zeros_like(at)
+    columns = (at, rows_at, runs_at, row_bytes, row_bytes, row0, num_rows, lanes[:, 0], lanes[:, 1], plain)
+    kinds: dict[Kind, list[int]] = {}
+    alike, which = np.unique(np.stack([row_bytes, num_rows == 1], axis=1), axis=0, return_inverse=True)
+    for i, (size, single) in enumerate(alike.tolist()):
+        item = next(item for item in (16, 8, 4, 1) if size % item == 0)
+        places = np.flatnonzero((which.ravel() == i) & (num_rows > 0) & (row_bytes > 0)).tolist()
+        if places:
+            kinds[Kind(size, size, item, False, bool(single))] = places
+    table = torch.from_numpy(np.stack(columns, axis=1)).to(device)
+    return Chosen(table, kinds, num_rows, keep=(offsets, none))
+
+
+class Moves:
+    """Pieces of memory that go elsewhere: addresses on the device or on one that it reaches, and bytes."""
+
+    def __init__(self, sources: Indices, targets: Indices, sizes: Indices, device: torch.device) -> None:
+        wide = ((sources | targets | sizes) & 15) == 0
+        self._launches: list[tuple[bool, Tensor, int, int]] = []
+        for is_wide, chosen in ((True, wide), (False, ~wide)):
+            pieces = np.stack([each[chosen] for each in (sources, targets, sizes)], axis=1)
+            if len(pieces):
+                tiles = _blocks_of(pieces[:, 2], MOVE_BYTES[is_wide])
+                both = np.concatenate([pieces.ravel(), tiles])
+                self._launches.append((is_wide, torch.from_numpy(both).to(device), len(pieces), len(tiles)))
+
+    def run(self) -> None:
+        """On the current stream."""
+        for wide, table, pieces, tiles in self._launches:
+            tiles_at = table[3 * pieces :]
+            block, warps = MOVE_BYTES[wide], 4 if wide else 1
+            _run("move_pieces", tiles, table, tiles_at, BLOCK=block, STEP=MOVE_STEP[wide], WIDE=wide, num_warps=warps)
+
+
+def changed(old: Tensor, new: Tensor) -> Tensor:
+    """Where two pieces of memory differ, uint8 of the same size at multiples of 16 bytes: int64, increasing; waits for
+    the count."""
+    programs = -(-old.numel() // COMPARE_BYTES)
+    counts = torch.empty(programs, dtype=torch.int32, device=old.device)
+    shape = {"BLOCK": COMPARE_BYTES, "num_warps": 4}
+    _run("count_changed", programs, old, new, old.numel(), counts, **shape)
+    ends = counts.cumsum(0)
+    found = torch.empty(int(ends[-1]) if programs else 0, dtype=torch.int64, device=old.device)
+    if len(found):
+        _run("list_changed", programs, old, new, old.numel(), ends - counts, found, **shape)
+    return found
+
+
+def _blocks_of(sizes: Indices, block: int) -> Indices:
+    """int64: a piece << 32 | which block of it."""
+    counts = -(-sizes // block)
+    which = np.repeat(np.arange(len(sizes)), counts)
+    return (which << 32) | (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts))
 
 
 def as_digests(lanes: Tensor) -> Digests:

@@ -1,7 +1,7 @@
 """Transactions on a CUDA device: staged on a side stream, installed on their own, the pause timed by events.
 
-Rows arrive in pinned host memory and follow into device memory while the model runs (a transport that writes device
-memory itself takes `StagingBuffer.rows`). What a pause does is launched whole and waited for once.
+Rows arrive in device memory while the model runs: out of a ring in that memory, or through pinned memory of one chunk's
+size. What a pause does is launched whole and waited for once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .cuda import Bytes, Chosen, Table, as_digests
-from .delta import BlobSize, Patch, Positions
+from .cuda import Bytes, Chosen, Moves, Table, as_digests
+from .delta import DEVICE_MAGIC, BlobSize, DeviceDelta, Patch, Positions, check_apart, patches_of, unpack
 from .digest import Digests
-from .errors import LayoutError, TransferError, raise_all
-from .install import Changes, FullInstall, Install, require_equal
+from .errors import TransferError, raise_all
+from .install import Changes, FullInstall, FullPlan, FullPlans, Install, require_equal
 from .live import Live
 from .patching import DeltaInstall, Dense
-from .staging import ALIGN_BYTES, Arena, StagingBuffer
+from .staging import Arena, StagingBuffer, StagingPlan
+
+Indices = npt.NDArray[np.int64]
 
 
 class Cuda:
@@ -31,6 +33,8 @@ class Cuda:
     def __init__(self, live: Live) -> None:
         self.live, self.device = live, live.device
         self.table = Table(live.writes)
+        self._plans = FullPlans(live)
+        self._chosen: tuple[FullPlan, Chosen] | None = None
         self.arena, self.pinned = Arena(self.device), Arena(pinned=True)
         self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # staging
         self.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # installs
@@ -47,7 +51,10 @@ class Cuda:
         return self.events[0].elapsed_time(self.events[1]) if self.timed else 0.0
 
     def full(self, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int) -> Install:
-        return CudaFull(self, transaction, version, indices, in_flight_bytes)
+        plan = self._plans.of(indices)
+        if self._chosen is None or self._chosen[0] is not plan:
+            self._chosen = plan, self.table.select(indices)
+        return CudaFull(self, plan, self._chosen[1], transaction, version, in_flight_bytes)
 
     def delta(
         self,
@@ -84,55 +91,52 @@ class Cuda:
         current.wait_stream(self.own)
 
 
-class Follower:
-    """Device memory that follows pinned host memory on a side stream: a `staging.Mirror`."""
+class DeviceStaging(StagingBuffer):
+    """Rows arrive in a GPU's memory: from there in one launch a chunk, from the host through pinned memory of a chunk's
+    size, on a side stream."""
 
-    def __init__(self, pinned: Tensor, memory: Tensor, stream: torch.cuda.Stream) -> None:
-        self.memory, self._pinned, self._stream = memory, pinned, stream
+    def __init__(self, plan: StagingPlan, memory: Tensor, stream: torch.cuda.Stream, pinned: Arena) -> None:
+        super().__init__(plan, memory)
+        self._stream, self._pinned = stream, pinned
         stream.wait_stream(torch.cuda.current_stream(memory.device))  # whatever used this memory before
 
-    def send(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> None:
-        """Pieces that only padding lies between are one copy."""
-        with torch.cuda.stream(self._stream):
-            for first, stop in _runs(starts, stops):
-                self.memory[first:stop].copy_(self._pinned[first:stop], non_blocking=True)
+    def _copy(self, payload: memoryview | Tensor, starts: Indices, lengths: Indices) -> None:
+        with torch.cuda.device(self.memory.device), torch.cuda.stream(self._stream):
+            if not isinstance(payload, Tensor) or payload.device != self.memory.device:
+                payload = self._brought(payload)
+            before = payload.data_ptr() + np.cumsum(lengths) - lengths
+            Moves(before, self.memory.data_ptr() + starts, lengths, self.memory.device).run()
+            self._stream.synchronize()
 
-    def wait(self) -> None:
+    def _brought(self, payload: memoryview | Tensor) -> Tensor:
+        """A payload of the host on the device."""
+        pinned = self._pinned.reserve(len(payload))
+        if isinstance(payload, Tensor):
+            pinned.copy_(payload)
+        else:
+            pinned.numpy()[:] = np.frombuffer(payload, np.uint8)
+        return pinned.to(self.memory.device, non_blocking=True)
+
+    def _settle(self) -> None:
         self._stream.synchronize()
-
-
-def _runs(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    if not len(starts):
-        return
-    cuts = np.flatnonzero((starts[1:] < stops[:-1]) | (starts[1:] - stops[:-1] >= ALIGN_BYTES)) + 1
-    for part in np.split(np.arange(len(starts)), cuts):
-        yield int(starts[part[0]]), int(stops[part[-1]])
-
-
-def _staging(install: CudaFull | CudaDelta, memory: Tensor) -> StagingBuffer:
-    device = install.cuda
-    pinned = device.pinned.reserve(len(memory))
-    return StagingBuffer(install.layout, pinned, Follower(pinned, memory, device.side))
 
 
 class CudaFull(FullInstall):
     """Whole tensors, a launch for each kind of row."""
 
     def __init__(
-        self, cuda: Cuda, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int
+        self, cuda: Cuda, plan: FullPlan, chosen: Chosen, transaction: int, version: int, in_flight_bytes: int
     ) -> None:
-        super().__init__(cuda.live, transaction, version, indices, in_flight_bytes)
-        self.cuda, self.layout = cuda, self._layout
-        self._chosen: Chosen = cuda.table.select(indices)
+        super().__init__(cuda.live, plan, transaction, version, in_flight_bytes)
+        self.cuda, self._chosen = cuda, chosen
 
     def reserve(self, arena: Arena) -> None:
-        staged, block, undo = self._layout.num_bytes, self._block_bytes, self.memory.undo_bytes
-        memory = arena.reserve(staged + block + undo)
-        self.staging = _staging(self, memory[:staged])
-        self._rows = [self.staging.rows(i) for i in range(len(self._writes))]
+        plan, staged, block = self.plan, self.plan.layout.num_bytes, self.plan.block_bytes
+        memory = arena.reserve(staged + block + self.memory.undo_bytes)
+        self.staging = DeviceStaging(plan.layout, memory[:staged], self.cuda.side, self.cuda.pinned)
         self._scratch = memory[staged : staged + block]
         self._undo = self._copies(memory[staged + block :])
-        self._at = torch.from_numpy(self._layout.at + memory.data_ptr()).to(memory.device)
+        self._at = torch.from_numpy(plan.layout.at + memory.data_ptr()).to(memory.device)
 
     def prepare(self) -> Digests:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
@@ -146,16 +150,11 @@ class CudaFull(FullInstall):
     def write(self) -> Digests:
         with self.cuda.paused():
             self._chosen.scatter(self._at)
-            for each in self._recomputes:
+            for each in self.plan.recomputes:
                 each.apply()
             lanes = self._chosen.digest()
-            installed = as_digests(lanes)
-        require_equal(installed, self._staged, self._writes)
-        names = {span[0]: None for span in self._spans}
-        padding = [each for name in names for each in self._live.padding.get(name, ())]
-        stained = [problem for each in padding if (problem := each.problem(self._scratch)) is not None]
-        raise_all(LayoutError, "install: padding was written; the old bytes are back", stained)
-        self._live.audit.check()
+        installed = as_digests(lanes)
+        self._require_installed(installed)
         return installed
 
     def undo(self) -> None:
@@ -184,11 +183,13 @@ class CudaDelta(DeltaInstall):
         self.cuda, self.layout = cuda, self._layout
         self._chosen = cuda.table.select(indices)
         self._bytes: Bytes | None = None
+        self._on_device: list[DeviceDelta] = []
 
     def reserve(self, arena: Arena) -> None:
-        # Blobs are unpacked by the host: they stay there.
-        self.staging = StagingBuffer(self._layout, self.cuda.pinned.reserve(self._layout.num_bytes))
-        self._scratch = arena.reserve(self._block_bytes)
+        staged = self._layout.num_bytes
+        memory = arena.reserve(staged + self._block_bytes)
+        self.staging = DeviceStaging(self._layout, memory[:staged], self.cuda.side, self.cuda.pinned)
+        self._scratch = memory[staged:]
 
     def prepare(self) -> Digests:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
@@ -203,14 +204,50 @@ class CudaDelta(DeltaInstall):
             for patch in patches
             if patch.positions is None
         ]
-        self._bytes = self._chosen.changes(*_joined(self._sparse, self._chosen.device))
+        self._listed = self._joined()
+        self._bytes = self._chosen.changes(*self._listed)
         moved = self._moved(self._dense, [part.into for part in self._dense])
         self._staged: Digests = moved + as_digests(self._bytes.moved)
-        touched = {part.write.span[0] for part in self._dense}
-        touched |= {self._writes[patch.tensor].span[0] for patch in self._sparse}
+        tensors = {patch.tensor for patch in self._sparse} | set(self._in_device_blobs())
+        touched = {part.write.span[0] for part in self._dense} | {self._writes[i].span[0] for i in tensors}
         self._stale = self._live.stale(touched)
         self._derived = [(each.target, each.target.clone()) for each in self._stale]
         return self._staged
+
+    def _unpacked(self) -> list[Patch]:
+        """The patches of blobs that the host packed. Those of a device are left as they are."""
+        specs = [write.placement.tensor for write in self._writes]
+        row0 = np.array([write.row0 for write in self._writes], np.int64)
+        stop = row0 + np.array([write.num_rows for write in self._writes], np.int64)
+        row_bytes = np.array([spec.row_bytes for spec in specs], np.int64)
+        patches: list[Patch] = []
+        for i, size in enumerate(self._blobs):
+            blob = self.staging.rows(i).reshape(-1)
+            if blob[: len(DEVICE_MAGIC)].cpu().numpy().tobytes() == DEVICE_MAGIC:
+                columns = (torch.from_numpy(each).to(blob.device) for each in (row_bytes, row0, stop))
+                self._on_device.append(DeviceDelta.of_blob(blob, size, *columns))
+            else:
+                patches += unpack(blob.cpu().numpy().data, size, specs, row0, stop)
+        check_apart(patches, specs)
+        return patches
+
+    def _in_device_blobs(self) -> list[int]:
+        """Tensors that blobs of a device touch."""
+        return [int(i) for each in self._on_device for i in torch.unique_consecutive(each.tensors).tolist()]
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All changed bytes as one list on the device, in the order of tensors and positions."""
+        found = [_listed(self._sparse, self._chosen.device)] if self._sparse or not self._on_device else []
+        found += [(each.tensors, each.positions, each.differences) for each in self._on_device]
+        if len(found) == 1:
+            return found[0]
+        tensors, positions, differences = (torch.cat(each) for each in zip(*found, strict=True))
+        order = torch.argsort(positions, stable=True)
+        order = order[torch.argsort(tensors[order], stable=True)]
+        tensors, positions = tensors[order], positions[order]
+        if bool(((tensors[1:] == tensors[:-1]) & (positions[1:] == positions[:-1])).any()):
+            raise TransferError("delta refused, nothing of it was written: bytes come twice")
+        return tensors, positions, differences[order]
 
     def arrived(self) -> dict[str, Tensor]:
         return self.whole_of(self._dense)
@@ -243,9 +280,12 @@ class CudaDelta(DeltaInstall):
             name = self._writes[tensor].placement.tensor.name
             positions = [patch.positions for patch in patches if patch.positions is not None]
             found.setdefault(name, positions[0] if len(positions) == 1 else np.concatenate(positions))
-        return found
+        # Their positions stay on the device: whoever follows them reads all of these tensors.
+        return found | {self._writes[i].placement.tensor.name: None for i in self._in_device_blobs()}
 
     def reverse(self) -> list[Patch]:
+        specs = [write.placement.tensor for write in self._writes]
+        sparse = [*self._sparse, *(patch for each in self._on_device for patch in patches_of(each, specs))]
         back = [
             Patch(
                 tensor=self.indices[patch.tensor],
@@ -254,7 +294,7 @@ class CudaDelta(DeltaInstall):
                 positions=patch.positions,
                 values=np.negative(patch.values),
             )
-            for patch in self._sparse
+            for patch in sparse
         ]
         return [*back, *(part.reverse() for part in self._dense)]
 
@@ -263,8 +303,8 @@ class CudaDelta(DeltaInstall):
         return self._bytes
 
 
-def _joined(patches: Sequence[Patch], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All changed bytes as one list on the device: tensor, position, difference."""
+def _listed(patches: Sequence[Patch], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches as one list on the device: tensor, position, difference."""
     counts = [len(patch.values) for patch in patches]
     tensors = np.repeat(np.array([patch.tensor for patch in patches], np.int32), counts)
     none: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]

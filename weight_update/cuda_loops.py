@@ -86,6 +86,44 @@ def copy_rows(table, staged, tiles, ROW: tl.constexpr, RUN: tl.constexpr, ITEM: 
 
 
 @triton.jit
+def move_pieces(pieces, tiles, BLOCK: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
+    """pieces: int64 [n, 3], source, target and bytes. tiles: int64, a piece << 32 | which BLOCK of it, STEP bytes at a
+    time. WIDE: all are multiples of 16."""
+    tile = tl.load(tiles + tl.program_id(0))
+    piece = pieces + (tile >> 32) * 3
+    start = (tile & 0xFFFFFFFF) * BLOCK
+    source, target, left = tl.load(piece) + start, tl.load(piece + 1) + start, tl.load(piece + 2) - start
+    if WIDE:
+        there = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
+        here = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+        count = tl.multiple_of(left // 8, 2)
+        for i in tl.static_range(BLOCK // STEP):
+            at = i * (STEP // 8) + tl.arange(0, STEP // 8)
+            tl.store(there + at, tl.load(here + at, mask=at < count), mask=at < count)
+    else:
+        at = tl.arange(0, BLOCK)
+        value = tl.load(source.to(tl.pointer_type(tl.uint8)) + at, mask=at < left)
+        tl.store(target.to(tl.pointer_type(tl.uint8)) + at, value, mask=at < left)
+
+
+@triton.jit
+def count_changed(old, new, size, counts, BLOCK: tl.constexpr):
+    """Bytes that differ, of each BLOCK."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    differ = tl.load(old + at, mask=at < size, other=0) != tl.load(new + at, mask=at < size, other=0)
+    tl.store(counts + tl.program_id(0), tl.sum(differ.to(tl.int32), axis=0))
+
+
+@triton.jit
+def list_changed(old, new, size, before, found, BLOCK: tl.constexpr):
+    """Where they are. before: int64, how many come before each BLOCK."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    differ = tl.load(old + at, mask=at < size, other=0) != tl.load(new + at, mask=at < size, other=0)
+    place = tl.load(before + tl.program_id(0)) + tl.cumsum(differ.to(tl.int32), axis=0) - 1
+    tl.store(found + place, at, mask=differ)
+
+
+@triton.jit
 def _word(base, row_at, word, runs, mask, ROW: tl.constexpr, RUN: tl.constexpr, ITEM: tl.constexpr):
     """Words of 8 bytes of rows that start at byte row_at; the last one of a row is filled up with zeros."""
     if ITEM == 16:  # one run a row, at multiples of 16

@@ -34,6 +34,7 @@ from quant.formats import TensorSpec
 from .errors import TransferError, raise_all
 
 MAGIC = b"TFD1"
+DEVICE_MAGIC, DEVICE_HEAD = b"TFD2", struct.Struct("<4sIQ")
 HEAD = struct.Struct("<4sIQQQ")
 SEGMENT = np.dtype([("tensor", "<u4"), ("kind", "<u4"), ("first", "<u8"), ("stop", "<u8"), ("count", "<u8")])
 MAX_PLANES = 8
@@ -67,6 +68,68 @@ class Patch:
     @property
     def kind(self) -> int:
         return SPARSE if self.positions is not None else RELATIVE if self.relative else DENSE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceDelta:
+    """Changed bytes in a GPU's memory, of all tensors of a push in order: int32 tensor, int64 position in it, uint8
+    new - old.
+
+    As a blob, little-endian and packed by nobody, since the link is faster than what would pack it:
+
+        "TFD2" | 0 u32 | changes u64 | positions u64 each | tensors u32 each | differences u8 each
+    """
+
+    tensors: Tensor
+    positions: Tensor
+    differences: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_bytes(self) -> int:
+        return DEVICE_HEAD.size + 13 * len(self)
+
+    def owned(self, row_start: Tensor, row_stop: Tensor, row_bytes: Tensor) -> DeviceDelta:
+        """Those in rows [row_start, row_stop) of each tensor of the push: int64 on the device."""
+        which = self.tensors.long()
+        rows = self.positions // row_bytes[which]
+        kept = (rows >= row_start[which]) & (rows < row_stop[which])
+        if bool(kept.all()):
+            return self
+        return DeviceDelta(
+            tensors=self.tensors[kept], positions=self.positions[kept], differences=self.differences[kept]
+        )
+
+    def blob(self) -> tuple[Tensor, BlobSize]:
+        """uint8 on the device, and what is announced of it."""
+        head = torch.frombuffer(bytearray(DEVICE_HEAD.pack(DEVICE_MAGIC, 0, len(self))), dtype=torch.uint8)
+        columns = (self.positions, self.tensors, self.differences)
+        blob = torch.cat([head.to(self.positions.device), *(each.view(torch.uint8) for each in columns)])
+        return blob, BlobSize(num_bytes=len(blob), num_segments=0, num_changes=len(self), dense_bytes=0)
+
+    @classmethod
+    def of_blob(
+        cls, blob: Tensor, size: BlobSize, row_bytes: Tensor, row_start: Tensor, row_stop: Tensor
+    ) -> DeviceDelta:
+        """The changes in a blob for a rank that holds these rows; TransferError unless it is of the announced size and
+        names nothing but increasing positions in them."""
+        count = size.num_changes
+        magic, _, stated = DEVICE_HEAD.unpack(blob[: DEVICE_HEAD.size].cpu().numpy().tobytes())
+        announced = (DEVICE_MAGIC, count, DEVICE_HEAD.size + 13 * count)
+        if (magic, stated, len(blob)) != announced:
+            raise TransferError(f"delta: {magic!r}, {stated} changes, {len(blob)} bytes; announced were {announced}")
+        edges = np.cumsum([DEVICE_HEAD.size, 8 * count, 4 * count, count]).tolist()
+        parts = [blob[a:b] for a, b in pairwise(edges)]
+        positions, tensors = parts[0].view(torch.int64), parts[1].view(torch.int32)
+        which = tensors.long().clamp(0, len(row_bytes) - 1)
+        inside = (tensors == which) & (positions >= (row_start * row_bytes)[which])
+        inside &= positions < (row_stop * row_bytes)[which]
+        ahead = (which[1:] > which[:-1]) | ((which[1:] == which[:-1]) & (positions[1:] > positions[:-1]))
+        if not bool(inside.all() & ahead.all()):
+            raise TransferError("delta: changed bytes outside the rows of this rank, or out of order; push again")
+        return cls(tensors=tensors, positions=positions, differences=parts[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +200,25 @@ def is_sparse(num_changes: int, num_bytes: int) -> bool:
 def is_relative(differences: Bytes, new: Bytes) -> bool:
     """Whether the differences of all bytes take fewer bytes on the wire than the bytes themselves."""
     return len(_compressed(differences, DENSE_LEVEL)) < len(_compressed(new, DENSE_LEVEL))
+
+
+def patches_of(delta: DeviceDelta, specs: Sequence[TensorSpec]) -> list[Patch]:
+    """The same as patches of the host, one a tensor."""
+    tensors, positions, differences = (
+        each.cpu().numpy() for each in (delta.tensors, delta.positions, delta.differences)
+    )
+    edges = [0, *(np.flatnonzero(np.diff(tensors)) + 1).tolist(), len(tensors)]
+    return [
+        Patch(
+            tensor=int(tensors[a]),
+            first=int(positions[a] // specs[tensors[a]].row_bytes * specs[tensors[a]].row_bytes),
+            stop=int((positions[b - 1] // specs[tensors[a]].row_bytes + 1) * specs[tensors[a]].row_bytes),
+            positions=positions[a:b],
+            values=differences[a:b],
+        )
+        for a, b in pairwise(edges)
+        if a < b
+    ]
 
 
 def cut(patch: Patch, first: int, stop: int) -> Patch | None:

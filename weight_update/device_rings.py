@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .chunks import Packet
 from .errors import TransferError
+from .gathering import Gathered
 from .links import gpu_of
 from .rings import TOKEN_BYTES, RingWriter
 
-DEVICE_CHUNK_BYTES = 64 << 20  # NVLink needs pieces of tens of MiB, and each chunk costs its messages
+DEVICE_CHUNK_BYTES = 128 << 20  # NVLink needs pieces of tens of MiB, and each chunk costs its messages
 DEVICE_RING_BYTES = 4 * DEVICE_CHUNK_BYTES
 
 
@@ -59,6 +60,7 @@ class DeviceWriter(RingWriter):
 
     def __init__(self, memory: Tensor, token: bytes) -> None:
         self._memory: Any = memory
+        self._reached: dict[torch.device, bool] = {}
         self._begin(token)
 
     @classmethod
@@ -85,7 +87,15 @@ class DeviceWriter(RingWriter):
         return int(self._memory.numel())
 
     def put(self, packet: Packet, at: int) -> bytes:
-        """One copy on the sender's GPU, of the pieces to one another, and one across."""
+        """One launch that brings located pieces across; else one copy on the sender's GPU, of the pieces to one
+        another, and one across."""
+        if isinstance(packet, Gathered):
+            if self._is_reached(packet.device):
+                packet.gather(self._memory.data_ptr() + at)
+            else:
+                self._memory[at : at + packet.payload_bytes].copy_(packet.joined())
+                torch.cuda.synchronize(packet.device)
+            return packet.in_ring(at, on_device=True)
         pieces = [piece if isinstance(piece, Tensor) else _tensor(piece) for piece in packet.pieces]
         device = next((piece.device for piece in pieces if piece.is_cuda), torch.device("cpu"))
         joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])
@@ -93,6 +103,18 @@ class DeviceWriter(RingWriter):
         if joined.is_cuda:
             torch.cuda.current_stream(joined.device).synchronize()
         return packet.in_ring(at, on_device=True)
+
+
+    def _is_reached(self, device: torch.device) -> bool:
+        """Whether kernels on the device can write here; the first copy from it opens the way."""
+        ours = self._memory.device
+        if device not in self._reached:
+            is_peer = device == ours or torch.cuda.can_device_access_peer(device, ours)
+            if is_peer:
+                self._memory[:1].copy_(torch.zeros(1, dtype=torch.uint8, device=device))
+                torch.cuda.synchronize(device)
+            self._reached[device] = is_peer
+        return self._reached[device]
 
 
 def _tensor(piece: memoryview) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from .delta import BlobSize, Patch
 from .digest import Digests
-from .install import FullInstall, Install, read_back
+from .install import FullInstall, FullPlans, Install, read_back
 from .live import Live
 from .patching import DeltaInstall
 from .staging import Arena
@@ -48,14 +48,14 @@ class Host:
     """Host memory."""
 
     def __init__(self, live: Live) -> None:
-        self._live, self._arena = live, Arena()
+        self._live, self._arena, self._plans = live, Arena(), FullPlans(live)
 
     @property
     def reserved_bytes(self) -> int:
         return self._arena.num_bytes
 
     def full(self, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int) -> Install:
-        return FullInstall(self._live, transaction, version, indices, in_flight_bytes)
+        return FullInstall(self._live, self._plans.of(indices), transaction, version, in_flight_bytes)
 
     def delta(
         self,

@@ -59,6 +59,16 @@ def lane_keys(key: int, row_bytes: int) -> tuple[int, int]:
     return k0, k1
 
 
+def lanes_of(keys: npt.NDArray[np.uint64], row_bytes: Ints) -> Digests:
+    """The lane keys of many tensors, [n, 2]."""
+    ahead = row_bytes.astype(np.uint64) * np.uint64(GOLDEN)
+    x = (keys[:, None] ^ np.array(SEEDS, np.uint64)) + ahead[:, None]
+    for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(multiplier)
+    mixed: Digests = x ^ (x >> np.uint64(31))
+    return mixed
+
+
 def _mixed(x: int) -> int:
     x = ((x ^ (x >> 30)) * MULTIPLIERS[0]) & MASK
     x = ((x ^ (x >> 27)) * MULTIPLIERS[1]) & MASK

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
 from .chunks import Packet, Piece
+from .gathering import Located, gathered
 from .packing import Packer
 from .stream import StageStream
 
@@ -21,10 +24,18 @@ class Door:
         self.destination = destination
         self._streams = streams
         self._packer = Packer(min(stream.chunk_bytes for stream in streams))
+        self._gathering: Any = None  # stream of the device on which pieces are brought together
 
     def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""
         self._send(self._packer.add(tensor, offset, data))
+
+    def add_located(self, located: Located) -> None:
+        """Queue pieces in a GPU's memory; all of them leave, in chunks of their own."""
+        self.flush()
+        if len(located.tensor):
+            self._gathering = self._gathering or torch.cuda.Stream(located.device)  # type: ignore[no-untyped-call]
+            self._send(gathered(located, self._packer.chunk_bytes, self._packer.number, self._gathering))
 
     def flush(self) -> None:
         """Send what is queued."""

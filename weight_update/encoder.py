@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from quant.parameters import ParameterRow
 from sharding.routes import as_bytes
 
 from .adapters import merged
-from .source import Source
+from .source import PushPlan, Source
 
 BLOCK_BYTES = 8 << 20  # BF16 bytes encoded at a time
 SMALL_ELEMENTS, SMALL_AT_A_TIME = 2048, 4096  # of a source, and sources: their scratch is at most 16 MiB
@@ -35,6 +35,65 @@ def global_scales(amaxes: Iterable[tuple[ParameterRow, int]]) -> dict[str, Tenso
     for _, key, bits in pairs:
         largest[key] = max(largest.get(key, 0), bits)
     return {row.name: global_scale(FORMATS[row.format], largest[key]) for row, key, _ in pairs}
+
+
+class Scales(Mapping[str, Tensor]):
+    """The global scales of a push by parameter, of those whose formats have one; made from a table, since a push may
+    have tens of thousands."""
+
+    def __init__(self, grouping: Grouping, values: npt.NDArray[np.float32]) -> None:
+        self._grouping, self._table = grouping, values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.tensor(self._table[self._grouping.place[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._grouping.place)
+
+    def __len__(self) -> int:
+        return len(self._grouping.place)
+
+    @property
+    def of_sources(self) -> npt.NDArray[np.float32]:
+        """By source of the push; 1.0 where there is none."""
+        found: npt.NDArray[np.float32] = self._table[self._grouping.sources]
+        return found
+
+
+class Grouping:
+    """Which parameters of a push share a global scale: tables that hold for every push of the same plan.
+
+    sources: by source, its place in the plan's order. place: of every parameter that has a scale.
+    """
+
+    def __init__(self, plan: PushPlan) -> None:
+        places = {name: i for i, (name, _) in enumerate(plan.order)}
+        self.sources = np.array([places[source.name] for source in plan.sources], np.int64)
+        rows = [(i, row) for i, (_, row) in enumerate(plan.order) if row and FORMATS[row.format].has_global_scale]
+        numbers: dict[str, int] = {}
+        self._at = np.array([i for i, _ in rows], np.int64)
+        self._group = np.array(
+            [numbers.setdefault(row.group or row.name, len(numbers)) for _, row in rows], np.int64
+        )
+        self._divisor = np.array([FORMATS[row.format].global_divisor for _, row in rows], np.float32)
+        self._count, self._groups = len(plan.order), len(numbers)
+        self.place = {row.name: i for i, row in rows}
+
+    def largest(self, bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """By place in the order, from the bits of every source."""
+        found = np.zeros(self._count, np.int64)
+        np.maximum.at(found, self.sources, bits)
+        return found
+
+    def scales(self, bits: npt.NDArray[np.int64]) -> Scales:
+        """From the largest magnitudes over all trainer ranks, in the plan's order: one a fused group, as
+        `quant.formats.global_scale` has it."""
+        largest, values = np.zeros(self._groups, np.int64), np.ones(self._count, np.float32)
+        np.maximum.at(largest, self._group, bits[self._at])
+        own = largest[self._group]
+        quotients = (own << 16).astype(np.uint32).view(np.float32) / self._divisor
+        values[self._at] = np.where(own == 0, np.float32(1), quotients)
+        return Scales(self, values)
 
 
 def sent_rows(source: Source) -> Iterator[tuple[int, Tensor]]:
@@ -59,8 +118,8 @@ def blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
         rows = part.reshape(part.shape[0] if part.ndim else 1, -1)
         step = rows_at_a_time(fmt, rows.shape[1])
         for start in range(0, rows.shape[0], step):
-            # A view where the rows are contiguous in that dtype on the host already; otherwise scratch of one block.
-            block = rows[start : start + step].to(device="cpu", dtype=fmt.rows_dtype)
+            # A view where the rows are contiguous in that dtype already; otherwise scratch of one block.
+            block = rows[start : start + step].to(dtype=fmt.rows_dtype)
             yield first + start, block.contiguous()
 
 
@@ -116,7 +175,7 @@ def encoded(source: Source, scale: Tensor | None) -> Iterator[tuple[TensorSpec, 
     """(tensor, first row, [n, row bytes] uint8) of everything that a source sends."""
     if source.kind == "checkpoint":
         if source.rows.numel():
-            yield from ((source.specs[0], first, as_bytes(rows.cpu())) for first, rows in sent_rows(source))
+            yield from ((source.specs[0], first, as_bytes(rows)) for first, rows in sent_rows(source))
         return
     format_ = FORMATS[source.parameter.format]
     if not format_.is_quantized:

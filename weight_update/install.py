@@ -25,12 +25,13 @@ from quant.layouts import invert_rows
 from .delta import Patch, Positions
 from .digest import Digests, digest_staged
 from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
-from .live import BLOCK_BYTES, Live, Span, Write, merge_spans
-from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
+from .live import BLOCK_BYTES, Live, Recompute, Span, Write, merge_spans
+from .staging import ALIGN_BYTES, Arena, StagingBuffer, StagingPlan, plan_staging
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
 
+Ints = npt.NDArray[np.int64]
 Changes = Mapping[str, Positions | None]  # tensor -> bytes that this rank wrote, None for whatever it holds of it
 
 
@@ -85,45 +86,81 @@ class Install(Protocol):
         """What leads from the written bytes back to the old ones, in memory of its own; tensors of the manifest."""
 
 
-class FullInstall:
-    """Whole tensors: staged as they will lie in the checkpoint form, written row by row, read back in full."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FullPlan:
+    """An install of whole tensors, but for when it is done. indices: of the manifest. spans: bytes that it overwrites,
+    derived values included. columns: rows, bytes of a row, first row and key of every tensor."""
 
-    def __init__(
-        self, live: Live, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int
-    ) -> None:
-        self.transaction, self.version, self.indices = transaction, version, indices
-        self._live = live
-        self._writes = [live.writes[i] for i in indices]
-        self._recomputes = live.stale({write.span[0] for write in self._writes if write.num_rows})
-        derived = [(each.name, 0, live.bytes[each.name].numel()) for each in self._recomputes]
-        self._spans = merge_spans([*(write.span for write in self._writes), *derived])
-        self._layout = plan_staging(
-            [write.placement.tensor for write in self._writes],
-            np.array([write.row0 for write in self._writes], np.int64),
-            np.array([write.row0 + write.num_rows for write in self._writes], np.int64),
+    indices: Sequence[int]
+    writes: Sequence[Write]
+    recomputes: Sequence[Recompute]
+    spans: Sequence[Span]
+    layout: StagingPlan
+    columns: tuple[Ints, Ints, Ints, npt.NDArray[np.uint64]]
+    block_bytes: int
+    changes: Changes
+
+    @classmethod
+    def of(cls, live: Live, indices: Sequence[int]) -> FullPlan:
+        """The plan of some tensors."""
+        writes = [live.writes[i] for i in indices]
+        specs = [write.placement.tensor for write in writes]
+        row0, num_rows = (np.array([getattr(each, name) for each in writes], np.int64) for name in ("row0", "num_rows"))
+        recomputes = live.stale({write.span[0] for write in writes if write.num_rows})
+        derived = [(each.name, 0, live.bytes[each.name].numel()) for each in recomputes]
+        row_bytes = np.array([spec.row_bytes for spec in specs], np.int64)
+        keys = np.array([write.key for write in writes], np.uint64)
+        return cls(
+            indices=indices,
+            writes=writes,
+            recomputes=recomputes,
+            spans=merge_spans([*(write.span for write in writes), *derived]),
+            layout=plan_staging(specs, row0, row0 + num_rows),
+            columns=(num_rows, row_bytes, row0, keys),
+            block_bytes=block_bytes(writes),
+            changes=dict.fromkeys(spec.name for spec in specs),
         )
-        self._block_bytes = block_bytes(self._writes)
+
+
+class FullPlans:
+    """The plan of the last tensors that came: most pushes bring the same ones as the one before."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._last: FullPlan | None = None
+
+    def of(self, indices: Sequence[int]) -> FullPlan:
+        if self._last is None or self._last.indices != indices:
+            self._last = FullPlan.of(self._live, indices)
+        return self._last
+
+
+class FullInstall:
+    """Whole tensors: their rows arrive in a staging buffer, and each is written through its layout."""
+
+    def __init__(self, live: Live, plan: FullPlan, transaction: int, version: int, in_flight_bytes: int) -> None:
+        self.plan, self.transaction, self.version, self.indices = plan, transaction, version, plan.indices
+        self._live = live
         self.memory = MemoryPlan(
-            staging_bytes=self._layout.num_bytes,
-            undo_bytes=sum(stop - first for _, first, stop in self._spans),
-            scratch_bytes=self._block_bytes + SLACK_BYTES + TENSOR_BYTES * len(self._writes),
+            staging_bytes=plan.layout.num_bytes,
+            undo_bytes=sum(stop - first for _, first, stop in plan.spans),
+            scratch_bytes=plan.block_bytes + SLACK_BYTES + TENSOR_BYTES * len(plan.writes),
             in_flight_bytes=in_flight_bytes,
         )
 
     def reserve(self, arena: Arena) -> None:
         """Take all memory that the transaction needs."""
-        staged, block, undo = self._layout.num_bytes, self._block_bytes, self.memory.undo_bytes
+        staged, block, undo = self.plan.layout.num_bytes, self.plan.block_bytes, self.memory.undo_bytes
         memory = arena.reserve(staged + block + undo)
-        self.staging = StagingBuffer(self._layout, memory[:staged])
-        self._rows = [self.staging.rows(i) for i in range(len(self._writes))]
+        self.staging = StagingBuffer(self.plan.layout, memory[:staged])
         self._scratch = memory[staged : staged + block]
         self._undo = self._copies(memory[staged + block :])
-        self._staged = np.zeros((len(self._writes), 2), np.uint64)
+        self._staged = np.zeros((len(self.indices), 2), np.uint64)
 
     def _copies(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Live bytes and where their copy goes, one after the other in `memory`."""
         copies, at = [], 0
-        for name, first, stop in self._spans:
+        for name, first, stop in self.plan.spans:
             copies.append((self._live.bytes[name][first:stop], memory[at : at + stop - first]))
             at += stop - first
         return copies
@@ -132,49 +169,44 @@ class FullInstall:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
         raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
         self.staging.close()
-        writes, specs = self._writes, self._layout.specs
-        self._staged = digest_staged(
-            self.staging.memory,
-            self._layout.at,
-            np.array([write.num_rows for write in writes], np.int64),
-            np.array([spec.row_bytes for spec in specs], np.int64),
-            np.array([write.row0 for write in writes], np.int64),
-            np.array([write.key for write in writes], np.uint64),
-        )
+        self._staged = digest_staged(self.staging.memory, self.plan.layout.at, *self.plan.columns)
         for live, copy in self._undo:
             copy.copy_(live)
         return self._staged
 
     def arrived(self) -> dict[str, Tensor]:
-        names = [write.placement.tensor.name for write in self._writes]
-        return dict(zip(names, self._rows, strict=True))
+        return {spec.name: self.staging.rows(i) for i, spec in enumerate(self.plan.layout.specs)}
 
     def write(self) -> Digests:
-        for write, rows in zip(self._writes, self._rows, strict=True):
-            write.apply(rows)
-        for each in self._recomputes:
+        for i, write in enumerate(self.plan.writes):
+            write.apply(self.staging.rows(i))
+        for each in self.plan.recomputes:
             each.apply()
-        installed = read_back(self._writes, self._scratch)
-        require_equal(installed, self._staged, self._writes)
-        names = {span[0]: None for span in self._spans}
+        installed = read_back(self.plan.writes, self._scratch)
+        self._require_installed(installed)
+        return installed
+
+    def _require_installed(self, installed: Digests) -> None:
+        """What is read back is what was staged, padding is zero, and nothing moved; raises whatever is not so."""
+        require_equal(installed, self._staged, self.plan.writes)
+        names = {span[0]: None for span in self.plan.spans}
         padding = [each for name in names for each in self._live.padding.get(name, ())]
         stained = [problem for each in padding if (problem := each.problem(self._scratch)) is not None]
         raise_all(LayoutError, "install: padding was written; the old bytes are back", stained)
         self._live.audit.check()
-        return installed
 
     def undo(self) -> None:
         for live, copy in self._undo:
             live.copy_(copy)
 
     def changes(self) -> Changes:
-        return {write.placement.tensor.name: None for write in self._writes}
+        return self.plan.changes
 
     def reverse(self) -> list[Patch]:
-        copies = dict(zip(self._spans, (copy for _, copy in self._undo), strict=True))
+        copies = dict(zip(self.plan.spans, (copy for _, copy in self._undo), strict=True))
         return [
             whole_rows(index, write, _old_rows(write, copies))
-            for index, write in zip(self.indices, self._writes, strict=True)
+            for index, write in zip(self.indices, self.plan.writes, strict=True)
             if write.num_rows
         ]
 

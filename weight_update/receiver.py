@@ -339,24 +339,29 @@ class Receiver:
             raise VersionError(f"rows of version {version}: this rank holds {held}; ask for the current version")
 
     def _checked(self, tensors: Indices) -> list[int]:
-        indices = [int(i) for i in tensors]
-        count = len(self._live.writes)
-        problems = [f"tensor {i}: the manifest has {count}" for i in indices if not 0 <= i < count]
-        problems += ["no tensor"] if not indices else []
-        problems += ["a tensor is named twice"] if len(set(indices)) != len(indices) else []
+        given, count = np.asarray(tensors, np.int64), len(self._live.writes)
+        outside = given[(given < 0) | (given >= count)].tolist()
+        problems = [f"tensor {i}: the manifest has {count}" for i in outside]
+        problems += ["no tensor"] if not len(given) else []
+        problems += ["a tensor is named twice"] if len(np.unique(given)) != len(given) else []
         raise_all(ManifestError, "begin refused", problems)
+        indices: list[int] = given.tolist()
         return indices
 
     def _base_digests(self, indices: list[int]) -> Digests:
         """Digests of this rank's rows as they were last read back; what was never read is read now."""
-        unknown = [i for i in indices if not self._is_known[i]]
+        unknown = np.array(indices)[~self._is_known[indices]].tolist()
         if unknown:
             self._known[unknown], self._is_known[unknown] = self.digests(unknown), True
         known: Digests = self._known[indices]
         return known
 
     def _mark_stale(self, install: Install) -> None:
-        for name, positions in install.changes().items():
+        changes = install.changes()
+        if set(map(type, changes.values())) <= {type(None)}:  # whole tensors, of which there may be very many
+            self._stale |= dict.fromkeys(changes)
+            return
+        for name, positions in changes.items():
             before = self._stale.get(name, [])
             self._stale[name] = None if positions is None or before is None else [*before, positions]
 

@@ -7,18 +7,25 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from quant.formats import TensorSpec
 from sharding.routes import Destination, destinations
 
 from .base import Changes, Whole
-from .delta import BlobSize, Patch, RankDelta, cut, pack
+from .delta import BlobSize, Patch, RankDelta, cut, pack, patches_of
+from .device_base import FormChanges, FormWhole
 from .door import Door, route
+from .forms import Parts
+from .gathering import Located
 from .manifest import Manifest
 from .stream import StageStream
 
 Sent = Callable[[int], None]  # told the bytes that were queued since the last call
-Packed = tuple[bytes, BlobSize]
+Packed = tuple[bytes | Tensor, BlobSize]
+Ints = npt.NDArray[np.int64]
 
 
 def destinations_of(ranks: Sequence[Any]) -> list[Destination]:
@@ -68,6 +75,9 @@ class Streams:
 
 def send_whole(whole: Whole, manifest: Manifest, doors: Sequence[Door], sent: Sent) -> None:
     """Every row to the ranks that own it."""
+    if isinstance(whole, FormWhole):
+        send_form(whole, manifest, doors, sent)
+        return
     for position, spec, first, data in whole.blocks():
         for door in doors:
             route(door, position, manifest.index[spec.name], spec, first, data)
@@ -76,11 +86,55 @@ def send_whole(whole: Whole, manifest: Manifest, doors: Sequence[Door], sent: Se
         door.flush()
 
 
-def pack_for(changes: Changes, manifest: Manifest, to: Sequence[Destination]) -> list[Packed]:
-    """One blob a destination, with the patches of its rows."""
+def send_form(whole: FormWhole, manifest: Manifest, doors: Sequence[Door], sent: Sent) -> None:
+    """The same of rows in a form: a step of many tensors at a time, while the next one is encoded."""
+    parts, specs = whole.form.plan.parts, whole.form.plan.push.specs
+    index = np.array([manifest.index[spec.name] for spec in specs], np.int64)[parts.tensor]
+    cuts = [_cut_parts(parts, index, door.destination) for door in doors]
+    for chosen, ready in whole.steps():
+        for door, (first, stop) in zip(doors, cuts, strict=True):
+            door.add_located(_located(whole, chosen, first[chosen], stop[chosen], ready))
+        sent(int((parts.num_rows * parts.row_bytes)[chosen].sum()))
+
+
+def _cut_parts(parts: Parts, index: Ints, to: Destination) -> tuple[Ints, Ints]:
+    """Rows [first, stop) of each part that a destination owns."""
+    first = np.maximum(parts.row0, to.row_start[index])
+    return first, np.minimum(parts.row0 + parts.num_rows, to.row_stop[index])
+
+
+def _located(whole: FormWhole, chosen: slice, first: Ints, stop: Ints, ready: Any) -> Located:
+    """Rows of parts in the form's memory; none where a destination owns none."""
+    parts, owned = whole.form.plan.parts, first < stop
+    row_bytes, row0, at = (each[chosen][owned] for each in (parts.row_bytes, parts.row0, parts.at))
+    first, stop, memory = first[owned], stop[owned], whole.form.memory
+    return Located(
+        device=whole.form.plan.device,
+        tensor=parts.tensor[chosen][owned],
+        offset=first * row_bytes,
+        length=(stop - first) * row_bytes,
+        address=memory.data_ptr() + at + (first - row0) * row_bytes,
+        ready=ready,
+        memory=memory,
+    )
+
+
+def pack_for(
+    changes: Changes | FormChanges, manifest: Manifest, to: Sequence[Destination], on_device: Sequence[bool]
+) -> list[Packed]:
+    """One blob a destination, with the patches of its rows; changes on a device stay there, unpacked, for destinations
+    whose links go from device to device."""
     specs = changes.plan.specs
     indices = [manifest.index[spec.name] for spec in specs]
-    return [pack(_cut_to(each, changes.patches, specs, indices)) for each in to]
+    if isinstance(changes, Changes):
+        return [pack(_cut_to(each, changes.patches, specs, indices)) for each in to]
+    packed: list[Packed] = []
+    for each, stays in zip(to, on_device, strict=True):
+        device = changes.form.plan.device
+        rows = (each.row_start[indices], each.row_stop[indices], np.array([spec.row_bytes for spec in specs], np.int64))
+        owned = changes.delta.owned(*(torch.from_numpy(column).to(device) for column in rows))
+        packed.append(owned.blob() if stays else pack(patches_of(owned, specs)))
+    return packed
 
 
 def _cut_to(
@@ -97,7 +151,7 @@ def _cut_to(
 def send_packed(packed: Sequence[Packed], trainer_rank: int, doors: Sequence[Door], sent: Sent) -> None:
     """Each destination's blob."""
     for door, (blob, _) in zip(doors, packed, strict=True):
-        door.add(trainer_rank, 0, memoryview(blob))
+        door.add(trainer_rank, 0, blob if isinstance(blob, Tensor) else memoryview(blob))
         door.flush()
         sent(len(blob))
 

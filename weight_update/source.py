@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, nearest
@@ -63,12 +64,14 @@ class Source:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Offer:
     """What one trainer rank has for the service, and what is wrong with it. chosen: names in the scope on this rank.
-    has_adapters: the model is adapted, so that something must be merged."""
+    has_adapters: the model is adapted, so that something must be merged. is_lasting: all rows are views of what was
+    given, so that they show what it becomes."""
 
     sources: Mapping[Share, Source]
     chosen: frozenset[str]
     problems: list[str]
     has_adapters: bool
+    is_lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +112,18 @@ def named_items(model: Items) -> Adapted:
     )
 
 
-def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
+def offer_of(manifest: Manifest, model: Items | Adapted, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
     """Match the tensors of one trainer rank with the manifest.
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
     """
-    given = named_items(model)
+    given = model if isinstance(model, Adapted) else named_items(model)
     refused = _refused(manifest, [name for name, _ in given.items], names)
     problems = [refused] if refused else []
     found: dict[Share, Source] = {}
     chosen: dict[str, bool] = {}
     seen: set[Share] = set()
+    lasting = True
     in_scope = _selector(scope)
     known = _Known.of(manifest)
     for trainer_name, tensor in given.items if not refused else ():
@@ -143,7 +147,9 @@ def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap =
             if source is None:
                 continue
             key = _held(share, source)
-            if not _same(found.setdefault(key, source), source):
+            held = found.setdefault(key, source)
+            lasting = lasting and _is_view(source.rows, tensor) and held.rows.data_ptr() == source.rows.data_ptr()
+            if not _same(held, source):
                 problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
             chosen[source.name] = chosen.get(source.name, False) or wanted_part
     problems += _filled_twice(found)
@@ -152,7 +158,13 @@ def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap =
         chosen=frozenset(name for name, wanted in chosen.items() if wanted),
         problems=problems,
         has_adapters=given.has_adapters,
+        is_lasting=lasting,
     )
+
+
+def _is_view(rows: Tensor, tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not rows.numel() or rows.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,9 +351,9 @@ def check_finite(plan: PushPlan, amax_bits: np.ndarray, first_nonfinite: Mapping
     not finite.
     """
     problems = []
-    for (name, _), bits in zip(plan.order, amax_bits, strict=True):
-        if bits >= NON_FINITE:
-            where = first_nonfinite.get(name)
-            at = f"index {list(where)}" if where is not None else "in rows of another trainer rank"
-            problems.append(f"{name}: NaN or Inf at {at}; the weights are not finite, nothing was sent")
+    for i in np.flatnonzero(amax_bits >= NON_FINITE).tolist():
+        name = plan.order[i][0]
+        where = first_nonfinite.get(name)
+        at = f"index {list(where)}" if where is not None else "in rows of another trainer rank"
+        problems.append(f"{name}: NaN or Inf at {at}; the weights are not finite, nothing was sent")
     raise_all(ManifestError, "push refused", problems)

@@ -11,7 +11,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -69,76 +68,70 @@ class Arena:
         return self._memory[:num_bytes]
 
 
-class Mirror(Protocol):
-    """Memory elsewhere that follows a staging buffer: device memory that is fed on a stream of its own."""
-
-    memory: Tensor
-
-    def send(self, starts: Bytes, stops: Bytes) -> None:
-        """These bytes were written; they may be sent now or later."""
-
-    def wait(self) -> None:
-        """All that was sent has arrived."""
-
-
 class StagingBuffer:
     """The bytes of one transaction on one rank.
 
-    memory: uint8 [plan.num_bytes] of the host, owned by this buffer until close(). mirror: where the bytes end up
-    instead, on a device.
+    memory: uint8 [plan.num_bytes], owned by this buffer until close(). Of the host; DeviceStaging's is a GPU's.
     """
 
-    def __init__(self, plan: StagingPlan, memory: Tensor, mirror: Mirror | None = None) -> None:
+    def __init__(self, plan: StagingPlan, memory: Tensor) -> None:
         self._plan = plan
-        self._mirror = mirror
-        self.memory = memory if mirror is None else mirror.memory
-        self._bytes = memory.numpy()
+        self.memory = memory
         # Guards what was placed, and the memory against a late stream: nothing is written after close(). Held while a
         # chunk is copied; nothing else may run under it.
         self._lock = threading.Lock()
         self._open = True
-        self._covered: list[list[int]] = [[] for _ in plan.specs]  # start, stop, start, .. within the rank's rows
+        # Of each tensor, how many bytes have arrived from its first one on, in order; and where they did not come in
+        # order, all that is there: start, stop, start, .. within the rank's rows.
+        self._in_order = np.zeros(len(plan.specs), np.int64)
+        self._covered: dict[int, list[int]] = {}
         self.staged_bytes = 0
         self.expected_bytes = int((plan.stop - plan.first).sum())
 
     def place(self, chunk: Chunk) -> int:
         """Copy a chunk in; returns the bytes staged so far, duplicates not counted."""
         at = self._check(chunk)
-        pieces = zip(
-            chunk.tensor.tolist(),
-            (at - self._plan.at[chunk.tensor]).tolist(),
-            chunk.length.tolist(),
-            strict=True,
-        )
+        lengths = chunk.length.astype(np.int64)
         with self._lock:
             if not self._open:
                 raise BusyError(f"chunk {chunk.sequence}: staging is over, the transaction was prepared or aborted")
-            self._copy(chunk.payload, at.tolist(), chunk.length.tolist())
-            for tensor, within, length in pieces:
-                self.staged_bytes += cover(self._covered[tensor], within, within + length)
-            if self._mirror is not None and not isinstance(chunk.payload, Tensor):
-                self._mirror.send(at, at + chunk.length)
+            self._copy(chunk.payload, at, lengths)
+            self._cover(chunk.tensor.astype(np.int64), at - self._plan.at[chunk.tensor], lengths)
             return self.staged_bytes
 
-    def _copy(self, payload: memoryview | Tensor, starts: list[int], lengths: list[int]) -> None:
+    def _copy(self, payload: memoryview | Tensor, starts: Bytes, lengths: Bytes) -> None:
         """Pieces, one after the other in the payload, to their starts; complete when it returns."""
-        if isinstance(payload, Tensor):
-            targets = [self.memory[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-            torch._foreach_copy_(targets, list(torch.split(payload, lengths)))
-            if payload.is_cuda:
-                torch.cuda.current_stream(payload.device).synchronize()
-            return
-        data, read = np.frombuffer(payload, np.uint8), 0
-        for start, length in zip(starts, lengths, strict=True):
-            self._bytes[start : start + length] = data[read : read + length]
+        data = payload.cpu().numpy() if isinstance(payload, Tensor) else np.frombuffer(payload, np.uint8)
+        memory, read = self.memory.numpy(), 0
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            memory[start : start + length] = data[read : read + length]
             read += length
+
+    def _settle(self) -> None:
+        """All that was placed is there."""
+
+    def _cover(self, tensors: Bytes, within: Bytes, lengths: Bytes) -> None:
+        """Count what arrived; at once where each tensor goes on where it ended."""
+        apart = len(np.unique(tensors)) == len(tensors)
+        if apart and not self._covered and (within == self._in_order[tensors]).all():
+            self._in_order[tensors] += lengths
+            self.staged_bytes += int(lengths.sum())
+            return
+        for tensor, start, length in zip(tensors.tolist(), within.tolist(), lengths.tolist(), strict=True):
+            if tensor not in self._covered:
+                done = int(self._in_order[tensor])
+                self._covered[tensor] = [0, done] if done else []
+            self.staged_bytes += cover(self._covered[tensor], start, start + length)
 
     def missing(self) -> list[tuple[str, tuple[int, int]]]:
         """(tensor, byte range in the whole tensor) of everything that has not arrived."""
         plan = self._plan
-        found = []
+        found: list[tuple[str, tuple[int, int]]] = []
+        if self.staged_bytes == self.expected_bytes:
+            return found
         for i, (first, stop) in enumerate(zip(plan.first.tolist(), plan.stop.tolist(), strict=True)):
-            edges = [0, *self._covered[i], stop - first]
+            done = int(self._in_order[i])
+            edges = [0, *self._covered.get(i, [0, done] if done else []), stop - first]
             gaps = zip(edges[0::2], edges[1::2], strict=True)
             found += [(plan.specs[i].name, (first + a, first + b)) for a, b in gaps if a < b]
         return found
@@ -155,8 +148,7 @@ class StagingBuffer:
         """Refuse everything from now on; returns once no thread is writing."""
         with self._lock:
             self._open = False
-            if self._mirror is not None:
-                self._mirror.wait()
+            self._settle()
 
     def _check(self, chunk: Chunk) -> Bytes:
         """Where each piece goes in the buffer; raises, naming every piece that lies outside this rank's rows."""

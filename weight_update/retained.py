@@ -1,0 +1,163 @@
+"""What a trainer rank keeps from one push to the next: the plan while the model's tensors stay where they are, tables
+of it, and the bytes of the last confirmed push.
+
+    plan = retained.plan(manifest, model, scope)
+    scales = retained.scales(plan)
+    content = retained.whole(plan, scales)        # or retained.compared(plan, scales), retained.whole_of(changes)
+    retained.confirm(content, base_digest, version, digest)
+
+Where the rows are on a CUDA device, so is what is made of them (`forms`), and all of it goes by tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from quant.formats import NON_FINITE
+from quant.names import NameMap
+
+from .adapters import Adapted
+from .base import Base, Changes, Whole, compare
+from .device_base import FormBase, FormChanges, FormWhole, as_base, compare_forms, fits
+from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
+from .errors import ManifestError, raise_all
+from .forms import Form, FormPlan, plan_form
+from .manifest import Manifest
+from .ranks import Ranks
+from .sharing import Holding, Shared, holding_of, plan_of, share_out
+from .source import Items, PushPlan, Scope, check_finite, named_items, offer_of
+
+Content = Whole | Changes | FormChanges
+
+
+class Retained:
+    """keep: device of the bytes of the last confirmed push, None for nowhere."""
+
+    def __init__(self, ranks: Ranks, names: NameMap, keep: torch.device | None) -> None:
+        self._ranks, self._names, self.keep = ranks, names, keep
+        self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
+        self._planned: tuple[object, Any, PushPlan] | None = None  # what it was made of, which must live on, and it
+        self._tables: tuple[PushPlan, Grouping, FormPlan | None] | None = None
+        self._form: Form | None = None
+        self.base: Base | FormBase | None = None
+        self.why = "this trainer has pushed nothing yet"  # there is no base
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the last confirmed push takes here."""
+        return 0 if self.base is None else self.base.num_bytes
+
+    # -- the plan
+
+    def plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
+        """Who of the trainer's ranks sends what; the last plan again where every tensor is where it was."""
+        given = named_items(model)
+        key = (manifest.fingerprint, scope if isinstance(scope, str) else tuple(scope), given.trainable, _where(given))
+        same = self._planned is not None and self._planned[0] == key
+        if all(self._ranks.gather(same)):
+            assert self._planned is not None
+            return self._planned[2]
+        offer = offer_of(manifest, given, scope, names=self._names)
+        shared = self._share_out(manifest, holding_of(manifest, offer, self._ranks.rank))
+        plan, problems = plan_of(manifest, offer, shared, self._ranks.rank, scope)
+        problems = [*offer.problems, *problems]
+        everywhere = list(dict.fromkeys(problem for each in self._ranks.gather(problems) for problem in each))
+        raise_all(ManifestError, "push refused", everywhere)
+        assert plan is not None
+        self._planned = (key, given, plan) if offer.is_lasting and not given.has_adapters else None
+        return plan
+
+    def _share_out(self, manifest: Manifest, own: Holding) -> Shared:
+        """Who sends what; the ranks tell each other what they hold once, and again when that changes on one of them."""
+        key = (manifest.fingerprint, *self._ranks.gather(own.digest))
+        if self._shared is None or self._shared[0] != key:
+            self._shared = key, share_out(manifest, self._ranks.gather(own), own)
+        return self._shared[1]
+
+    def _tables_of(self, plan: PushPlan) -> tuple[Grouping, FormPlan | None]:
+        if self._tables is None or self._tables[0] is not plan:
+            self._tables = plan, Grouping(plan), plan_form(plan)
+        return self._tables[1:]
+
+    def scales(self, plan: PushPlan) -> Scales:
+        """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
+        Inf."""
+        grouping, form = self._tables_of(plan)
+        own = largest_bits_of(plan.sources) if form is None else form.largest_bits()
+        found = [plan.sources[i] for i in np.flatnonzero(own >= NON_FINITE)]
+        where = {source.name: nonfinite_index(source) for source in found}
+        bits = self._ranks.reduce(grouping.largest(own), dist.ReduceOp.MAX)
+        check_finite(plan, bits, where)
+        return grouping.scales(bits)
+
+    # -- the bytes
+
+    def whole(self, plan: PushPlan, scales: Scales) -> Whole:
+        """Every row."""
+        form = self._form_of(plan)
+        if form is None:
+            return Whole(plan, scales, keep=self.keep)
+        if self.base is not None and _lies_in(self.base, form):  # where this push is encoded
+            self.forget("the last push did not end well")
+        return FormWhole(form, scales.of_sources, keep=self.keep)
+
+    def compared(self, plan: PushPlan, scales: Scales) -> Changes | FormChanges:
+        """What is not as in the base, which there is."""
+        form, base = self._form_of(plan), self.base
+        if form is not None and isinstance(base, FormBase) and fits(form, base):
+            return compare_forms(form, scales.of_sources, base)
+        assert base is not None
+        self.base = as_base(base)
+        return compare(plan, scales, self.base)
+
+    def whole_of(self, changes: Changes | FormChanges) -> Whole:
+        """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
+        self.forget("the last push did not end well")
+        return changes.whole(self.keep)
+
+    def confirm(self, content: Content, base_digest: str, version: int, digest: str) -> None:
+        """The commit is certain: what was sent is what the service holds. base_digest: of the version that it was."""
+        carried = self.base
+        if carried is not None and carried.digest != base_digest:
+            carried = None  # of a version that this push does not build on
+        if isinstance(content, FormWhole | FormChanges):
+            self.base = content.confirmed(carried, version, digest)
+        else:
+            self.base = content.confirmed(None if carried is None else as_base(carried), version, digest)
+
+    def forget(self, why: str) -> None:
+        """Nothing is known of what the service holds."""
+        self.base, self.why = None, why
+
+    def _form_of(self, plan: PushPlan) -> Form | None:
+        """Its memory serves every push of the same plan. One of another plan leaves it to a base that lies in it."""
+        planned = self._tables_of(plan)[1]
+        if planned is None:
+            self._form = None
+        elif self._form is None or self._form.plan is not planned:
+            self._form = None  # freed first, unless a base lies there
+            self._form = Form(planned)
+        return self._form
+
+
+def _lies_in(base: Base | FormBase, form: Form) -> bool:
+    """Whether bytes of a base are in the memory of a form."""
+    if isinstance(base, FormBase):
+        return base.memory is form.memory
+    ours = form.memory.untyped_storage().data_ptr()
+    return any(each.rows.untyped_storage().data_ptr() == ours for parts in base.held.values() for each in parts)
+
+
+def _where(given: Adapted) -> list[tuple[str, int, int]]:
+    """Each tensor, and where its memory is."""
+    return [(name, id(tensor), _local(tensor).data_ptr()) for name, tensor in given.items]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
