@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -62,7 +61,6 @@ class Whole:
     """Every row of a push. keep: where its bytes stay, to be the base of the next push; None sends them unkept."""
 
     mode = "full"
-    device: torch.device | None = None  # that what is sent lies on, where that is not the host
 
     def __init__(self, plan: PushPlan, scales: Scales, *, keep: torch.device | None) -> None:
         self._plan, self._scales, self._kept = plan, scales, keep is not None
@@ -70,6 +68,11 @@ class Whole:
         self.digests = np.zeros((len(plan.specs), 2), np.uint64)
         self.held: dict[str, list[Held]] = {}
         self._taken = False
+
+    @property
+    def device(self) -> torch.device | None:
+        """The GPU that the weights are on, None where they are on the host."""
+        return _gpu_of(self._plan)
 
     @classmethod
     def of(cls, changes: Changes) -> Whole:
@@ -139,7 +142,11 @@ class Changes:
     held: Mapping[str, list[Held]]
 
     mode = "delta"
-    device: ClassVar[torch.device | None] = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The GPU that the weights are on, None where they are on the host."""
+        return _gpu_of(self.plan)
 
     def whole(self, keep: torch.device | None) -> Whole:
         """The same push with every row; the base means nothing afterwards."""
@@ -169,6 +176,10 @@ class Changes:
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base:
         """What is known once this push is that version."""
         return Base(version=version, digest=digest, held={**self.base.held, **self.applied()})
+
+
+def _gpu_of(plan: PushPlan) -> torch.device | None:
+    return next((source.rows.device for source in plan.sources if source.rows.is_cuda), None)
 
 
 def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:

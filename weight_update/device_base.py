@@ -24,7 +24,7 @@ from torch import Tensor
 from .base import Base, Block, Held, Whole
 from .delta import DeviceDelta
 from .digest import Digests, Lanes
-from .forms import Form
+from .forms import Form, alike
 from .source import PushPlan
 
 Values = npt.NDArray[np.float32]
@@ -68,7 +68,6 @@ class FormWhole(Whole):
 
     def __init__(self, form: Form, scales: Values, *, keep: torch.device | None, taken: Digests | None = None) -> None:
         super().__init__(form.plan.push, {}, keep=keep)
-        self.device = form.plan.device
         self.form, self._values = form, scales
         self._events: list[Any] = []
         self._lanes = taken  # of the parts
@@ -206,7 +205,7 @@ class FormChanges:
 
 def fits(form: Form, base: Any) -> bool:
     """Whether a base can be compared with a push through this form."""
-    return isinstance(base, FormBase) and base.form is form
+    return isinstance(base, FormBase) and alike(base.form.plan, form.plan)
 
 
 def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:

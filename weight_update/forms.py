@@ -119,6 +119,14 @@ class FormPlan:
         return bits
 
 
+def alike(a: FormPlan, b: FormPlan) -> bool:
+    """Whether two plans put the same rows of the same tensors in the same places, wherever they take them from."""
+    if a is b:
+        return True
+    ours, theirs = ((each.parts.keys, each.parts.row0, each.parts.num_rows, each.parts.at) for each in (a, b))
+    return a.device == b.device and all(map(np.array_equal, ours, theirs))
+
+
 def device_of(plan: PushPlan) -> torch.device | None:
     """The CUDA device that all of a push's rows are on, but for what is on the host; None where that is everything."""
     devices = {source.rows.device for source in plan.sources}
@@ -306,9 +314,11 @@ class Form:
     """The form of pushes of the same tensors in memory, uint8 [plan.parts.num_bytes] on the plan's device, zero between
     the parts. Its tables are made once. Everything is enqueued on `stream`, which the caller makes the current one."""
 
-    def __init__(self, plan: FormPlan) -> None:
+    def __init__(self, plan: FormPlan, memory: Tensor | None = None) -> None:
         self.plan, parts = plan, plan.parts
-        self.memory = torch.zeros(parts.num_bytes, dtype=torch.uint8, device=plan.device)
+        if memory is None:
+            memory = torch.zeros(parts.num_bytes, dtype=torch.uint8, device=plan.device)
+        self.memory = memory
         self.stream: torch.cuda.Stream = torch.cuda.Stream(plan.device)  # type: ignore[no-untyped-call]
         self._values = torch.ones(len(plan.push.sources), dtype=torch.float32, device=plan.device)
         self._scales: Any = None

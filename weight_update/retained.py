@@ -27,7 +27,7 @@ from .base import Base, Changes, Whole, compare
 from .device_base import FormBase, FormChanges, FormWhole, as_base, compare_forms, fits
 from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
 from .errors import ManifestError, raise_all
-from .forms import Form, FormPlan, plan_form
+from .forms import Form, FormPlan, alike, plan_form
 from .manifest import Manifest
 from .ranks import Ranks
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
@@ -136,13 +136,15 @@ class Retained:
         self.base, self.why = None, why
 
     def _form_of(self, plan: PushPlan) -> Form | None:
-        """Its memory serves every push of the same plan. One of another plan leaves it to a base that lies in it."""
-        planned = self._tables_of(plan)[1]
-        if planned is None:
-            self._form = None
-        elif self._form is None or self._form.plan is not planned:
-            self._form = None  # freed first, unless a base lies there
-            self._form = Form(planned)
+        """Its memory serves every push of the same rows, wherever the trainer has them; what a push of others needs is
+        taken anew, and what a base lies in stays the base's."""
+        planned, before = self._tables_of(plan)[1], self._form
+        if planned is None or (before is not None and before.plan is planned):
+            return None if planned is None else before
+        self._form = None  # freed first, unless a base lies there
+        memory = before.memory if before is not None and alike(before.plan, planned) else None
+        before = None
+        self._form = Form(planned, memory)
         return self._form
 
 
