@@ -111,15 +111,14 @@ class Coordinator:
         current, open_ = self._round, self.transaction
         if current is None or open_ is None or reply.round != current.id or reply.member not in current.waiting:
             return []
-        failed = dict(current.failed)
+        current.waiting.remove(reply.member)
         if reply.error is not None:
-            failed[reply.member] = reply.error
+            current.failed[reply.member] = reply.error
         else:
             open_.results.setdefault(current.name, {})[reply.member] = reply.result
-        self._round = Round(name=current.name, id=current.id, waiting=current.waiting - {reply.member}, failed=failed)
-        if failed and current.name not in ONE_WAY:
-            return self.abort(next(iter(failed.values())))
-        if self._round.waiting:
+        if current.failed and current.name not in ONE_WAY:
+            return self.abort(next(iter(current.failed.values())))
+        if current.waiting:
             return []
         if open_.kind is not Kind.JOIN:
             self.phase = ROUNDS[current.name][1]
@@ -223,7 +222,7 @@ class Coordinator:
         open_ = self.open()
         self.phase = Phase.JOINING if open_.kind is Kind.JOIN else ROUNDS[name][0]
         open_.touched = open_.touched or name == "install"
-        self._round = Round(name=name, id=self.next_round, waiting=frozenset(send.member for send in sends), failed={})
+        self._round = Round(name=name, id=self.next_round, waiting={send.member for send in sends})
         self._num_rounds += 1
         return list(sends) if sends else self._completed(name)
 

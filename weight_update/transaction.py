@@ -134,14 +134,14 @@ class Transaction:
         return DigestError(told)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Round:
     """The answer of every member to one step."""
 
     name: str
     id: int
-    waiting: frozenset[MemberId]
-    failed: Mapping[MemberId, WeightUpdateError]
+    waiting: set[MemberId]
+    failed: dict[MemberId, WeightUpdateError] = field(default_factory=dict)
 
 
 # round -> phase while members answer, phase once all did; a join stays JOINING all along

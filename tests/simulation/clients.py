@@ -105,7 +105,7 @@ class Trainer(Client):
         """Send what has not been acknowledged, until all is."""
         if round > MAX_TRIES:
             return self._give_up()
-        for member, position in sorted(self.unacked, key=str):
+        for member, position in sorted(self.unacked):
             rank = self.world.ranks.get(member)
             if rank is not None:
                 self._send_chunk(rank, member, position)
