@@ -28,6 +28,8 @@ def check(world: World) -> None:
     numbers = [each.version for each in world.disk.decisions]
     if numbers != list(range(1, len(numbers) + 1)):
         raise Broken(f"decisions {numbers}: a version was decided twice, or reversed")
+    if len({each.push_id for each in world.disk.decisions}) < len(numbers):
+        raise Broken("a push was decided twice")
     for rank in world.ranks.values():
         if rank.member.state == "idle" and rank.staging is not None:
             raise Broken(f"{rank}: idle, and something is staged")
