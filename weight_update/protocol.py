@@ -142,9 +142,15 @@ class Coordinator:
         digests = request.args["digests"]
         if not isinstance(digests, np.ndarray) or digests.shape != (len(open_.tensors), 2):
             raise ManifestError(f"prepare: expected one digest for each of {len(open_.tensors)} pushed tensors")
+        if open_.digests is not None and not np.array_equal(digests, open_.digests):
+            raise ManifestError(f"prepare: transaction {open_.id} was prepared with other digests; begin a new push")
         open_.digests = digests
         open_.wire_bytes = int(request.args["wire_bytes"])  # type: ignore[call-overload]
-        open_.callers = [request.id]
+        open_.callers.append(request.id)
+        if self.phase is Phase.PREPARING:  # asked again: the answer is still to come
+            return []
+        if self.phase is Phase.PREPARED:  # asked again: the answer got lost
+            return self.answer({})
         return [self.notify("prepare", f"{open_.wire_bytes} wire bytes"), *self.start("prepare")]
 
     def _install(self, request: Request) -> list[Action]:
@@ -244,9 +250,6 @@ class Coordinator:
 
     def _opened(self) -> list[Action]:
         return self.answer(opening.begun(self))
-
-    def _opened_by_itself(self) -> list[Action]:
-        return self.start("prepare")
 
     def _prepared(self) -> list[Action]:
         return self.checked("prepare", "staged") or self.answer({})
@@ -377,12 +380,11 @@ COMPLETED: Mapping[tuple[Kind, str], Callable[[Coordinator], list[Action]]] = {
     (Kind.PUSH, "prepare"): Coordinator._prepared,
     (Kind.PUSH, "confirm"): Coordinator._commit,
     (Kind.ROLLBACK, "reach"): opening.reached,
-    (Kind.ROLLBACK, "open"): Coordinator._opened_by_itself,
     (Kind.ROLLBACK, "prepare"): Coordinator._prepared_by_itself,
     (Kind.JOIN, "resolve"): joining.resolved,
     (Kind.JOIN, "settle"): joining.settled,
     (Kind.JOIN, "digest"): joining.compared,
-    (Kind.JOIN, "open"): Coordinator._opened_by_itself,
+    **{(kind, "open"): lambda coordinator: coordinator.start("prepare") for kind in (Kind.ROLLBACK, Kind.JOIN)},
     (Kind.JOIN, "prepare"): joining.prepared,
     (Kind.JOIN, "install"): joining.installed,
     **{(kind, "install"): Coordinator._installed for kind in (Kind.PUSH, Kind.ROLLBACK)},

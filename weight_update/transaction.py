@@ -170,7 +170,7 @@ ALLOWED: Mapping[str, frozenset[Phase]] = {
     "reset": frozenset(Phase),
     "add": frozenset(Phase),
     "remove": frozenset(Phase),
-    "prepare": frozenset({Phase.OPEN}),
+    "prepare": frozenset({Phase.OPEN, Phase.PREPARING, Phase.PREPARED}),
     "install": frozenset({Phase.PREPARED}),
     "decide": frozenset({Phase.PREPARED, Phase.INSTALLED}),
     "abort": frozenset(

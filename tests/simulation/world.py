@@ -243,6 +243,7 @@ class World:
     now_s: float = 0.0
     events: int = 0
     num_crashes: int = 0
+    num_checked: int = 0  # decisions that were looked at
     log: list[str] = field(default_factory=list)
     coverage: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     pushed: dict[str, dict[int, bytes]] = field(default_factory=dict)
