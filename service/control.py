@@ -17,7 +17,7 @@ from weight_update.errors import BusyError, MemberError, PlanError, StoreError, 
 from weight_update.flight import Recorder
 from weight_update.transaction import Phase
 from weight_update.transport import CONTROL_MESSAGE_BYTES
-from weight_update.values import from_delta_proto, from_digests_proto, from_spec_proto, to_manifest_proto
+from weight_update.values import Specs, from_delta_proto, from_digests_proto, to_manifest_proto
 
 from .answers import rank_status, replica_status, version_info
 from .audit import recorded
@@ -49,6 +49,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         self.recorder: Recorder | None = None
         self._commits: deque[pb.DecideReply] = deque(maxlen=COMMITS)
         self._manifest = to_manifest_proto(shell.manifest)
+        self._specs = Specs()
 
     @refusing
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
@@ -84,13 +85,14 @@ class ControlServicer(pb_grpc.ControlServicer):
                 push_id=request.push_id,
                 base_version=request.base_version,
                 fingerprint=request.fingerprint,
-                tensors=[from_spec_proto(spec) for spec in request.tensors],
+                tensors=self._specs.of(request),
                 pushed_by=request.pushed_by,
                 logical_bytes=request.logical_bytes,
                 lease_s=min(request.lease_s or 60.0, MAX_LEASE_S),
                 num_streams=request.num_streams or 1,
                 delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
                 step=request.step,
+                keys=list(request.keys),
             )
         transaction = result.get("transaction", 0)
         self._owners.begun(request.push_id, transaction)

@@ -10,10 +10,12 @@ that runs no model, so that it stops and goes on at once.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +34,7 @@ from service.control_server import ControlServer
 from service.coordinator import CoordinatorShell
 from service.hosts.member import Membership, serve
 from service.rank import RankServer
+from weight_update.cuda_install import DeviceStaging
 from weight_update.holdings import Holdings
 
 
@@ -107,12 +110,14 @@ def _serve(shape: Shape, device: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    _watch(CHUNKS)
     nothing = SimpleNamespace(name="idle", pause=lambda: None, renew=lambda version: None, resume=lambda: None)
     rank = serve(holdings_of(shape, device), nothing, Membership(control_url=""), format="nvfp4", layout="trtllm")
     shell = CoordinatorShell(addresses=[rank.address], state_file=folder / "state.sqlite", source="zeros")
     server = ControlServer(shell, listen="127.0.0.1:0", tokenizer_dir=folder)
     print(json.dumps({"address": server.address}), flush=True)
     live_bytes = torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(ANSWERS[line.strip()](rank, live_bytes)), flush=True)
     server.stop()
@@ -127,12 +132,35 @@ def _memory(rank: RankServer, live_bytes: int) -> dict[str, Any]:
     return {"peak_bytes": peak, "pause_ms": device.pause_ms, "live_bytes": live_bytes}
 
 
+def _watch(chunks: list[tuple[float, float]]) -> None:
+    """Note when chunks are staged on a device, by the clock that all processes of a host share."""
+    copy = DeviceStaging._copy
+
+    def timed(staging: DeviceStaging, *arguments: Any) -> None:
+        start_s = time.perf_counter()
+        copy(staging, *arguments)
+        chunks.append((start_s, time.perf_counter()))
+
+    DeviceStaging._copy = timed  # type: ignore[method-assign]
+
+
+CHUNKS: list[tuple[float, float]] = []
+
+
+def _chunks(rank: RankServer, _: int) -> list[tuple[float, float]]:
+    """Seconds in which chunks were staged since this was asked before."""
+    found = list(CHUNKS)
+    CHUNKS.clear()
+    return found
+
+
 ANSWERS: dict[str, Callable[[RankServer, int], Any]] = {
     "storages": lambda rank, _: {
         name: xxhash.xxh3_128_hexdigest(data) for name, data in rank.receiver.storage_bytes().items()
     },
     "addresses": lambda rank, _: rank.receiver.storage_addresses(),
     "memory": _memory,
+    "chunks": _chunks,
 }
 
 

@@ -28,8 +28,16 @@ from quant.names import IDENTITY, NameMap
 from .attempt import Attempt, Lease, Progress
 from .base import Whole
 from .channels import PLAINTEXT
+from .confirmed import Confirmed
 from .encoder import Scales
-from .errors import BusyError, DigestError, StoreError, VersionError
+from .errors import (
+    BusyError,
+    DigestError,
+    StoreError,
+    TransferError,
+    VersionError,
+    WeightUpdateError,
+)
 from .foresight import Foresight
 from .handle import PushHandle
 from .links import AUTO, allowed_of
@@ -89,7 +97,9 @@ class Pusher:
         self._control = ControlClient(target, security)
         self._ranks = Ranks(group)
         self._apart: Ranks | None = None
-        self._retained = Retained(self._ranks, names, None if mode == "full" else torch.device(keep))
+        self._confirmed = Confirmed()
+        keeps = None if mode == "full" else torch.device(keep)
+        self._retained = Retained(self._ranks, names, keeps, self._confirmed)
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or this_process()
@@ -98,7 +108,6 @@ class Pusher:
         self._channels = Channels(security)
         self._manifest: Manifest | None = None
         self._foresight = Foresight()
-        self._confirmed: tuple[int, str] = (0, "")  # version, digest
         self._unsettled: Attempt | None = None  # its outcome is not known
         self._running: PushHandle | None = None
 
@@ -151,20 +160,18 @@ class Pusher:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed trainer needs to say who it is and what it pushed last; no weights."""
-        version, digest = self._confirmed
-        return {"run_id": self.run_id, "version": version, "digest": digest}
+        return {"run_id": self.run_id, **self._confirmed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the run that this state was saved in. The next push is a full one: the bytes of the last confirmed
         push are not part of the state."""
         self.run_id = str(state["run_id"])
-        self._confirmed = (int(state["version"]), str(state["digest"]))
-        self._retained.forget(f"this run was resumed after version {self._confirmed[0]} and does not hold its bytes")
+        self._confirmed.load_state_dict(state)
 
     @property
     def kept_bytes(self) -> int:
         """Memory that the last confirmed push takes here."""
-        return self._retained.num_bytes
+        return self._confirmed.num_bytes
 
     def close(self) -> None:
         """Wait for a running push, then close all connections."""
@@ -200,7 +207,7 @@ class Pusher:
     ) -> Attempt:
         clock = Clock()
         self._settle()
-        described = self._describe()
+        described = self._describe(self._ranks, self._patience_s)
         if durable and not described.stores:
             raise StoreError("durable push: the service has no version store; start it with --store DIR")
         manifest = self._manifest_of(described)
@@ -212,7 +219,7 @@ class Pusher:
         delta = None if isinstance(content, Whole) else content.num_bytes
         work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
-        kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._retained.keep} memory"
+        kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept in {self._retained.keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
         return Attempt(
             control=self._control,
@@ -237,9 +244,14 @@ class Pusher:
             on_progress=self._on_progress,
         )
 
-    def _describe(self) -> pb.DescribeReply:
+    @property
+    def _patience_s(self) -> float:
+        """A coordinator that was there once is being restarted; a first one may be a wrong address."""
+        return 0.0 if self._manifest is None else self._retry_s
+
+    def _describe(self, ranks: Ranks, retry_s: float) -> pb.DescribeReply:
         known = self._manifest.fingerprint if self._manifest else 0
-        data = self._ranks.from_first(lambda: self._control.describe(known).SerializeToString())
+        data = ranks.from_first(lambda: self._control.describe(known, retry_s=retry_s).SerializeToString())
         return pb.DescribeReply.FromString(data)
 
     def _manifest_of(self, described: pb.DescribeReply) -> Manifest:
@@ -249,7 +261,8 @@ class Pusher:
 
     def _content(self, plan: PushPlan, scales: Scales, described: pb.DescribeReply) -> tuple[Any, str]:
         """What to send, and why; the same kind on every trainer rank."""
-        reasons = [reason for reason in self._ranks.gather(self._why_full(described)) if reason]
+        why_full = "asked for" if self.mode == "full" else self._confirmed.differs(described)
+        reasons = [reason for reason in self._ranks.gather(why_full) if reason]
         if reasons and self.mode == "delta":
             raise VersionError(f"delta push: {reasons[0]}; push once with mode='auto'")
         if reasons:
@@ -261,18 +274,6 @@ class Pusher:
             return self._retained.whole_of(changes), f"{changed} of {total} bytes changed"
         return changes, f"changes of version {described.version}"
 
-    def _why_full(self, described: pb.DescribeReply) -> str:
-        """Why a delta cannot be pushed; nothing where it can."""
-        if self.mode == "full":
-            return "asked for"
-        base = self._retained.base
-        if base is None:
-            return self._retained.why
-        if base.digest != described.digest:
-            held = f"the service holds version {described.version} of digest {described.digest}"
-            return f"{held}, the last confirmed push of this trainer was version {base.version}"
-        return ""
-
     # -- on the way
 
     def _run(self, attempt: Attempt) -> PushReport:
@@ -282,17 +283,39 @@ class Pusher:
         return report
 
     def _committed(self, attempt: Attempt) -> PushReport:
-        try:
-            return self._carried_out(attempt)
-        except (VersionError, DigestError) as error:
-            refused_base = isinstance(error, VersionError) and attempt.base_version
-            if self.mode != "auto" or isinstance(attempt.content, Whole) or refused_base:
-                raise
+        """Carry it out; anew, where the service has changed so that this has a chance."""
+        while True:
+            try:
+                return self._carried_out(attempt)
+            except WeightUpdateError as error:
+                self._revise(attempt, error)
+
+    def _revise(self, attempt: Attempt, error: WeightUpdateError) -> None:
+        """Fit the attempt to the service as it is now, or raise the error. A coordinator that came after the one it
+        began with knows nothing of it; one that holds other bytes than a delta builds on is sent all of them."""
+        described = self._described_after(attempt, error)
+        refused = isinstance(error, DigestError) or (isinstance(error, VersionError) and not attempt.base_version)
+        content = attempt.content
+        if attempt.meets_another_service(described):
+            log.warning("push %s: begun anew, the service has changed: %s", attempt.push_id, error)
+        elif refused and self.mode == "auto" and not isinstance(content, Whole):
             log.warning("push %s: the delta was refused (%s), pushing in full", attempt.push_id, error)
-            attempt.content = self._retained.whole_of(attempt.content)
+            attempt.content = self._retained.whole_of(content)
             attempt.reason = f"the delta was refused: {error}".splitlines()[0]
-            attempt.described = self._describe()
-            return self._carried_out(attempt)
+        else:
+            raise error
+        attempt.described = described
+
+    def _described_after(self, attempt: Attempt, error: WeightUpdateError) -> pb.DescribeReply:
+        """What the service is after an error; raises that error where it cannot be asked, or the outcome is open."""
+        if attempt.unknown:
+            raise error
+        waited = type(error) is TransferError  # for a connection that did not come back
+        try:
+            return self._describe(attempt.ranks, 0.0 if waited else self._retry_s)
+        except WeightUpdateError as unheard:
+            log.info("push %s: not begun anew: %s", attempt.push_id, unheard)
+            raise error from None
 
     def _carried_out(self, attempt: Attempt) -> PushReport:
         begun = attempt.begin()
@@ -308,13 +331,8 @@ class Pusher:
                 self._unsettled = attempt if attempt.unknown else None
                 attempt.abort(begun.transaction, error)
                 raise
-        self._confirm(attempt, decided.version)
+        self._confirmed.commit(attempt, decided.version)
         return self._report(attempt, begun, decided, wire_bytes)
-
-    def _confirm(self, attempt: Attempt, info: pb.VersionInfo) -> None:
-        """The commit is certain: what was sent is what the service holds."""
-        self._retained.confirm(attempt.content, attempt.described.digest, info.version, info.digest)
-        self._confirmed = (info.version, info.digest)
 
     def _settle(self) -> None:
         """Find out how a push ended whose outcome got lost."""
@@ -324,24 +342,14 @@ class Pusher:
         info = attempt.info()
         if info is not None:
             log.info("push %s: had been committed as version %d", attempt.push_id, info.version)
-            self._confirm(attempt, info)
+            self._confirmed.commit(attempt, info)
 
     def _report(self, attempt: Attempt, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int) -> PushReport:
         predicted = self._foresight.predict(attempt.work)
         if not begun.already_committed:
             self._foresight.learn(attempt.work, attempt.clock.phases)
         return report_of(
-            attempt.plan,
-            begun,
-            decided,
-            attempt.clock,
-            wire_bytes=wire_bytes,
-            mode=attempt.content.mode,
-            reason=attempt.reason,
-            changed_tensors=attempt.num_changed,
-            transports=attempt.links,
-            kept_bytes=self.kept_bytes,
-            predicted=predicted,
+            attempt, begun, decided, wire_bytes=wire_bytes, kept_bytes=self.kept_bytes, predicted=predicted
         )
 
     def _channel(self, address: str) -> Any:

@@ -11,6 +11,7 @@ memory of one step more.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -70,6 +71,7 @@ class FormWhole(Whole):
         super().__init__(form.plan.push, {}, keep=keep)
         self.form, self._values = form, scales
         self._events: list[Any] = []
+        self.started_s = 0.0  # time.perf_counter() at which the first step was enqueued
         self._lanes = taken  # of the parts
         if taken is not None:
             self._taken, self.digests = True, form.summed(taken)
@@ -81,6 +83,7 @@ class FormWhole(Whole):
         if self._taken:
             yield from ((step.parts, None) for step in steps)
             return
+        self._events, self.started_s = [], time.perf_counter()
         with self._on_stream():
             self.form.take(self._values)
         events = [self._encode(0)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 
 from sharding.cost import HOST, Prediction, Rates, Work, calibrated, delta_work, predict
@@ -18,23 +19,25 @@ from .manifest import Manifest
 from .ranks import Ranks
 from .source import PushPlan, Source
 
+Ints = npt.NDArray[np.int64]
+
 
 class Foresight:
     """Predictions of one trainer's pushes."""
 
     def __init__(self, rates: Rates = HOST) -> None:
         self.rates = rates
+        self._sums: tuple[PushPlan, tuple[int, int], Ints, Ints] | None = None  # of the last plan
 
     def work(self, manifest: Manifest, plan: PushPlan, actors: Sequence[Any], ranks: Ranks, delta: int | None) -> Work:
         """What this push has to do: of every side the rank that has most of it. actors: RankSpec messages. delta: bytes
         that changed on this trainer rank, None for a full push. Collective over the trainer's ranks."""
-        kept = sum(_encoded_bytes(source) for source in plan.sources)
-        source = sum(2 * _rows(each) * _columns(each) for each in plan.sources)
-        own = np.array([source, kept, len(plan.sources), delta or 0], np.int64)
+        if self._sums is None or self._sums[0] is not plan:
+            self._sums = plan, *_sums_of(manifest, plan)
+        _, sums, index, row_bytes = self._sums
+        own = np.array([*sums, len(plan.sources), delta or 0], np.int64)
         source, kept, tensors, changed = ranks.reduce(own, dist.ReduceOp.MAX).tolist()
         copies = len({rank.replica for rank in actors})
-        index = np.array([manifest.index[spec.name] for spec in plan.specs], np.int64)
-        row_bytes = np.array([spec.row_bytes for spec in plan.specs], np.int64)
         starts, stops = (np.array([getattr(each, name) for each in actors]) for name in ("row_start", "row_stop"))
         owned = int(((stops - starts)[:, index] * row_bytes).sum(axis=1).max(initial=0))
         full = Work(
@@ -59,6 +62,14 @@ class Foresight:
         """Take over the rates of a push that is over; a delta says little of them."""
         if work.mode == "full":
             self.rates = calibrated(self.rates, work, phases)
+
+
+def _sums_of(manifest: Manifest, plan: PushPlan) -> tuple[tuple[int, int], Ints, Ints]:
+    """Bytes of BF16 and of what becomes of them; of every tensor its number and the bytes of a row."""
+    source = sum(2 * _rows(each) * _columns(each) for each in plan.sources)
+    kept = sum(_encoded_bytes(source) for source in plan.sources)
+    index = np.array([manifest.index[spec.name] for spec in plan.specs], np.int64)
+    return (source, kept), index, np.array([spec.row_bytes for spec in plan.specs], np.int64)
 
 
 def _rows(source: Source) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .delta import DeltaPlan
 from .digest import Digests, total
@@ -38,7 +39,8 @@ def begin(coordinator: Coordinator, request: Request) -> list[Action]:
     replicas = participants(coordinator, request)
     if not replicas:
         return []
-    tensors = check_push(coordinator.manifest, args["tensors"])  # type: ignore[arg-type]
+    _check_ranks(coordinator, replicas, args)
+    tensors = _checked(coordinator, args["tensors"])
     base = _base(coordinator, replicas, tensors)
     open_ = _opened(coordinator, request, Kind.PUSH, replicas, tensors, base)
     open_.lease_s = float(args["lease_s"])  # type: ignore[arg-type]
@@ -48,6 +50,13 @@ def begin(coordinator: Coordinator, request: Request) -> list[Action]:
     open_.step = int(args.get("step", 0))  # type: ignore[call-overload]
     text = f"{open_.pushed_by}: {len(tensors)} tensors"
     return [coordinator.notify("begin", text), *coordinator.start("open")]
+
+
+def _checked(coordinator: Coordinator, specs: Any) -> npt.NDArray[np.int64]:
+    """Where the tensors of a push are in the manifest; they are checked once for pushes that bring the very same."""
+    if coordinator.asked is None or coordinator.asked[0] is not specs:
+        coordinator.asked = specs, check_push(coordinator.manifest, specs)
+    return coordinator.asked[1]
 
 
 def rollback(coordinator: Coordinator, request: Request) -> list[Action]:
@@ -172,6 +181,15 @@ def _check_begin(coordinator: Coordinator, args: Mapping[str, object]) -> None:
             f"delta: it builds on version {delta.base_version} of digest {delta.base_digest}, current is {held[0]} of"
             f" {held[1]}{', which no replica holds' if lost(coordinator) else ''}; push in full"
         )
+
+
+def _check_ranks(coordinator: Coordinator, replicas: list[int], args: Mapping[str, object]) -> None:
+    """The trainer opens streams to the ranks that were described to it: these, or bytes would never arrive."""
+    planned: Sequence[str] = args.get("keys", ())  # type: ignore[assignment]
+    described, taking = set(planned), {coordinator.membership.replicas[replica].key for replica in replicas}
+    if described and described != taking:
+        came, gone = (", ".join(sorted(each)) or "none" for each in (taking - described, described - taking))
+        raise MemberError(f"replicas came or went since they were described: new {came}, gone {gone}; describe again")
 
 
 def _check_rollback(coordinator: Coordinator, op: str, version: int, is_lost: bool) -> None:

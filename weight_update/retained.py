@@ -4,7 +4,6 @@ of it, and the bytes of the last confirmed push.
     plan = retained.plan(manifest, model, scope)
     scales = retained.scales(plan)
     content = retained.whole(plan, scales)        # or retained.compared(plan, scales), retained.whole_of(changes)
-    retained.confirm(content, base_digest, version, digest)
 
 Where the rows are on a CUDA device, so is what is made of them (`forms`), and all of it goes by tables.
 """
@@ -24,6 +23,7 @@ from quant.names import NameMap
 
 from .adapters import Adapted
 from .base import Base, Changes, Whole, compare
+from .confirmed import Confirmed
 from .device_base import FormBase, FormChanges, FormWhole, as_base, compare_forms, fits
 from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
 from .errors import ManifestError, raise_all
@@ -33,25 +33,16 @@ from .ranks import Ranks
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
 from .source import Items, PushPlan, Scope, check_finite, named_items, offer_of
 
-Content = Whole | Changes | FormChanges
-
 
 class Retained:
-    """keep: device of the bytes of the last confirmed push, None for nowhere."""
+    """keep: device of the bytes of the last confirmed push, None for nowhere. confirmed: that push."""
 
-    def __init__(self, ranks: Ranks, names: NameMap, keep: torch.device | None) -> None:
-        self._ranks, self._names, self.keep = ranks, names, keep
+    def __init__(self, ranks: Ranks, names: NameMap, keep: torch.device | None, confirmed: Confirmed) -> None:
+        self._ranks, self._names, self.keep, self._confirmed = ranks, names, keep, confirmed
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
         self._planned: tuple[object, Any, PushPlan] | None = None  # what it was made of, which must live on, and it
         self._tables: tuple[PushPlan, Grouping, FormPlan | None] | None = None
         self._form: Form | None = None
-        self.base: Base | FormBase | None = None
-        self.why = "this trainer has pushed nothing yet"  # there is no base
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the last confirmed push takes here."""
-        return 0 if self.base is None else self.base.num_bytes
 
     # -- the plan
 
@@ -103,37 +94,24 @@ class Retained:
         form = self._form_of(plan)
         if form is None:
             return Whole(plan, scales, keep=self.keep)
-        if self.base is not None and _lies_in(self.base, form):  # where this push is encoded
-            self.forget("the last push did not end well")
+        base = self._confirmed.base
+        if base is not None and _lies_in(base, form):  # where this push is encoded
+            self._confirmed.forget()
         return FormWhole(form, scales.of_sources, keep=self.keep)
 
     def compared(self, plan: PushPlan, scales: Scales) -> Changes | FormChanges:
         """What is not as in the base, which there is."""
-        form, base = self._form_of(plan), self.base
+        form, base = self._form_of(plan), self._confirmed.base
         if form is not None and isinstance(base, FormBase) and fits(form, base):
             return compare_forms(form, scales.of_sources, base)
         assert base is not None
-        self.base = as_base(base)
-        return compare(plan, scales, self.base)
+        self._confirmed.base = as_base(base)
+        return compare(plan, scales, self._confirmed.base)
 
     def whole_of(self, changes: Changes | FormChanges) -> Whole:
         """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
-        self.forget("the last push did not end well")
+        self._confirmed.forget()
         return changes.whole(self.keep)
-
-    def confirm(self, content: Content, base_digest: str, version: int, digest: str) -> None:
-        """The commit is certain: what was sent is what the service holds. base_digest: of the version that it was."""
-        carried = self.base
-        if carried is not None and carried.digest != base_digest:
-            carried = None  # of a version that this push does not build on
-        if isinstance(content, FormWhole | FormChanges):
-            self.base = content.confirmed(carried, version, digest)
-        else:
-            self.base = content.confirmed(None if carried is None else as_base(carried), version, digest)
-
-    def forget(self, why: str) -> None:
-        """Nothing is known of what the service holds."""
-        self.base, self.why = None, why
 
     def _form_of(self, plan: PushPlan) -> Form | None:
         """Its memory serves every push of the same rows, wherever the trainer has them; what a push of others needs is

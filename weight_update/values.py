@@ -25,6 +25,20 @@ def from_spec_proto(spec: pb.TensorSpec) -> TensorSpec:
     return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(spec.shape))
 
 
+class Specs:
+    """Tensors of pushes from the wire; those of the last push again where another one names the same."""
+
+    def __init__(self) -> None:
+        self._last: tuple[bytes, tuple[TensorSpec, ...]] = b"", ()
+
+    def of(self, request: pb.BeginRequest) -> tuple[TensorSpec, ...]:
+        """The very object of the last push where its tensors are the same."""
+        data, last = pb.Manifest(tensors=request.tensors).SerializeToString(), self._last
+        if last[0] != data:
+            self._last = last = data, tuple(from_spec_proto(spec) for spec in request.tensors)
+        return last[1]
+
+
 def to_manifest_proto(manifest: Manifest) -> pb.Manifest:
     """A manifest for the wire."""
     parameters = [
