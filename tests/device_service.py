@@ -13,12 +13,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,10 +78,18 @@ def _row(name: str, size: tuple[int, ...], format: str = "bf16", group: str = ""
 
 
 def weights_of(shape: Shape, device: str, seed: int = 0) -> list[tuple[str, Tensor]]:
-    """Random BF16 weights, each a tensor of its own."""
+    """Random BF16 weights, one after the other in one piece of memory, as a flat optimizer keeps them."""
     torch.manual_seed(seed)
-    made = ((row.name, torch.randn(row.shape, dtype=torch.bfloat16, device=device)) for row in parameters_of(shape))
-    return [(name, tensor.mul_(0.02)) for name, tensor in made]
+    rows = parameters_of(shape)
+    sizes = [math.prod(row.shape) for row in rows]
+    ends = list(accumulate(-(-size // 64) * 64 for size in sizes))
+    memory = torch.empty(ends[-1], dtype=torch.bfloat16, device=device)
+    for part in memory.split(1 << 30):
+        part.normal_(0, 0.02)
+    begins = [0, *ends[:-1]]
+    return [
+        (row.name, memory[at : at + size].view(row.shape)) for row, at, size in zip(rows, begins, sizes, strict=True)
+    ]
 
 
 def holdings_of(shape: Shape, device: str) -> Holdings:
