@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import transfuse_pb2 as pb
-from weight_update.chunks import MAX_MESSAGE_BYTES, Chunk, StageOpen, check, decode_request, encode_chunk
+from weight_update.chunks import (
+    MAX_MESSAGE_BYTES,
+    RING_LESS_BYTES,
+    Chunk,
+    Packet,
+    StageOpen,
+    check,
+    decode_request,
+    encode_chunk,
+)
 from weight_update.errors import TransferError
 
 
@@ -202,3 +211,23 @@ def test_a_message_that_is_neither_open_nor_chunk_is_refused() -> None:
     for message in (b"", b"\x1a\x01a", b"\x08\x01"):
         with pytest.raises(TransferError, match="neither an open nor a chunk"):
             decode_request(message)
+
+
+def test_a_chunk_made_for_a_ring_goes_in_several_messages_where_there_is_none() -> None:
+    sizes = np.array([RING_LESS_BYTES - 5, 9, RING_LESS_BYTES + 100], np.uint32)
+    data = np.random.default_rng(0).integers(0, 256, int(sizes.sum()), np.uint8)
+    pieces = [memoryview(part) for part in np.split(data, np.cumsum(sizes)[:-1])]
+    packet = Packet(7, np.arange(3, dtype=np.uint32), np.full(3, 50, np.uint64), sizes, pieces)
+    placed = {t: np.zeros(50 + int(size), np.uint8) for t, size in enumerate(sizes)}
+    numbers = []
+    for message in packet.messages:
+        chunk = decode_request(message)
+        assert isinstance(chunk, Chunk)
+        check(chunk)
+        numbers.append(chunk.sequence)
+        read = 0
+        for tensor, offset, length in zip(chunk.tensor, chunk.offset.tolist(), chunk.length.tolist(), strict=True):
+            placed[int(tensor)][offset : offset + length] = chunk.payload[read : read + length]
+            read += length
+    assert numbers == [6, 6, 7]
+    assert np.array_equal(np.concatenate([placed[t][50:] for t in range(3)]), data)

@@ -60,7 +60,6 @@ class DeviceWriter(RingWriter):
 
     def __init__(self, memory: Tensor, token: bytes) -> None:
         self._memory: Any = memory
-        self._reached: dict[torch.device, bool] = {}
         self._begin(token)
 
     @classmethod
@@ -90,11 +89,10 @@ class DeviceWriter(RingWriter):
         """One launch that brings located pieces across; else one copy on the sender's GPU, of the pieces to one
         another, and one across."""
         if isinstance(packet, Gathered):
-            if self._is_reached(packet.device):
+            if packet.device == self._memory.device:
                 packet.gather(self._memory.data_ptr() + at)
             else:
-                self._memory[at : at + packet.payload_bytes].copy_(packet.joined())
-                torch.cuda.synchronize(packet.device)
+                packet.copy_to(self._memory[at : at + packet.payload_bytes])
             return packet.in_ring(at, on_device=True)
         pieces = [piece if isinstance(piece, Tensor) else _tensor(piece) for piece in packet.pieces]
         device = next((piece.device for piece in pieces if piece.is_cuda), torch.device("cpu"))
@@ -103,18 +101,6 @@ class DeviceWriter(RingWriter):
         if joined.is_cuda:
             torch.cuda.current_stream(joined.device).synchronize()
         return packet.in_ring(at, on_device=True)
-
-
-    def _is_reached(self, device: torch.device) -> bool:
-        """Whether kernels on the device can write here; the first copy from it opens the way."""
-        ours = self._memory.device
-        if device not in self._reached:
-            is_peer = device == ours or torch.cuda.can_device_access_peer(device, ours)
-            if is_peer:
-                self._memory[:1].copy_(torch.zeros(1, dtype=torch.uint8, device=device))
-                torch.cuda.synchronize(device)
-            self._reached[device] = is_peer
-        return self._reached[device]
 
 
 def _tensor(piece: memoryview) -> Tensor:

@@ -93,6 +93,12 @@ class Gathered(Packet):
         self.gather(payload.data_ptr())
         return payload
 
+    def copy_to(self, target: Tensor) -> None:
+        """The payload to memory of another device; complete when it returns."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            target.copy_(self.joined(), non_blocking=True)
+            self._stream.synchronize()
+
     @cached_property
     def _on_host(self) -> list[memoryview]:
         payload = self.joined()

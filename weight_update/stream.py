@@ -174,13 +174,13 @@ class StageStream:
                     return
                 packet = self._unsent.popleft()
             try:
-                message = self._framed(packet, connection)
+                messages = self._framed(packet, connection)
             except WeightUpdateError as error:
                 self._fail(error)
                 return
-            if message is None:
+            yield from messages
+            if not messages:
                 return
-            yield message
 
     def _over(self) -> bool:
         return self._error is not None or (self._closing and not self._unacked)
@@ -195,7 +195,7 @@ class StageStream:
             while self._unacked and self._unacked[0].sequence <= reply.sequence:
                 packet = self._unacked.popleft()
                 placed = self._placed.pop(packet.sequence, None)
-                self.wire_bytes += len(packet.message) if placed is None else len(placed) + packet.payload_bytes
+                self.wire_bytes += sum(map(len, packet.messages)) if placed is None else len(placed) + packet.payload_bytes
                 if placed is not None and self._ring is not None:
                     self._ring.free()
             if not self._greeted:
@@ -230,22 +230,22 @@ class StageStream:
             self._ring, self._agreed = ring, True
             self._state.notify_all()
 
-    def _framed(self, packet: Packet, connection: threading.Event) -> bytes | None:
-        """The message of a chunk, its payload put into the ring where there is one; None where the stream ends."""
+    def _framed(self, packet: Packet, connection: threading.Event) -> list[bytes]:
+        """The message of a chunk, its payload put into the ring where there is one; none where the stream ends."""
         ring = self._ring
         if ring is None or packet.payload_bytes > ring.num_bytes // 2 or not packet.payload_bytes:
-            return packet.message
+            return packet.messages
         with self._state:
             message = self._placed.get(packet.sequence)
             if message is not None:  # sent before, and the ring still holds it
-                return message
+                return [message]
             at = self._room(ring, packet.payload_bytes, connection)
         if at is None:
-            return None
+            return []
         message = ring.put(packet, at)
         with self._state:
             self._placed[packet.sequence] = message
-        return message
+        return [message]
 
     def _room(self, ring: RingWriter, num_bytes: int, connection: threading.Event) -> int | None:
         """Where the payload goes, once acknowledgements have made room for it."""
