@@ -43,6 +43,7 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)
+	@$(BIN)/python -m tests.bench.gpu_push
 
 soak: $(READY)
 	@$(BIN)/python -m tests.bench.soak $(ARGS) | tee docs/soak.txt

@@ -183,7 +183,8 @@ class Attempt:
         if isinstance(self.content, Whole):
             return None
         to = destinations_of(self.described.ranks)
-        on_device = [all(self._links[i].transport == CUDA_IPC for i in each.ranks) for each in to]
+        links = self._links()
+        on_device = [all(links[i].transport == CUDA_IPC for i in each.ranks) for each in to]
         self._packed = pack_for(self.content, self.manifest, to, on_device)
         everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
         ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
@@ -240,7 +241,7 @@ class Attempt:
         return self._streams.wire_bytes
 
     def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> list[StageStream]:
-        ranks, links = self.described.ranks, self._links
+        ranks, links = self.described.ranks, self._links()
         return [
             StageStream(
                 self.channel(rank.address),
@@ -257,7 +258,6 @@ class Attempt:
             for rank, link in zip(ranks, links, strict=True)
         ]
 
-    @property
     def _links(self) -> list[Link]:
         """The way to every rank, from where what is sent lies."""
         ours = here(self.content.device)

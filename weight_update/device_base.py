@@ -84,6 +84,7 @@ class FormWhole(Whole):
             yield from ((step.parts, None) for step in steps)
             return
         self._events, self.started_s = [], time.perf_counter()
+        self.form.follow()
         with self._on_stream():
             self.form.take(self._values)
         events = [self._encode(0)]
@@ -214,6 +215,7 @@ def fits(form: Form, base: Any) -> bool:
 def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
     """Encode step by step into scratch and compare with the base; every launch is over a step of tensors."""
     device = form.plan.device
+    form.follow()
     with torch.cuda.stream(form.stream):
         if base.memory is not form.memory:
             form.memory.copy_(base.memory, non_blocking=True)

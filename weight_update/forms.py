@@ -330,15 +330,18 @@ class Form:
         self._scratch = torch.zeros(0, dtype=torch.uint8, device=plan.device)
         self._fillings_apart: dict[int, Filling] = {}
         self._positions = {spec.name: i for i, spec in enumerate(plan.push.specs)}
-        self.stream.wait_stream(torch.cuda.current_stream(plan.device))
+        self.follow()
 
     @property
     def num_bytes(self) -> int:
         return self.memory.numel()
 
+    def follow(self) -> None:
+        """What the caller's stream was given so far, such as a step of the optimizer, comes before what is enqueued."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.plan.device))
+
     def take(self, scales: Scales) -> None:
-        """The global scale of every source, 1.0 where its format has none; before any step is encoded. What the
-        caller's stream was given so far, such as a step of the optimizer, comes first."""
+        """The global scale of every source, 1.0 where its format has none; before any step is encoded."""
         self._values.copy_(torch.from_numpy(scales))
         self._scales = kernels.scale_table(self._values)
 

@@ -195,7 +195,10 @@ class StageStream:
             while self._unacked and self._unacked[0].sequence <= reply.sequence:
                 packet = self._unacked.popleft()
                 placed = self._placed.pop(packet.sequence, None)
-                self.wire_bytes += sum(map(len, packet.messages)) if placed is None else len(placed) + packet.payload_bytes
+                if placed is None:
+                    self.wire_bytes += sum(map(len, packet.messages))
+                else:
+                    self.wire_bytes += len(placed) + packet.payload_bytes
                 if placed is not None and self._ring is not None:
                     self._ring.free()
             if not self._greeted:
