@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -24,8 +24,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import kernels
-from .specs import EncodeRows, Parts
 from .steps import Located
 
 Addresses = npt.NDArray[np.int64]
@@ -314,7 +312,7 @@ def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
     arguments = (batch.table, batch.tiles, noted.counts, noted.notes, noted.values, programs)
     grid = (-(-programs // 4),)
     counts = torch.empty(2, programs, dtype=torch.int32, device=device)
-    _run("count_notes", device, grid, *arguments, counts, **shape)
+    run("count_notes", device, grid, *arguments, counts, **shape)
     before = counts.cumsum(1)
     ends = torch.cat([before[:, -1], noted.counts.amax().long()[None]]).tolist()
     if ends[2] > ROOM:
@@ -323,7 +321,7 @@ def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
     weight, scale = _changes(ends[0], device), _changes(ends[1], device)
     out = [(part.matrix, part.position, part.difference, part.value) for part in (weight, scale)]
     if ends[0] or ends[1]:
-        _run("sort_notes", device, grid, *arguments, before, *out[0], *out[1], **shape)
+        run("sort_notes", device, grid, *arguments, before, *out[0], *out[1], **shape)
     return Diff(weight=weight, block_scale=scale, overflowed=False)
 
 
@@ -354,69 +352,10 @@ def _launch(name: str, batch: Batch, *arguments: object, **constants: object) ->
     rows, width, warps = batch.block
     if batch.programs:
         shape = {"K": batch.elements, "BN": rows, "BK": width, "EVEN": batch.even, "FIELDS": _loops().FIELDS}
-        _run(name, batch.table.device, (batch.programs,), *arguments, **shape, num_warps=warps, **constants)
+        run(name, batch.table.device, (batch.programs,), *arguments, **shape, num_warps=warps, **constants)
 
 
-def _run(name: str, device: torch.device, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+def run(name: str, device: torch.device, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Launch where the memory is: Triton launches on the current device, which may be another one."""
     with torch.cuda.device(device):
         getattr(_loops(), name)[grid](*arguments, **constants)
-
-
-# ---------------------------------------------------------------- rows of one matrix, as the table of formats has them
-
-
-def amax_bits(rows: Tensor) -> int:
-    """BF16 bits of the largest absolute value of contiguous rows; waits for the device."""
-    if rows.numel() % 16 or rows.data_ptr() % 16 or not rows.numel():
-        return kernels.amax_bits_torch(rows)
-    none = torch.empty(0, dtype=torch.uint8, device=rows.device)
-    return int(amax(plan_batch([Matrix(rows=rows.view(-1, 16), weight=none, block_scale=none)])))
-
-
-def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-    if not SCALES[0] <= scale <= SCALES[1]:
-        kernels.encode_nvfp4_rows_torch(rows, scale, out["weight"], out["weight_scale"])
-    elif rows.numel():
-        rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
-        batch = plan_batch([Matrix(rows=rows, weight=out["weight"], block_scale=out["weight_scale"])])
-        encode_nvfp4(batch, scale_table(torch.tensor([scale], device=rows.device)))
-
-
-def _encode_fp8(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-    if rows.numel():
-        divisor = torch.tensor([scale], dtype=torch.float32, device=rows.device)
-        grid = (-(-rows.numel() // 2048),)
-        _run("encode_fp8", rows.device, grid, rows, divisor, out["weight"], rows.numel(), BLOCK=2048)
-
-
-def _encode_fp8_channel(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-    if rows.numel():
-        scales = out["weight_scale"].view(torch.float32)
-        grid = (len(rows),)
-        _run("encode_fp8_channel", rows.device, grid, rows, out["weight"], scales, rows.shape[1], BK=1024)
-
-
-def _encode_fp8_block(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-    if rows.numel():
-        scales, (n, k) = out["weight_scale"].view(torch.float32), rows.shape
-        grid = (-(-n // 128), -(-k // 128))
-        _run("encode_fp8_block", rows.device, grid, rows, out["weight"], scales, n, k, TILE=128, num_warps=16)
-
-
-def _encode_mx(rows: Tensor, scale: float, given: Parts, out: Parts, *, fp4: bool) -> None:
-    if rows.numel():
-        blocks = rows.numel() // 32
-        bits, grid = rows.view(torch.int16), (-(-blocks // 128),)
-        parts = (out["weight"], out["weight_scale"])
-        _run("encode_mx", rows.device, grid, bits, *parts, blocks, BLOCKS=128, FP4=fp4)
-
-
-ENCODERS: dict[str, EncodeRows] = {
-    "nvfp4": _encode_nvfp4,
-    "fp8": _encode_fp8,
-    "fp8_channel": _encode_fp8_channel,
-    "fp8_block": _encode_fp8_block,
-    "mxfp8": partial(_encode_mx, fp4=False),
-    "mxfp4": partial(_encode_mx, fp4=True),
-}

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cuda, kernels
+from . import cuda_rows, kernels
 from .encodings import FORMATS, as_rows
 from .specs import DTYPES, Component, EncodeRows, Format, Kind, Parts, TensorSpec, dtype_name
 
@@ -47,8 +47,8 @@ __all__ = [
 NON_FINITE = 0x7F80  # BF16 bits of infinity; NaNs lie above
 
 # By type of device; where one is not named, torch and the loops of the host serve.
-AMAX: Mapping[str, Callable[[Tensor], int]] = {"cuda": cuda.amax_bits}
-ENCODERS: Mapping[str, Mapping[str, EncodeRows]] = {"cuda": cuda.ENCODERS}
+AMAX: Mapping[str, Callable[[Tensor], int]] = {"cuda": cuda_rows.amax_bits}
+ENCODERS: Mapping[str, Mapping[str, EncodeRows]] = {"cuda": cuda_rows.ENCODERS}
 
 
 def amax(rows: Tensor) -> int:

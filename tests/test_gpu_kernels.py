@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import cuda, kernels
+from quant import cuda, cuda_rows, kernels
 from quant.formats import FORMATS, amax, encode, global_scale
 from quant.layouts import LAYOUTS, LayoutPlan, plan_experts, plan_linear
 from weight_update import cuda as rows_of
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-KERNELS = sorted(cuda.ENCODERS)
+KERNELS = sorted(cuda_rows.ENCODERS)
 
 
 def magnitudes(seed: int) -> Tensor:

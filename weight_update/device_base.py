@@ -25,7 +25,8 @@ from torch import Tensor
 from .base import Base, Block, Held, Whole
 from .delta import DeviceDelta
 from .digest import Digests, Lanes
-from .forms import Form, alike
+from .filling import Form
+from .forms import alike
 from .source import PushPlan
 
 Values = npt.NDArray[np.float32]

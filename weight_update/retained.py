@@ -27,7 +27,8 @@ from .confirmed import Confirmed
 from .device_base import FormBase, FormChanges, FormWhole, as_base, compare_forms, fits
 from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
 from .errors import ManifestError, raise_all
-from .forms import Form, FormPlan, alike, plan_form
+from .filling import Form
+from .forms import FormPlan, alike, plan_form
 from .manifest import Manifest
 from .ranks import Ranks
 from .sharing import Holding, Shared, holding_of, plan_of, share_out

@@ -1,0 +1,154 @@
+"""A form in memory, and what fills it: see `forms`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant import cuda as kernels
+from quant.formats import FORMATS, TensorSpec
+
+from .digest import Digests
+from .encoder import encoded
+from .forms import FormPlan, Scales
+from .source import Source
+
+
+def _rows_of() -> ModuleType:
+    return importlib.import_module(".cuda", __package__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Filling:
+    """Tables of one step for one place in memory."""
+
+    batch: kernels.Batch | None
+    moves: Any
+
+
+class Form:
+    """The form of pushes of the same tensors in memory, uint8 [plan.parts.num_bytes] on the plan's device, zero between
+    the parts. Its tables are made once. Everything is enqueued on `stream`, which the caller makes the current one."""
+
+    def __init__(self, plan: FormPlan, memory: Tensor | None = None) -> None:
+        self.plan, parts = plan, plan.parts
+        if memory is None:
+            memory = torch.zeros(parts.num_bytes, dtype=torch.uint8, device=plan.device)
+        self.memory = memory
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(plan.device)  # type: ignore[no-untyped-call]
+        self._values = torch.ones(len(plan.push.sources), dtype=torch.float32, device=plan.device)
+        self._scales: Any = None
+        base = self.memory.data_ptr()
+        self.rows: Any = _rows_of().row_major(
+            base + parts.at, parts.row_bytes, parts.row0, parts.num_rows, parts.keys, plan.device
+        )
+        self._fillings = [self._filling(number, base) for number in range(len(plan.steps))]
+        self._scratch = torch.zeros(0, dtype=torch.uint8, device=plan.device)
+        self._fillings_apart: dict[int, Filling] = {}
+        self._positions = {spec.name: i for i, spec in enumerate(plan.push.specs)}
+        self.follow()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.memory.numel()
+
+    def follow(self) -> None:
+        """What the caller's stream was given so far, such as a step of the optimizer, comes before what is enqueued."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.plan.device))
+
+    def take(self, scales: Scales) -> None:
+        """The global scale of every source, 1.0 where its format has none; before any step is encoded."""
+        self._values.copy_(torch.from_numpy(scales))
+        self._scales = kernels.scale_table(self._values)
+
+    def encode(self, number: int, scales: Scales) -> None:
+        """A step, into its place. What is encoded apart waits for the device where its format must."""
+        self._fill(number, self._fillings[number], scales, self.memory, 0)
+
+    def encode_apart(self, number: int, scales: Scales) -> Tensor:
+        """A step, into scratch that the next one overwrites: uint8, as long as its region. What lies between the parts
+        means nothing."""
+        start, stop = self._bounds(number)
+        if stop - start > len(self._scratch):
+            largest = max(b - a for a, b in map(self._bounds, range(len(self.plan.steps))))
+            self._scratch, self._fillings_apart = torch.zeros_like(self.memory[:largest]), {}
+        if number not in self._fillings_apart:
+            self._fillings_apart[number] = self._filling(number, self._scratch.data_ptr() - start)
+        scratch = self._scratch[: stop - start]
+        self._fill(number, self._fillings_apart[number], scales, scratch, start)
+        return scratch
+
+    def region(self, number: int) -> tuple[int, Tensor]:
+        """The first part of a step, and the memory of all of them."""
+        start, stop = self._bounds(number)
+        return self.plan.steps[number].parts.start, self.memory[start:stop]
+
+    def places(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """int64, of each part of a step: where it begins in its region, its bytes, its first byte in its tensor."""
+        parts, chosen = self.plan.parts, self.plan.steps[number].parts
+        at, row_bytes = parts.at[chosen] - parts.at[chosen.start], parts.row_bytes[chosen]
+        columns = np.stack([at, parts.num_rows[chosen] * row_bytes, parts.row0[chosen] * row_bytes])
+        begins, sizes, firsts = torch.from_numpy(columns).to(self.plan.device)
+        return begins, sizes, firsts
+
+    def part_digests(self) -> Digests:
+        """What every part adds to the digest of its tensor, [parts, 2]; waits for the device."""
+        found: Digests = _rows_of().as_digests(self.rows.digest())
+        return found
+
+    def summed(self, lanes: Digests) -> Digests:
+        """The same by tensor of the push."""
+        found = np.zeros((len(self.plan.push.specs), 2), np.uint64)
+        np.add.at(found, self.plan.parts.tensor, lanes)
+        return found
+
+    # -- tables
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        parts, chosen = self.plan.parts, self.plan.steps[number].parts
+        stop = int(parts.at[chosen.stop]) if chosen.stop < len(parts) else parts.num_bytes
+        return int(parts.at[chosen.start]), stop
+
+    def _filling(self, number: int, base: int) -> Filling:
+        step, parts = self.plan.steps[number], self.plan.parts
+        at, each, copied = base + parts.at, step.matrices, step.copied
+        batch = None
+        if len(each.address):
+            batch = kernels.plan_plain(
+                each.address, at[each.weight], at[each.scale], each.elements, each.source, device=self.plan.device
+            )
+        address = np.where(copied.scale_of < 0, copied.address, self._values.data_ptr() + 4 * copied.scale_of)
+        sizes = (parts.num_rows * parts.row_bytes)[copied.part]
+        return Filling(batch=batch, moves=_rows_of().Moves(address, at[copied.part], sizes, self.plan.device))
+
+    def _fill(self, number: int, filling: Filling, scales: Scales, memory: Tensor, start: int) -> None:
+        step = self.plan.steps[number]
+        if filling.batch is not None:
+            kernels.encode_nvfp4(filling.batch, self._scales)
+        filling.moves.run()
+        ours = scales[step.matrices.source]
+        beyond = step.matrices.source[(ours < kernels.SCALES[0]) | (ours > kernels.SCALES[1])]
+        for i in [*step.apart, *dict.fromkeys(beyond.tolist())]:
+            self._put(self.plan.push.sources[i], torch.tensor(scales[i]), memory, start)
+
+    def _put(self, source: Source, scale: Tensor, memory: Tensor, start: int) -> None:
+        """Encode one source and put what it becomes in its place; memory: from byte `start` of the form on."""
+        given = scale if FORMATS[source.parameter.format].has_global_scale else None
+        for spec, first, data in encoded(source, given):
+            at = self._at(spec, first) - start
+            memory[at : at + data.numel()].copy_(data.reshape(-1))
+
+    def _at(self, spec: TensorSpec, row: int) -> int:
+        """Where a row of a tensor lies in the form."""
+        parts, tensor = self.plan.parts, self._positions[spec.name]
+        i = self.plan.found.get((tensor, row))
+        if i is None:
+            among = np.flatnonzero((parts.tensor == tensor) & (parts.row0 <= row))
+            i = int(among[np.argmax(parts.row0[among])])
+        return int(parts.at[i]) + (row - int(parts.row0[i])) * spec.row_bytes
