@@ -21,7 +21,7 @@ the trainer side
     routing     the routes of a push, for people
     foresight   what a push is expected to take
     encoder     its rows in checkpoint form, block by block
-    forms       the same of a model on a GPU: in one piece of its memory, by tables (gathering: chunks of it)
+    forms       the same of a model on a GPU: in one piece of its memory, by tables (filling, gathering: in and out)
     base        what is sent and what is remembered of it (device_base: in a form); retained: plan and tables as well
     door        encoded rows become chunks on the streams of their owners
     ranks       the few collectives that a push needs
