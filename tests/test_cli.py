@@ -18,7 +18,7 @@ from weight_update.errors import ERRORS
 from weight_update.transport import ControlClient
 from weight_update.values import from_manifest_proto
 
-COMMANDS = sorted(each.callback.__name__.replace("_", "-") for each in cli.app.registered_commands if each.callback)
+COMMANDS = sorted(name for name, (_, attribute) in cli.COMMANDS.items() if attribute != "app")
 README = Path(__file__).parents[1] / "README.md"
 
 
