@@ -1,8 +1,8 @@
 """`python -m tests.bench.growth`: thousands of real pushes in a row, and whether anything grows.
 
-One process holds coordinator, rank and trainer; a trainer pushes `EACH` times, then a new one comes, in turn over shared
-memory and over gRPC. What the process holds is counted when no trainer is there: the first time once both kinds of
-trainer have been.
+One process holds coordinator, rank and trainer; a trainer pushes `EACH` times, then a new one comes, in turn over
+shared memory and over gRPC. What the process holds is counted when no trainer is there: the first time once both kinds
+of trainer have been.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def run(pushes: int = PUSHES, each: int = EACH) -> None:
     for mark in marks:
         print(f"  {mark.as_text()}")
     per_push = 1e3 * (time.process_time() - cpu_s) / pushes
-    print(f"  {time.monotonic() - start_s:.0f} s, {per_push:.1f} CPU ms a push; {'; '.join(problems) or 'nothing grew'}")
+    verdict = "; ".join(problems) or "nothing grew"
+    print(f"  {time.monotonic() - start_s:.0f} s, {per_push:.1f} CPU ms a push; {verdict}")
     if problems:
         raise SystemExit(1)
 
