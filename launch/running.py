@@ -31,6 +31,7 @@ from .options import (
     Layout,
     Listen,
     LogFormat,
+    MetricsAt,
     MetricsPort,
     MinReplicas,
     Offload,
@@ -101,6 +102,7 @@ def serve(
     compile: Compile = False,
     grace: Grace = 30.0,
     metrics_port: MetricsPort = 0,
+    metrics_at: MetricsAt = "loopback",
     log_format: LogFormat = "text",
     record: Record = None,
     as_json: Json = False,
@@ -125,7 +127,7 @@ def serve(
             store=kept(store, keep, keep_bytes),
             scrub_s=scrub,
             security=access.security(),
-            seeing=seen(metrics_port, log_format, record),
+            seeing=seen(metrics_port, metrics_at, log_format, record),
             **how,
         )
         run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json), grace)
