@@ -32,7 +32,7 @@ TRANSPORTS = ("shared-memory", "grpc")
 
 @dataclass(frozen=True, kw_only=True)
 class Holds:
-    """What a process holds. files: in the folders of the service and the trainer, and temporary ones of ours."""
+    """What a process holds. files: of the service and the trainer, temporary ones included."""
 
     pushes: int
     memory_bytes: int
@@ -57,14 +57,13 @@ def holds(pushes: int, folder: Path) -> Holds:
     this = psutil.Process()
     segments = [each.path for each in this.memory_maps() if each.path.startswith(("/memfd:", "/dev/shm/"))]
     found = [path for path in folder.rglob("*") if path.is_file()]
-    ours = [path for path in Path(tempfile.gettempdir()).glob("transfuse*") if path != folder]
     return Holds(
         pushes=pushes,
         memory_bytes=this.memory_full_info().uss,
         descriptors=this.num_fds(),
         threads=this.num_threads(),
         segments=len(segments),
-        files=len(found) + len(ours),
+        files=len(found),
         state_bytes=sum(path.stat().st_size for path in found if path.name.startswith("state.sqlite")),
     )
 
@@ -105,12 +104,14 @@ def run(pushes: int = PUSHES, each: int = EACH) -> None:
     assert pushes >= 4 * each, "too few pushes for a start, a middle and an end"
     start_s, cpu_s = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="transfuse-growth-") as scratch:
-        folder = Path(scratch)
+        folder, before = Path(scratch), tempfile.tempdir
+        tempfile.tempdir = scratch  # so that what is left there is counted
         model = tiny_llama(seed=0)
         (folder / "state").mkdir()
         with local_service(save(model, folder / "model"), folder / "state") as service:
             seen = list(pushed(service, model, folder, pushes, each))
             version = service.shell.index.decision().version
+    tempfile.tempdir = before
     width = min(WINDOW, len(seen) // 3)
     middle = (len(seen) - width) // 2
     marks = least(seen[:width]), least(seen[middle : middle + width]), least(seen[-width:])
