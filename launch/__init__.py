@@ -14,4 +14,5 @@ progress.py    bars on stderr
 planning.py    what a push would send and take: plan, simulate
 scenario.py    a trainer and a service that need not exist; scenarios/*.toml come with the release
 picture.py     who sends what to whom
+*_page.py      pages of docs that are written from tables
 """
