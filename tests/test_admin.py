@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 import grpc
 import pytest
 
-from launch import errors_page, settings, support_page
+from launch import errors_page, formats_page, settings, support_page
 from launch.top import bars, rates, replica_digest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
@@ -385,7 +385,7 @@ def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
     assert [ord(each) - 0x2580 for each in bars([1.0, 8.0, 4.0])] == [1, 8, 4] and bars([0.0]) == " "
 
 
-@pytest.mark.parametrize("module", [errors_page, support_page])
+@pytest.mark.parametrize("module", [errors_page, formats_page, support_page])
 def test_generated_pages_are_current(module: ModuleType) -> None:
     assert module.PAGE.read_text() == module.page(), f"run 'python -m {module.__name__}'"
 

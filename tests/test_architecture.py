@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import MODULES
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "protos", "quant", "service", "sharding", "weight_update")
 # Loaded only where numba is installed, and where a CUDA device is used.
@@ -70,7 +72,7 @@ def test_everything_but_the_door_needs_no_grpc() -> None:
 
 def test_the_command_starts_without_loading_torch_or_ray() -> None:
     heavy = ("torch", "ray", "grpc", "numpy", "transformers", "matplotlib")
-    assert import_without(heavy, ["launch.cli"]) == ""
+    assert import_without(heavy, ["launch.cli", *(f"launch.{module}" for module in MODULES)]) == ""
 
 
 def test_every_benchmark_loads() -> None:
