@@ -40,6 +40,7 @@ __all__ = [
     "apply_rows",
     "choose_layout",
     "device_arch",
+    "device_name",
     "invert_bytes",
     "invert_rows",
     "misfits",
@@ -301,7 +302,7 @@ def choose_layout(
 
     arch: compute capability of the device (100), None without one. A row of another kind stands for its family.
     """
-    device = _device_name(arch)
+    device = device_name(arch)
     if wanted == "auto":
         able = next((row for row in _fitting(kind, fmt, shape) if row.serves(arch)), LAYOUTS["plain"])
         _require_fit(able, kind, fmt, kind, shape)
@@ -312,16 +313,19 @@ def choose_layout(
     return row, f"asked for {wanted}" + ("" if row.serves(arch) else f"; no kernel for {device}, forward decodes")
 
 
-def device_arch() -> Arch | None:
-    """What kernels of this process run on: the CUDA device it uses, an Ascend, or None."""
+def device_arch(device: torch.device | None = None) -> Arch | None:
+    """What kernels run on: this device, by default the one that this process uses. None for a CPU."""
+    if device is not None and device.type not in ("cuda", "npu"):
+        return None
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
     npu = getattr(torch, "npu", None)  # there once torch-npu is imported
     return "ascend" if npu is not None and npu.is_available() else None
 
 
-def _device_name(arch: Arch | None) -> str:
+def device_name(arch: Arch | None) -> str:
+    """An architecture for people."""
     if arch is None:
         return "a device of no compute capability"
     return f"sm_{arch}" if isinstance(arch, int) else arch
