@@ -341,17 +341,11 @@ def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
         encode_nvfp4(batch, scale_table(torch.tensor([scale], device=rows.device)))
 
 
-def quantize_fp8(rows: Tensor, divisor: Tensor, out: Tensor | None = None) -> Tensor:
-    """uint8 codes of contiguous BF16 rows over an FP32 divisor [1] that lies on the device."""
-    out = torch.empty_like(rows, dtype=torch.uint8) if out is None else out
-    if rows.numel():
-        grid = (-(-rows.numel() // 2048),)
-        _loops().encode_fp8[grid](rows, divisor, out, rows.numel(), BLOCK=2048)
-    return out
-
-
 def _encode_fp8(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
-    quantize_fp8(rows, torch.tensor([scale], dtype=torch.float32, device=rows.device), out["weight"])
+    if rows.numel():
+        divisor = torch.tensor([scale], dtype=torch.float32, device=rows.device)
+        grid = (-(-rows.numel() // 2048),)
+        _loops().encode_fp8[grid](rows, divisor, out["weight"], rows.numel(), BLOCK=2048)
 
 
 def _encode_fp8_channel(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:

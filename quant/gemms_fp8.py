@@ -11,17 +11,20 @@ Both sizes are multiples of 16; the number of tokens is any.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import cuda
 from . import numerics_float as floats
 from .formats import FORMATS, encode
 
 # Sums of products are kept in the tensor cores' own registers, about 14 bits, over the whole of K if this is set.
 FAST_ACCUMULATION = False
+BLOCK = 2048  # elements that one program quantizes
 
 
 def linear(x: Tensor, operands: Mapping[str, Tensor], num_rows: int) -> Tensor:
@@ -48,7 +51,10 @@ def linear(x: Tensor, operands: Mapping[str, Tensor], num_rows: int) -> Tensor:
 def quantize_tensor(tokens: Tensor, scale: Tensor) -> Tensor:
     """E4M3 codes of BF16 [tokens, elements] over one FP32 scale [1], without waiting for it."""
     if _by_kernel(tokens):
-        return cuda.quantize_fp8(tokens, scale).view(torch.float8_e4m3fn)
+        codes, grid = torch.empty_like(tokens, dtype=torch.uint8), (-(-tokens.numel() // BLOCK),)
+        with torch.cuda.device(tokens.device):
+            _loops().encode_fp8[grid](tokens, scale, codes, tokens.numel(), BLOCK=BLOCK)
+        return codes.view(torch.float8_e4m3fn)
     return floats.encode_fp8(tokens, scale)["weight"]
 
 
@@ -63,4 +69,9 @@ def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_kernel(tokens: Tensor) -> bool:
     """A compiler fuses the torch version by itself, and cannot look into ours."""
-    return tokens.is_cuda and not torch.compiler.is_compiling()
+    return tokens.is_cuda and tokens.numel() > 0 and not torch.compiler.is_compiling()
+
+
+@cache
+def _loops() -> ModuleType:
+    return importlib.import_module(".cuda_loops", __package__)

@@ -18,7 +18,7 @@ import torch
 from cold import encode_all, install, random_weights
 from torch import Tensor, nn
 
-from quant import gemms
+from quant import gemms, gemms_fp8
 from quant.backends import LAYOUTS
 from quant.formats import FORMATS
 from quant.gemms import GEMMS, choose_gemm
@@ -28,6 +28,7 @@ from tests import goldens, reference
 
 LINEAR = {"rows": 48, "elements": 64}
 EXPERTS = {"experts": 4, "hidden": 256, "inter": 128}
+FP8 = ("fp8", "fp8_channel")
 FP4 = ("trtllm_linear", "cutlass_linear", "trtllm_dit", "cutlass_dit")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -130,7 +131,7 @@ def by_hand(x: Tensor, tensors: dict[str, Tensor], fmt: str) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("fmt", ["fp8", "fp8_channel"])
+@pytest.mark.parametrize("fmt", FP8)
 def test_an_fp8_linear_is_the_scaled_product_of_its_own_memory(
     on: Say, monkeypatch: pytest.MonkeyPatch, fmt: str, bias: bool
 ) -> None:
@@ -159,7 +160,7 @@ def test_an_fp8_linear_is_the_scaled_product_of_its_own_memory(
     assert module(x.float()).dtype == torch.float32 and module(x[:0]).shape == (0, 9, 208)
 
 
-@pytest.mark.parametrize("fmt", ["fp8", "fp8_channel"])
+@pytest.mark.parametrize("fmt", FP8)
 def test_new_bytes_are_in_the_next_product_and_sizes_that_it_cannot_do_are_decoded(on: Say, fmt: str) -> None:
     on(90)
     model, other = (linear("cutlass_linear_fp8", fmt, (48, 64)) for _ in range(2))
@@ -188,6 +189,74 @@ def test_a_device_with_the_kernel_drops_what_was_decoded_on_one_without(on: Say)
     assert module.gemm is GEMMS["scaled_mm"] and module.decoded is None
     # Only the activations are rounded: E4M3 has a half-step of 1/16, and 64 products average it out.
     assert (module(x) - decoded).float().norm() < 2**-4 * decoded.float().norm()
+
+
+gpu = pytest.mark.gpu
+needs_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a CUDA device with FP8"
+)
+
+
+@gpu
+@needs_fp8
+@pytest.mark.parametrize("shape", [(16, 16), (208, 160), (3072, 3072), (512, 12288)], ids=str)
+@pytest.mark.parametrize("fmt", FP8)
+def test_the_device_s_product_is_that_of_the_same_operands_in_fp64(fmt: str, shape: tuple[int, int]) -> None:
+    for bias in (True, False):
+        model = linear("cutlass_linear_fp8", fmt, shape, bias)
+        tensors = loaded(model)
+        model.cuda()
+        decode_all(model)
+        module: Any = model["block"]
+        assert module.gemm is GEMMS["scaled_mm"] and module.decoded is None
+        for count in (0, 1, 7, 16, 300):
+            x = tokens(count, shape[1], seed=count)
+            expected = by_hand(x, tensors, fmt) + (tensors["block.bias"].double() if bias else 0)
+            y = module(x.cuda()).cpu().double()
+            # One rounding to BF16 at the end; on the way FP32 sums, or what the tensor cores make of them.
+            error = (y - expected).norm() / expected.norm() if count else 0.0
+            assert y.shape == expected.shape and error < 2**-8, (fmt, shape, count, bias, float(error))
+
+
+@gpu
+@needs_fp8
+@pytest.mark.parametrize("shape", [(1, 16), (5, 48), (33, 3072), (64, 12288)], ids=str)
+def test_activations_get_the_codes_that_they_get_on_the_host(shape: tuple[int, int]) -> None:
+    x = tokens(*shape)
+    x[0, :16] = 0
+    x[-1, 0] = 6e4  # beyond 448 / scale
+    scale = torch.tensor([0.02])
+    here = gemms_fp8.quantize_tensor(x, scale), *gemms_fp8.quantize_tokens(x)
+    there = gemms_fp8.quantize_tensor(x.cuda(), scale.cuda()), *gemms_fp8.quantize_tokens(x.cuda())
+    for one, other in zip(here, there, strict=True):
+        assert one.shape == other.shape and torch.equal(one.view(torch.uint8), other.cpu().view(torch.uint8))
+
+
+@gpu
+@needs_fp8
+@pytest.mark.parametrize("fmt", FP8)
+def test_a_graph_over_an_fp8_linear_shows_the_new_bytes(fmt: str) -> None:
+    model, x = linear("cutlass_linear_fp8", fmt, (256, 192)), tokens(24, 192).cuda()
+    loaded(model)
+    model.cuda()
+    decode_all(model)
+    module: Any = model["block"]
+    for _ in range(2):
+        module(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x)
+    for seed in range(1, 51):
+        other = linear("cutlass_linear_fp8", fmt, (256, 192))
+        loaded(other, seed=seed)
+        other.cuda()
+        decode_all(other)
+        with torch.no_grad():
+            for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+                parameter.copy_(new)
+        graph.replay()
+        assert torch.equal(out, other["block"](x)), seed
 
 
 # ---------------------------------------------------------------- FP4
