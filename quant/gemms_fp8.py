@@ -30,6 +30,8 @@ BLOCK = 2048  # elements that one program quantizes
 def linear(x: Tensor, operands: Mapping[str, Tensor], num_rows: int) -> Tensor:
     """[..., num_rows] in x's dtype from x [..., elements]; BF16 on the way."""
     tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    if not len(tokens):
+        return x.new_empty(*x.shape[:-1], num_rows)
     weight_scale = operands["weight_scale"]
     if "input_scale" in operands:
         codes, scale = quantize_tensor(tokens, operands["input_scale"]), operands["input_scale"]
@@ -69,7 +71,7 @@ def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_kernel(tokens: Tensor) -> bool:
     """A compiler fuses the torch version by itself, and cannot look into ours."""
-    return tokens.is_cuda and tokens.numel() > 0 and not torch.compiler.is_compiling()
+    return tokens.is_cuda and not torch.compiler.is_compiling()
 
 
 @cache
