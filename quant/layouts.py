@@ -88,9 +88,10 @@ class StorageSpec:
 
     def kernel_view(self, storage: Tensor) -> Tensor:
         """What a kernel is fed: the same memory, whole, units as one matrix, cut to its rows, transposed by strides."""
-        view = storage.view(self.kernel_dtype).view(self.shape)
+        view = storage.view(self.kernel_dtype)
+        view = view if view.shape == self.shape else view.view(self.shape)
         view = view.flatten(0, 1) if self.flat else view
-        view = view[: self.kernel_rows]
+        view = view if self.kernel_rows in (None, len(view)) else view[: self.kernel_rows]
         return view.t() if self.transposed else view
 
 

@@ -115,8 +115,10 @@ class QuantModule(nn.Module):
 
         No copies. Look again in every forward: what FSDP gathers does not stay where it was.
         """
-        parameters = dict(self.named_parameters(recurse=False))
-        return parameters | {each.leaf: each.kernel_view(parameters[each.leaf]) for each in self.plan.storages}
+        found: dict[str, Tensor] = {name: each for name, each in self._parameters.items() if each is not None}
+        for storage in self.plan.storages:
+            found[storage.leaf] = storage.kernel_view(found[storage.leaf])
+        return found
 
     def _choose_gemm(self) -> tuple[Gemm | None, str]:
         return choose_gemm(self.layout, self.sizes, next(self.parameters()).device, getattr(self, "act_fn", None))

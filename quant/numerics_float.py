@@ -45,9 +45,9 @@ def over_tiles(scale: Tensor, shape: torch.Size) -> Tensor:
 # ---------------------------------------------------------------- FP8
 
 
-def encode_fp8(rows: Tensor, scale: float | Tensor) -> Numbers:
+def encode_fp8(rows: Tensor, scale: float) -> Numbers:
     """One scale a tensor. modelopt divides in BF16: the quotient is rounded twice."""
-    divisor = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
+    divisor = torch.tensor(scale, dtype=torch.float32, device=rows.device)
     return {"weight": e4m3((rows.float() / divisor).to(torch.bfloat16).float())}
 
 

@@ -3,7 +3,7 @@
     python -m tests.bench.gpu --only flux --only linears
 
 The class is diffusers' own, the step that of `service.denoising`: one sample, the forward and the scheduler, launches
-from Python included. Random weights: the time does not depend on them. Two sizes: the tests' tiny one, which is all
+from Python included, and the forward alone in a CUDA graph. Random weights: the time does not depend on them. Two sizes: the tests' tiny one, which is all
 launches, and the width of FLUX.1 (hidden 3072) with 2 of its 19 double and 4 of its 38 single blocks, at 1024 x 1024
 pixels and 512 tokens of text.
 """
@@ -28,10 +28,11 @@ from quant import gemms_fp8
 from quant.formats import FORMATS, encode
 from quant.layouts import LAYOUTS, device_arch
 from quant.models import quantize_model
-from quant.modules import QuantLinear, QuantModule, mark_all_applied
+from quant.modules import QuantLinear, QuantModule, decode_all, mark_all_applied
 from quant.pipelines import Pipeline
-from service.denoising import Denoiser
+from service.denoising import Denoiser, conditioning_of
 from service.samples import SampleStart
+from service.styles import STYLES
 from tests.bench.gpu_table import Measured, milliseconds
 from tests.tiny_dit import CONFIGS
 
@@ -47,8 +48,8 @@ KINDS = {
     "FP8, a scale a row and a token": ("fp8_channel", "cutlass_linear_fp8"),
     "FP8, decoded": ("fp8", "plain"),
 }
-LINEARS = ((3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360))  # of FLUX.1: rows, elements
-NUM_TOKENS = 4608
+# Of FLUX.1: rows, elements, tokens. The last makes a block's modulation out of the time.
+LINEARS = ((3072, 3072, 4608), (12288, 3072, 4608), (3072, 12288, 4608), (18432, 3072, 1))
 STEPS = 1000  # of the schedule, more than are taken
 
 
@@ -146,12 +147,48 @@ def steps(size: str) -> Iterator[Measured]:
 
 
 @torch.no_grad()
+def graphs(size: str) -> Iterator[Measured]:
+    """The forward alone, replayed from a CUDA graph: what the GPU needs, whatever Python does."""
+    device, found = torch.device("cuda"), {}
+    for kind in KINDS:
+        model: Any = transformer(size, *KINDS[kind], device)
+        decode_all(model)
+        inputs = inputs_of(size, model.config, device)
+        for _ in range(2):
+            model(**inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(**inputs)
+        found[kind] = milliseconds(graph.replay)
+        del model, graph
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield f"forward in a CUDA graph, {kind}", found[kind], "BF16", found["BF16"]
+
+
+def inputs_of(size: str, config: Any, device: torch.device) -> dict[str, Any]:
+    """What one forward takes."""
+    start = started(size, config)
+    given = conditioning_of(start.conditioning, device)
+    constants = STYLES["FluxTransformer2DModel"].constants(config, start.size, given, start.guidance)
+    count = start.height * start.width // 4
+    return {
+        **given,
+        **{name: each.to(device) for name, each in constants.items()},
+        "hidden_states": torch.randn(1, count, config.in_channels, device=device).bfloat16(),
+        "timestep": torch.tensor([0.5], dtype=torch.bfloat16, device=device),
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
 def linears() -> Iterator[Measured]:
     """A linear by itself, activations quantized in it; without that; and summed in the tensor cores alone."""
     device = torch.device("cuda")
     random = torch.Generator(device=device).manual_seed(0)
-    for rows, elements in LINEARS:
-        x = torch.randn(NUM_TOKENS, elements, device=device, generator=random).bfloat16()
+    for rows, elements, count in LINEARS:
+        x = torch.randn(count, elements, device=device, generator=random).bfloat16()
         weight = torch.randn(rows, elements, device=device, generator=random).bfloat16()
         plain = milliseconds(partial(F.linear, x, weight))
         for kind, (fmt, layout) in KINDS.items():
@@ -160,7 +197,7 @@ def linears() -> Iterator[Measured]:
                 fill(module, random)
                 module.mark_applied()
                 module.decode_()
-                name = f"{rows} x {elements}, {kind}"
+                name = f"{rows} x {elements}, {count} tokens, {kind}"
                 yield name, milliseconds(partial(module, x)), "BF16", plain
                 yield f"{name}: the product alone", product(x, module, fast=False), "BF16", plain
                 yield f"{name}: the same, summed in the tensor cores", product(x, module, fast=True), "BF16", plain
@@ -170,10 +207,10 @@ def product(x: Tensor, module: QuantLinear, fast: bool) -> float:
     """Milliseconds of the scaled product of operands that are there."""
     operands = module.kernel_operands()
     if module.fmt.has_global_scale:
-        codes, scales = gemms_fp8.quantize_tensor(x, operands["input_scale"]), operands["input_scale"]
+        codes, scales = gemms_fp8.quantize_tensor(x, operands["input_scale_inv"]), operands["input_scale"]
     else:
         codes, scales = gemms_fp8.quantize_tokens(x)
-    others = operands["weight_scale"].view(1, -1) if scales.numel() > 1 else operands["weight_scale"]
+    others = operands["weight_scale"] if module.fmt.has_global_scale else operands["weight_scale"].view(1, -1)
     return milliseconds(
         lambda: torch._scaled_mm(
             codes, operands["weight"], scales, others, out_dtype=torch.bfloat16, use_fast_accum=fast
@@ -181,7 +218,12 @@ def product(x: Tensor, module: QuantLinear, fast: bool) -> float:
     )
 
 
+def both(size: str) -> Iterator[Measured]:
+    yield from steps(size)
+    yield from graphs(size)
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Measured]]] = {
-    f"linears of flux, {NUM_TOKENS} tokens": linears,
-    **{f"{size}, {edge * edge // 4} + {text} tokens": partial(steps, size) for size, (edge, text) in TOKENS.items()},
+    "linears of flux": linears,
+    **{f"{size}, {edge * edge // 4} + {text} tokens": partial(both, size) for size, (edge, text) in TOKENS.items()},
 }

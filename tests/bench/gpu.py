@@ -256,8 +256,8 @@ def main() -> None:
         for each in measure():
             sections[name]["rows"].append(row_of(each))
             print(line(name, sections[name]["rows"][-1]), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(sections, indent=1) + "\n")
+            if options.json:
+                options.json.write_text(json.dumps(sections, indent=1) + "\n")
     if options.write:
         write(sections)
 
