@@ -3,9 +3,9 @@
     python -m tests.bench.gpu --only flux --only linears
 
 The class is diffusers' own, the step that of `service.denoising`: one sample, the forward and the scheduler, launches
-from Python included, and the forward alone in a CUDA graph. Random weights: the time does not depend on them. Two sizes: the tests' tiny one, which is all
-launches, and the width of FLUX.1 (hidden 3072) with 2 of its 19 double and 4 of its 38 single blocks, at 1024 x 1024
-pixels and 512 tokens of text.
+from Python included; and the forward alone in a CUDA graph. Weights are random. Two sizes: the tests' tiny one, which
+is all launches, and the width of FLUX.1 (hidden 3072) with 2 of its 19 double and 4 of its 38 single blocks, at 1024 x
+1024 pixels and 512 tokens of text.
 """
 
 from __future__ import annotations
