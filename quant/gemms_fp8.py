@@ -52,7 +52,8 @@ def linear(x: Tensor, operands: Mapping[str, Tensor], num_rows: int) -> Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=FAST_ACCUMULATION,
     )
-    return y[:count].view(*x.shape[:-1], num_rows).to(x.dtype)
+    y = y[:count] if missing > 0 else y
+    return y.view(*x.shape[:-1], num_rows).to(x.dtype)
 
 
 def quantize_tensor(tokens: Tensor, inverse: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     if not _by_kernel(tokens):
         values = tokens.float()
         largest = values.abs().amax(1, keepdim=True)
-        largest = torch.where(largest == 0, E4M3_MAX, largest)
-        return e4m3(values * (E4M3_MAX / largest)), largest / E4M3_MAX
+        top = torch.full_like(largest, E4M3_MAX)  # a number over a tensor would be its rounded reciprocal, times it
+        largest = torch.where(largest == 0, top, largest)
+        return e4m3(values * (top / largest)), largest / top
     count, elements = tokens.shape
     codes = torch.empty_like(tokens, dtype=torch.float8_e4m3fn)
     scales = torch.empty(count, 1, dtype=torch.float32, device=tokens.device)

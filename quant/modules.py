@@ -59,6 +59,7 @@ class QuantModule(nn.Module):
         self.plan, self.fmt, self.layout, self.name = plan, fmt, layout, name
         self.layout_tag: str | None = None
         self.gemm: Gemm | None = None  # chosen where the parameters are, once a version
+        self._views: dict[str, Tensor] = {}  # see kernel_operands
         # Zeros, not empty: padding bytes belong to no tensor, and nobody writes them again.
         for storage in plan.storages:
             self._register(storage.leaf, torch.zeros(storage.shape, dtype=storage.dtype, device=device))
@@ -113,11 +114,16 @@ class QuantModule(nn.Module):
     def kernel_operands(self) -> dict[str, Tensor]:
         """What a kernel is fed, by leaf: the view of every storage that it wants, the derived scalars, and a bias.
 
-        No copies. Look again in every forward: what FSDP gathers does not stay where it was.
+        No copies. Look again in every forward: what FSDP gathers does not stay where it was. Views are kept as long as
+        they show the parameter's memory, since making one takes as long as a launch; a compiler keeps none.
         """
         found: dict[str, Tensor] = {name: each for name, each in self._parameters.items() if each is not None}
+        views = {} if torch.compiler.is_compiling() else self._views
         for storage in self.plan.storages:
-            found[storage.leaf] = storage.kernel_view(found[storage.leaf])
+            whole, view = found[storage.leaf], views.get(storage.leaf)
+            if view is None or view.data_ptr() != whole.data_ptr():
+                view = views[storage.leaf] = storage.kernel_view(whole.detach())
+            found[storage.leaf] = view
         return found
 
     def _choose_gemm(self) -> tuple[Gemm | None, str]:

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from cold import encode_all, install, random_weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from quant import gemms, gemms_fp8
 from quant.backends import LAYOUTS
 from quant.formats import FORMATS
 from quant.gemms import GEMMS, choose_gemm
 from quant.gemms_fp4 import experts_arguments, linear_arguments
-from quant.modules import QuantExperts, QuantLinear, QuantModule, decode_all
+from quant.modules import QuantExperts, QuantLinear, QuantModule, decode_all, quantized_modules
+from sharding.fsdp import reshard_all, shard_model, unshard_all
 from tests import goldens, reference
 
 LINEAR = {"rows": 48, "elements": 64}
@@ -52,11 +55,15 @@ def linear(layout: str, fmt: str, shape: tuple[int, int], bias: bool = True) -> 
 
 def loaded(model: nn.ModuleDict, seed: int = 0, input_scale: float = 0.02) -> dict[str, Tensor]:
     """Random weights put in; returns them in checkpoint form."""
-    tensors = encode_all(model, random_weights(model, seed))
-    tensors |= {name: torch.tensor(input_scale) for name in tensors if name.endswith("input_scale")}
+    tensors = encode(model, seed, input_scale)
     install(model, tensors)
     decode_all(model)
     return tensors
+
+
+def encode(model: nn.ModuleDict, seed: int, input_scale: float = 0.02) -> dict[str, Tensor]:
+    tensors = encode_all(model, random_weights(model, seed))
+    return tensors | {name: torch.tensor(input_scale) for name in tensors if name.endswith("input_scale")}
 
 
 def tokens(*shape: int, seed: int = 7) -> Tensor:
@@ -124,7 +131,7 @@ def by_hand(x: Tensor, tensors: dict[str, Tensor], fmt: str) -> Tensor:
         codes = values * (1 / scale)
     else:
         largest = values.abs().amax(-1, keepdim=True)
-        scale, codes = largest / 448, values * (448 / largest)
+        scale, codes = largest / 448, values * (torch.full_like(largest, 448) / largest)
     weight = tensors["block.weight"].view(torch.float8_e4m3fn).double()
     weight_scale = tensors["block.weight_scale"].view(-1).view(torch.float32).double()
     return codes.clamp(-448, 448).to(torch.float8_e4m3fn).double() @ weight.t() * scale.double() * weight_scale
@@ -174,6 +181,9 @@ def test_new_bytes_are_in_the_next_product_and_sizes_that_it_cannot_do_are_decod
     assert {name: each.data_ptr() for name, each in model.named_parameters()} == pointers
     second = model["block"](tokens(3, 64))
     assert torch.equal(second, other["block"](tokens(3, 64))) and not torch.equal(second, first)
+    replaced: Any = model["block"]
+    replaced.weight = nn.Parameter(torch.zeros_like(replaced.weight), requires_grad=False)
+    assert torch.equal(replaced(tokens(3, 64)), replaced.bias.expand(3, 48))
     odd = linear("cutlass_linear_fp8", fmt, (40, 64))
     loaded(odd)
     module: Any = odd["block"]
@@ -191,6 +201,26 @@ def test_a_device_with_the_kernel_drops_what_was_decoded_on_one_without(on: Say)
     assert module.gemm is GEMMS["scaled_mm"] and module.decoded is None
     # Only the activations are rounded: E4M3 has a half-step of 1/16, and 64 products average it out.
     assert (module(x) - decoded).float().norm() < 2**-4 * decoded.float().norm()
+
+
+@pytest.mark.parametrize("fmt", FP8)
+def test_a_sharded_linear_multiplies_what_was_gathered_last(on: Say, fmt: str) -> None:
+    on(90)
+    whole, sharded = (linear("cutlass_linear_fp8", fmt, (272, 64)) for _ in range(2))
+    x = tokens(20, 64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard_model(sharded, init_device_mesh("cpu", (1,)), quantized=quantized_modules(sharded))
+        for seed in range(3):
+            loaded(whole, seed=seed)
+            reshard_all(sharded)
+            install(sharded, encode(whole, seed))
+            unshard_all(sharded)
+            decode_all(sharded)
+            for _ in range(2):
+                assert torch.equal(sharded["block"](x), whole["block"](x)), seed
+    finally:
+        dist.destroy_process_group()
 
 
 gpu = pytest.mark.gpu
