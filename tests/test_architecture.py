@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "protos", "quant", "service", "sharding", "weight_update")
 # Loaded only where numba is installed, and where a CUDA device is used.
 COMPILED = {f"{folder}.{name}" for folder in ("quant", "weight_update") for name in ("loops", "cuda_loops")}
+COMPILED |= {"quant.activation_loops"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
 
@@ -65,7 +66,7 @@ def test_everything_but_the_door_needs_no_grpc() -> None:
         f"weight_update.{name}"
         for name in ("channels", "transport", "stream", "fetch", "client", "attempt", "sending", "door")
     }
-    apart = through_transport | {name for name in COMPILED if name.endswith("cuda_loops")}
+    apart = through_transport | {name for name in COMPILED if name.endswith(("cuda_loops", "activation_loops"))}
     names = [name for name in modules("quant", "sharding", "weight_update") if name not in apart]
     assert import_without(("ray", "grpc"), names) == ""
 
