@@ -150,6 +150,7 @@ def fleet(
     format: str = "nvfp4",
     layout: str = "trtllm",
     serving: Serving = DEFAULT,
+    memory_budget_bytes: int | None = None,
     places: Sequence[Place] = (),
     at: Place = HERE,
 ) -> Iterator[Fleet]:
@@ -166,6 +167,7 @@ def fleet(
                 "format": format,
                 "layout": layout,
                 "serving": serving,
+                "memory_budget_bytes": memory_budget_bytes,
             }
             started.append(Remote(_Rank, places[number] if places else HERE, settings))
             stack.callback(started[-1].stop)
