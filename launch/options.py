@@ -40,6 +40,13 @@ Listen = Annotated[
     str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
 ]
 
+RedundantExperts = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=0, help="Slots of every experts module beyond one an expert; 0 too lets pushes move experts."
+    ),
+]
+
 # ---------------------------------------------------------------- of a service of a pipeline
 
 Components = Annotated[

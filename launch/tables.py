@@ -42,6 +42,7 @@ def status_text(reply: Row) -> str:
     since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
     push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
     lines = [head, aligned(rows), push if reply["transaction_state"] else "no push is open"]
+    lines += [f"experts lie by maps of digest {reply['expert_map_digest']}"] if reply["expert_map_digest"] else []
     lines += [_store_text(reply)] if reply["store_dir"] else []
     lines += [f"LOST: {reply['lost']}"] if reply["lost"] else []
     return "\n".join(lines)

@@ -66,6 +66,7 @@ class RankConfig:
     num_threads: int
     serving: Serving = field(default_factory=Serving)
     components: Mapping[str, str] = field(default_factory=dict)
+    redundant_experts: int | None = None
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
@@ -109,7 +110,12 @@ class RankActor:
             sharded = config.world > 1
             device = "meta" if sharded else device_type
             model = build_model(
-                checkpoint.config_dir, config.format, config.layout, device=device, components=config.components
+                checkpoint.config_dir,
+                config.format,
+                config.layout,
+                device=device,
+                components=config.components,
+                redundant_experts=config.redundant_experts,
             )
             if sharded:
                 shard_model(model, mesh, quantized=quantized_modules(model))

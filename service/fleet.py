@@ -51,7 +51,8 @@ class FleetConfig:
     model: a directory, a GGUF file, or "smollm2"; a directory may be a pipeline of diffusers. format: a row of FORMATS;
     of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16". layout: a row of quant.layouts.LAYOUTS, or
     "auto"; several, separated by commas, are dealt out to the replicas. components: of a pipeline, component -> where
-    its weights are instead. replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
+    its weights are instead. redundant_experts: see build_model; with a number, 0 included, pushes may move experts.
+    replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
     of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
@@ -65,6 +66,7 @@ class FleetConfig:
     format: str = "nvfp4"
     layout: str = "auto"
     components: Mapping[str, str] = field(default_factory=dict)
+    redundant_experts: int | None = None
     replicas: int = 1
     ranks: int = 1
     listen: str = "127.0.0.1:0"
@@ -87,6 +89,8 @@ class FleetConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
             raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
+        if (self.redundant_experts or 0) < 0:
+            raise PlanError(f"redundant_experts {self.redundant_experts}: expected at least 0 slots")
         if not 0 <= self.min_replicas <= self.replicas:
             raise PlanError(f"min_replicas {self.min_replicas}: expected 0 (all) to {self.replicas}, the replicas")
         self.security.require(self.listen, "listening on")
@@ -224,6 +228,7 @@ class Fleet:
             num_threads=threads,
             serving=config.serving,
             components=dict(config.components),
+            redundant_experts=config.redundant_experts,
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
             scrub_s=config.scrub_s,

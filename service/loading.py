@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quant.checkpoint import Checkpoint
+from quant.expert_maps import ExpertMaps, Map, dealt_out, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, amax, constants, encode
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
@@ -22,6 +23,7 @@ from weight_update.errors import ManifestError, raise_all
 from weight_update.receiver import Receiver
 
 FLOATS = ("BF16", "F32", "F16")
+NO_MAPS = ExpertMaps()
 LOAD_TRANSACTION = 1  # before any coordinator is there
 
 
@@ -35,14 +37,19 @@ class Entry:
 
 
 def cold_load(
-    receiver: Receiver, checkpoint: Checkpoint, group: dist.ProcessGroup | None, owners: Mapping[str, nn.Module]
+    receiver: Receiver,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup | None,
+    owners: Mapping[str, nn.Module],
+    maps: ExpertMaps = NO_MAPS,
 ) -> None:
     """Fill this rank's rows from a checkpoint, BF16 or already in checkpoint form. Collective over the replica.
 
-    owners: parameter name -> module that holds it, for messages. Every parameter of the receiver must be there in its
-    shape. Activation scales that the checkpoint lacks become 1.0, which means uncalibrated.
+    owners: parameter name -> module that holds it. maps: where experts that may be moved are to lie, by default as the
+    checkpoint says, which a stored version does, else dealt out in turn. Every parameter of the receiver must be there
+    in its shape. Activation scales that the checkpoint lacks become 1.0, which means uncalibrated.
     """
-    _ColdLoad(receiver, checkpoint, owners).run(group)
+    _ColdLoad(receiver, checkpoint, owners, maps).run(group)
 
 
 Filled = Iterator[tuple[TensorSpec, int, Tensor]]
@@ -51,31 +58,56 @@ Filled = Iterator[tuple[TensorSpec, int, Tensor]]
 class _ColdLoad:
     """One load: what the receiver needs, and where the checkpoint keeps it."""
 
-    def __init__(self, receiver: Receiver, checkpoint: Checkpoint, owners: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, receiver: Receiver, checkpoint: Checkpoint, owners: Mapping[str, nn.Module], maps: ExpertMaps
+    ) -> None:
         self._receiver = receiver
         self._manifest = receiver.manifest
         self._checkpoint = checkpoint
         self._owners = owners
         self._entries = _entries(checkpoint)
+        self._maps = ExpertMaps({row.name.rpartition(".")[0]: self._map(row, maps) for row in self._of_maps()})
+        names = [spec.name for spec in self._manifest.tensors] + [row.name for row in self._manifest.parameters]
+        named = {name: self._entries.get(self._maps.logical(name)) for name in names}
+        self._entries = {name: entry for name, entry in named.items() if entry is not None}
 
     def run(self, group: dist.ProcessGroup | None) -> None:
         receiver, manifest = self._receiver, self._manifest
-        encoded = [row for row in manifest.parameters if not self._has_checkpoint_form(row)]
+        rows = [row for row in manifest.parameters if module_of(row.name) is None]
+        encoded = [row for row in rows if not self._has_checkpoint_form(row)]
         encoded_names = {row.name for row in encoded}
-        problems = [each for row in manifest.parameters for each in self._problems(row, row.name in encoded_names)]
+        problems = [each for row in rows for each in self._problems(row, row.name in encoded_names)]
         raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", problems)
         scales = self._scales(encoded, group)
         everything = np.arange(len(manifest.tensors))
         receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, everything)
-        for row in manifest.parameters:
+        for row in rows:
             filled = self._encoded(row, scales.get(row.name)) if row.name in encoded_names else self._copied(row)
             for spec, first, data in filled:
                 receiver.stage(_chunk(manifest.index[spec.name], first, data), transaction=LOAD_TRANSACTION)
+        for name, each in self._maps.tensors():
+            start, stop = self._owned(manifest.tensors[manifest.index[name]])
+            if start < stop:
+                chunk = _chunk(manifest.index[name], start, as_bytes(each[start:stop]))
+                receiver.stage(chunk, transaction=LOAD_TRANSACTION)
         receiver.prepare()
         receiver.install()
         receiver.publish()
 
     # -- what is there
+
+    def _of_maps(self) -> list[ParameterRow]:
+        return [row for row in self._manifest.parameters if module_of(row.name) is not None]
+
+    def _map(self, row: ParameterRow, maps: ExpertMaps) -> Map:
+        """Of the module whose map this is."""
+        module, (num_slots,) = row.name.rpartition(".")[0], row.shape
+        if module in maps.of:
+            return maps.of[module]
+        if row.name in self._entries and self._checkpoint.spec(self._entries[row.name].name).shape == row.shape:
+            stored = self._checkpoint.rows(self._entries[row.name].name)
+            return tuple(map(int, stored.tolist()))
+        return dealt_out(num_slots, int(getattr(self._owners[row.name], "num_experts", num_slots)))
 
     def _has_checkpoint_form(self, row: ParameterRow) -> bool:
         parts = zip(self._manifest.tensors_of(row), FORMATS[row.format].components, strict=True)

@@ -33,6 +33,7 @@ class Roster:
 
     def __init__(self, epoch: int, security: Security = PLAINTEXT) -> None:
         self._epoch = epoch
+        self.security = security
         self._channels = Channels(security)
         self._addresses: dict[MemberId, str] = {}
         self._guard = threading.Lock()  # guards what is asked for; nothing blocks under it

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quant.expert_maps import ExpertMaps, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, nearest
 from quant.parameters import ParameterRow
@@ -29,6 +30,8 @@ from .errors import ManifestError, raise_all
 from .manifest import Manifest
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+NO_MAPS = ExpertMaps()
 
 Scope = str | Sequence[str]
 Items = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
@@ -109,12 +112,16 @@ def named_items(model: Items) -> Adapted:
     )
 
 
-def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
+def offer_of(
+    manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY, experts: ExpertMaps = NO_MAPS
+) -> Offer:
     """Match the tensors of one trainer rank with the manifest.
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
+    experts: the maps that are to hold after the push; what a trainer's own tensors say of maps is passed over.
     """
     given = named_items(model)
+    given = replace(given, items=[*(each for each in given.items if module_of(each[0]) is None), *experts.tensors()])
     refused = _refused(manifest, [name for name, _ in given.items], names)
     problems = [refused] if refused else []
     found: dict[Share, Source] = {}
@@ -126,13 +133,14 @@ def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap =
         wanted = in_scope(trainer_name, trainer_name in given.trainable)
         parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()))
         problems += [problem] if problem else []
-        for share, part in parts:
+        problems += [f"{name}: its expert is in no slot of the map; give it one" for name in _slotless(parts, experts)]
+        for share, part in _in_slots(parts, experts):
             name = share.name
             if share in seen:
                 problems.append(f"{name}: given twice; give every name once")
                 continue
             seen.add(share)
-            wanted_part = wanted or in_scope(name, False)
+            wanted_part = wanted or in_scope(experts.logical(name), False)
             row = known.row_of(name)
             if row is None:
                 if wanted_part:
@@ -197,6 +205,15 @@ def _parts(
             return [], str(error)
         parts += _experts(link.target.name, shape, linked) if is_stacked else [(link.target, linked)]
     return parts, None
+
+
+def _in_slots(parts: Parts, experts: ExpertMaps) -> Parts:
+    """The same under the names of the service: an expert once for every slot that holds it."""
+    return [(replace(share, name=slot), part) for share, part in parts for slot in experts.slots(share.name)]
+
+
+def _slotless(parts: Parts, experts: ExpertMaps) -> list[str]:
+    return [share.name for share, _ in parts if not experts.slots(share.name)]
 
 
 def _linked(link: Link, local: LocalRows) -> LocalRows:
@@ -278,7 +295,7 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     dtype = dtype_name(local.rows.dtype)
     quantized = FORMATS[row.format].is_quantized
     spec = next((spec for spec in specs if spec.name == name), None)
-    if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
+    if spec is not None and (dtype, local.shape) == (spec.dtype, spec.shape):
         if local.updates:
             return None, f"{name}: adapters over packed weights cannot be merged; push {list(row.shape)} in BF16"
         return _made(name, "checkpoint", row, (spec,), local), None
