@@ -27,6 +27,7 @@ from .options import (
     CommitBetween,
     Compile,
     Components,
+    ExpertMapFile,
     Format,
     Grace,
     Json,
@@ -46,6 +47,7 @@ from .options import (
     StoreFolder,
     Target,
     emit,
+    placed,
 )
 from .replay import replay
 from .top import top
@@ -138,14 +140,13 @@ def serve(
         from .serve import configured, kept, run, seen
 
     how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
-    how |= {"replicas": replicas, "ranks": ranks, "listen": listen}
+    how |= {"replicas": replicas, "ranks": ranks, "listen": listen, "redundant_experts": redundant_experts}
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
             component,
             model=model,
             format=format,
             layout=layout,
-            redundant_experts=redundant_experts,
             state_dir=Path(scratch) if state is None else state,
             min_replicas=min_replicas,
             store=kept(store, keep, keep_bytes),
@@ -170,6 +171,7 @@ def push(
     transport: Annotated[
         str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
     ] = "auto",
+    expert_map: ExpertMapFile = None,
     as_json: Json = False,
 ) -> None:
     """Push a checkpoint as the next version."""
@@ -191,7 +193,10 @@ def push(
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
-        report = pusher.push(items, one, base_version=base_version, push_id=push_id, durable=durable)
+        maps = placed(expert_map)
+        report = pusher.push(
+            items, one, base_version=base_version, push_id=push_id, durable=durable, expert_map=maps
+        )
     verified = "digest verified" if report.digest_verified else "digest not verified"
     emit(
         asdict(report),

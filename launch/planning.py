@@ -103,7 +103,7 @@ def _of_service(checkpoint: str, target: str) -> Plans:
     from sharding.cost import HOST, full_work, predict
     from weight_update.routing import push_routes
     from weight_update.sharing import plan_push
-    from weight_update.values import from_manifest_proto
+    from weight_update.values import from_manifest_proto, from_maps_proto
 
     from .rpc import ask
 
@@ -115,7 +115,7 @@ def _of_service(checkpoint: str, target: str) -> Plans:
     except CheckpointError as error:
         raise PlanError(str(error)) from error
     items = [(name, torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")) for name, spec in specs]
-    planned, problems = plan_push(manifest, items, "all")
+    planned, problems = plan_push(manifest, items, "all", experts=from_maps_proto(described.expert_maps))
     raise_all(ManifestError, "push would be refused", problems)
     assert planned is not None
     routes = push_routes(manifest, planned, described.ranks)

@@ -106,19 +106,7 @@ class RankActor:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = self._join(rendezvous, device_type)
         with open_checkpoint(config.model, components=config.components) as checkpoint:
-            # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
-            sharded = config.world > 1
-            device = "meta" if sharded else device_type
-            model = build_model(
-                checkpoint.config_dir,
-                config.format,
-                config.layout,
-                device=device,
-                components=config.components,
-                redundant_experts=config.redundant_experts,
-            )
-            if sharded:
-                shard_model(model, mesh, quantized=quantized_modules(model))
+            model = self._model(checkpoint.config_dir, mesh, device_type)
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
             config_dir = checkpoint.config_dir
         witness = Witness(receiver, None)
@@ -149,6 +137,23 @@ class RankActor:
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True
             )
         return self._server.address
+
+    def _model(self, config_dir: Path, mesh: DeviceMesh, device_type: str) -> nn.Module:
+        """The model, this rank's shard of it, all zeros."""
+        config = self._config
+        # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
+        sharded = config.world > 1
+        model = build_model(
+            config_dir,
+            config.format,
+            config.layout,
+            device="meta" if sharded else device_type,
+            components=config.components,
+            redundant_experts=config.redundant_experts,
+        )
+        if sharded:
+            shard_model(model, mesh, quantized=quantized_modules(model))
+        return model
 
     def _identity(self, model: nn.Module) -> RankIdentity:
         config, layout = self._config, ", ".join(layouts_of(model))
