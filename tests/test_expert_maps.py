@@ -248,8 +248,8 @@ def test_a_partial_push_holds_only_for_the_map_it_was_planned_with(
     pusher.push(tiny_qwen3_moe(seed=7), expert_map={MODULE: FIRST})
     describe = pusher._control.describe
 
-    def overtaken(known: int) -> pb.DescribeReply:
-        reply = describe(known)
+    def overtaken(*known: Any, **how: Any) -> pb.DescribeReply:
+        reply = describe(*known, **how)
         other = Pusher(service.address)
         other.push(tiny_qwen3_moe(seed=8), expert_map={MODULE: [3, 2, 1, 0, 0, 0]})
         other.close()
