@@ -33,7 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothin
 # ---------------------------------------------------------------- of a service
 
 Format = Annotated[
-    str, typer.Option(help="Row of 'transfuse formats'; of a pipeline also 'auto', or NAME=ROW,... by component.")
+    str,
+    typer.Option(
+        help="Row of 'transfuse formats'; several, by commas, are dealt out to the replicas; of a pipeline also 'auto',"
+        " or NAME=ROW,... by component."
+    ),
 ]
 Layout = Annotated[
     str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")

@@ -37,7 +37,8 @@ def mebibytes(num_bytes: int) -> str:
 def status_text(reply: Row) -> str:
     """StatusReply for people."""
     head = f"{reply['model']}: version {reply['version']}, digest {reply['digest']}, up {reply['uptime_s']:.0f} s"
-    names = ("replica", "state", "version", "format", "layout", "num_sequences", "checkpoint", "reason")
+    names = ["replica", "state", "version", "format", "layout", "num_sequences", "checkpoint", "reason"]
+    names += ["digest"] if len({replica["format"] for replica in reply["replicas"]}) > 1 else []
     rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
     since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
     push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"

@@ -315,7 +315,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids", "checkpoint")
+    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids", "digest", "checkpoint")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +324,7 @@ class ReplicaStatus(_message.Message):
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     replica: int
     state: str
@@ -333,8 +334,9 @@ class ReplicaStatus(_message.Message):
     num_sequences: int
     reason: str
     pids: _containers.RepeatedScalarFieldContainer[int]
+    digest: str
     checkpoint: str
-    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store", "store_dir", "expert_map_digest", "ranks")

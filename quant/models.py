@@ -366,6 +366,11 @@ def placements_of(model: nn.Module) -> list[Placement]:
     return [placement for entry in _entries(model) for placement in entry.placements]
 
 
+def held_of(model: nn.Module) -> dict[ParameterRow, tuple[TensorSpec, ...]]:
+    """Every logical parameter with its checkpoint tensors; of a model on the meta device, too."""
+    return {entry.row: tuple(each.tensor for each in entry.placements) for entry in _entries(model)}
+
+
 def owners_of(model: nn.Module) -> dict[str, nn.Module]:
     """Parameter name -> the module that holds it."""
     return {entry.row.name: entry.module for entry in _entries(model)}

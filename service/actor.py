@@ -34,7 +34,7 @@ from .coordinator import CoordinatorShell
 from .engine import Engine
 from .faults import Faults
 from .keeper import StoreConfig, keep_versions
-from .loading import cold_load
+from .loading import cold_load, holdings_among
 from .logs import Seeing, set_up
 from .rank import SCRUB_S, RankIdentity, RankServer
 from .refresh import Refresher
@@ -53,7 +53,7 @@ class RankConfig:
     """All that one rank needs to build itself.
 
     host: of the coordinator; ranks listen there where that is loopback, else at the addresses of their nodes.
-    components: of a pipeline, component -> where its weights are.
+    components: of a pipeline, component -> where its weights are. formats: of all replicas, where they have several.
     """
 
     replica: int
@@ -67,6 +67,7 @@ class RankConfig:
     serving: Serving = field(default_factory=Serving)
     components: Mapping[str, str] = field(default_factory=dict)
     redundant_experts: int | None = None
+    formats: Sequence[str] = ()
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
@@ -107,7 +108,8 @@ class RankActor:
         mesh = self._join(rendezvous, device_type)
         with open_checkpoint(config.model, components=config.components) as checkpoint:
             model = self._model(checkpoint.config_dir, mesh, device_type)
-            receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
+            holdings = holdings_among(model, checkpoint.config_dir, config.format, config.formats)
+            receiver = Receiver.of(holdings, memory_budget_bytes=config.memory_budget_bytes)
             config_dir = checkpoint.config_dir
         witness = Witness(receiver, None)
         if source is not None:

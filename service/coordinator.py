@@ -126,6 +126,7 @@ class CoordinatorShell:
             decided={each.transaction: each.version for each in decisions if each.transaction},
             min_replicas=min_replicas,
             keys={member.replica: key_of(members, member.replica) for member in members},
+            formats={member.replica: spec.format for member, spec in self.roster.specs.items()},
         )
         self._thread.start()
         self._ticker.start()
@@ -144,9 +145,8 @@ class CoordinatorShell:
             if decision.version > self.index.last_version():
                 self.index.decide(decision, self.manifest.fingerprint)
             return
-        found = self._pool.map(lambda member: roster.step(member, "digest"), roster.specs)
-        digests = dict(zip(roster.specs, found, strict=True))
-        decision = first_version(digests, self.manifest, self.source, self.index.last_version(), self.index.epoch)
+        digests = self.of_all(list(roster.specs.values()), "digest")
+        decision = first_version(digests, roster.specs, self.manifest, self.source, self.index)
         self.index.decide(decision, self.manifest.fingerprint)
         list(self._pool.map(lambda member: roster.step(member, "adopt", decision.version), roster.specs))
 
@@ -313,7 +313,7 @@ class CoordinatorShell:
 
         self.between_events(enroll)
         members, replica = {spec.id: spec.address for spec in specs}, specs[0].id.replica
-        self.request("add", members=list(members), key=key_of(members, replica), dead=dead)
+        self.request("add", members=list(members), key=key_of(members, replica), dead=dead, format=specs[0].format)
         return replica
 
     # -- going back

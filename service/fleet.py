@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from quant.checkpoint import open_checkpoint
 from quant.pipelines import PipelineCheckpoint
 from weight_update.channels import PLAINTEXT
-from weight_update.errors import MemberError, PlanError
+from weight_update.errors import MemberError, PlanError, raise_all
 from weight_update.security import Security
 
 from .actor import REMOTE_COORDINATOR, RankConfig
@@ -49,7 +49,8 @@ class FleetConfig:
     """What to serve and where.
 
     model: a directory, a GGUF file, or "smollm2"; a directory may be a pipeline of diffusers. format: a row of FORMATS;
-    of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16". layout: a row of quant.layouts.LAYOUTS, or
+    of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16"; of a language model several, separated by
+    commas, are dealt out to the replicas. layout: a row of quant.layouts.LAYOUTS, or
     "auto"; several, separated by commas, are dealt out to the replicas. components: of a pipeline, component -> where
     its weights are instead. redundant_experts: see build_model; with a number, 0 included, pushes may move experts.
     replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
@@ -94,6 +95,22 @@ class FleetConfig:
         if not 0 <= self.min_replicas <= self.replicas:
             raise PlanError(f"min_replicas {self.min_replicas}: expected 0 (all) to {self.replicas}, the replicas")
         self.security.require(self.listen, "listening on")
+
+        self._require_formats()
+
+    def _require_formats(self) -> None:
+        """Several formats in one service, where that can be."""
+        several = len(set(self.formats)) > 1
+        too_few = self.replicas < len(self.formats)
+        problems = [f"fewer replicas than formats: {self.replicas}"] if too_few else []
+        problems += ["redundant experts"] if several and self.redundant_experts is not None else []
+        problems += ["a version store, which keeps one format"] if several and self.store is not None else []
+        raise_all(PlanError, f"format {self.format}: replicas of several formats do not go with", problems)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of the replicas, in turn."""
+        return (self.format,) if "=" in self.format else tuple(self.format.split(","))
 
     @property
     def serving(self) -> Serving:
@@ -222,7 +239,8 @@ class Fleet:
             rank=rank,
             world=config.ranks,
             model=model,
-            format=config.format,
+            format=config.formats[replica % len(config.formats)],
+            formats=tuple(sorted(set(config.formats))),
             layout=layouts[replica % len(layouts)],
             host=config.listen.rpartition(":")[0],
             num_threads=threads,

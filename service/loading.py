@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from quant.checkpoint import Checkpoint
 from quant.expert_maps import ExpertMaps, Map, dealt_out, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, amax, constants, encode
+from quant.models import build_model, held_of
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
+from quant.pipelines import is_pipeline
+from quant.variants import bare
 from sharding.routes import as_bytes
 from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.encoder import BLOCK_BYTES, global_scales, rows_at_a_time
-from weight_update.errors import ManifestError, raise_all
+from weight_update.errors import ManifestError, PlanError, raise_all
+from weight_update.holdings import Holdings, among, holdings_of
 from weight_update.receiver import Receiver
 
 FLOATS = ("BF16", "F32", "F16")
@@ -52,6 +57,17 @@ def cold_load(
     _ColdLoad(receiver, checkpoint, owners, maps).run(group)
 
 
+def holdings_among(model: nn.Module, config_dir: Path, format: str, formats: Sequence[str]) -> Holdings:
+    """What a rank holds, in a service whose replicas have these formats; its own alone where they name no other."""
+    own = holdings_of(model)
+    if len(formats) < 2:
+        return own
+    if is_pipeline(config_dir):
+        raise PlanError(f"{config_dir}: replicas of several formats ({', '.join(formats)}) hold language models only")
+    others = {each: held_of(build_model(config_dir, each, "plain", device="meta")) for each in formats}
+    return among(own, format, others)
+
+
 Filled = Iterator[tuple[TensorSpec, int, Tensor]]
 
 
@@ -68,12 +84,14 @@ class _ColdLoad:
         self._entries = _entries(checkpoint)
         self._maps = ExpertMaps({row.name.rpartition(".")[0]: self._map(row, maps) for row in self._of_maps()})
         names = [spec.name for spec in self._manifest.tensors] + [row.name for row in self._manifest.parameters]
-        named = {name: self._entries.get(self._maps.logical(name)) for name in names}
+        named = {name: self._entries.get(self._maps.logical(bare(name))) for name in names}
         self._entries = {name: entry for name, entry in named.items() if entry is not None}
 
     def run(self, group: dist.ProcessGroup | None) -> None:
         receiver, manifest = self._receiver, self._manifest
-        rows = [row for row in manifest.parameters if module_of(row.name) is None]
+        here = {spec.name for i, spec in enumerate(manifest.tensors) if not receiver.is_absent(i)}
+        rows = [row for row in manifest.parameters if manifest.tensors_of(row)[0].name in here]
+        rows = [row for row in rows if module_of(row.name) is None]
         encoded = [row for row in rows if not self._has_checkpoint_form(row)]
         encoded_names = {row.name for row in encoded}
         problems = [each for row in rows for each in self._problems(row, row.name in encoded_names)]
@@ -135,7 +153,7 @@ class _ColdLoad:
 
     def _misfit(self, row: ParameterRow, name: str, found: str, wanted: TensorSpec) -> str:
         start, stop = self._owned(self._manifest.tensors_of(row)[0])
-        owner = self._owners.get(row.name)
+        owner = self._owners.get(bare(row.name))
         held_by = "" if owner is None else f" in {type(owner).__name__}"
         return (
             f"{name}: {self._checkpoint.config_dir} has {found}; expected {list(wanted.shape)} {wanted.dtype}"

@@ -39,6 +39,7 @@ from quant.probe import (
     Verdict,
     check,
 )
+from quant.variants import bare
 from weight_update.receiver import Receiver
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Witness:
         packed = {canonical_name(name) for name in _packed(checkpoint)} if checkpoint and readings else set()
         known = receiver.manifest.parameters
         moving = tuple(f"{module_of(row.name)}." for row in known if module_of(row.name) is not None)
-        rows = [row for row in known if row.format in NVFP4_ROWS and row.name in packed]
+        rows = [row for row in known if row.format in NVFP4_ROWS and bare(row.name) in packed]
         rows = [row for row in rows if not row.name.startswith(moving)]  # a push may bring another expert in its slot
         self._receiver = receiver
         self._readings = {each.component: each for each in readings}

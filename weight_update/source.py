@@ -23,6 +23,7 @@ from quant.expert_maps import ExpertMaps, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, nearest
 from quant.parameters import ParameterRow
+from quant.variants import bare, by_bare_name
 from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
 from .adapters import Adapted, adapted
@@ -134,13 +135,13 @@ def offer_of(
         parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()))
         problems += [problem] if problem else []
         problems += [f"{name}: its expert is in no slot of the map; give it one" for name in _slotless(parts, experts)]
-        for share, part in _in_slots(parts, experts):
+        for share, part in _as_held(parts, experts, known.variants):
             name = share.name
             if share in seen:
                 problems.append(f"{name}: given twice; give every name once")
                 continue
             seen.add(share)
-            wanted_part = wanted or in_scope(experts.logical(name), False)
+            wanted_part = wanted or in_scope(experts.logical(bare(name)), False)
             row = known.row_of(name)
             if row is None:
                 if wanted_part:
@@ -170,14 +171,14 @@ class _Known:
     rows: Mapping[str, ParameterRow]
     aliases: Mapping[str, ParameterRow]
     owners: Mapping[str, ParameterRow]
+    variants: Mapping[str, tuple[str, ...]]
 
     @classmethod
     def of(cls, manifest: Manifest) -> _Known:
-        return cls(
-            {row.name: row for row in manifest.parameters},
-            {alias: row for row in manifest.parameters for alias in row.aliases},
-            {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)},
-        )
+        rows = {row.name: row for row in manifest.parameters}
+        owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
+        aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
+        return cls(rows, aliases, owners, by_bare_name(rows | owners))
 
     def row_of(self, name: str) -> ParameterRow | None:
         return self.rows.get(name) or self.aliases.get(name) or self.owners.get(name)
@@ -207,9 +208,15 @@ def _parts(
     return parts, None
 
 
-def _in_slots(parts: Parts, experts: ExpertMaps) -> Parts:
-    """The same under the names of the service: an expert once for every slot that holds it."""
-    return [(replace(share, name=slot), part) for share, part in parts for slot in experts.slots(share.name)]
+def _as_held(parts: Parts, experts: ExpertMaps, variants: Mapping[str, tuple[str, ...]]) -> Parts:
+    """The same under the names of the service: an expert once for every slot that holds it, and all once for every
+    format that holds them otherwise."""
+    return [
+        (replace(share, name=name), part)
+        for share, part in parts
+        for slot in experts.slots(share.name)
+        for name in variants.get(slot, (slot,))
+    ]
 
 
 def _slotless(parts: Parts, experts: ExpertMaps) -> list[str]:

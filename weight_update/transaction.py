@@ -8,7 +8,7 @@ join        the committed version comes to a replica that lacks it; no new versi
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,12 +120,16 @@ class Transaction:
             restores=self.source.version if isinstance(self.source, Kept) else 0,
         )
 
-    def mismatch(self, round_name: str, what: str, names: Sequence[str]) -> DigestError | None:
-        """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`."""
+    def mismatch(
+        self, round_name: str, what: str, names: Sequence[str], held: Callable[[int], np.ndarray]
+    ) -> DigestError | None:
+        """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`. held: which tensors of
+        the manifest a replica holds; of others it has no rows."""
         assert self.digests is not None
         problems = []
         for replica, digests in replica_sums(self.results[round_name]).items():
-            differs = np.flatnonzero((digests != self.digests).any(axis=1))
+            meant = of_held(self.digests, held(replica)[self.tensors])
+            differs = np.flatnonzero((digests != meant).any(axis=1))
             problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
         if not problems:
             return None
@@ -188,6 +192,11 @@ ALLOWED: Mapping[str, frozenset[Phase]] = {
 
 # phases that a lapsed lease ends: nobody but the trainer can carry them on, and no decision was made
 LEASED = frozenset({Phase.OPEN, Phase.PREPARED, Phase.INSTALLED})
+
+
+def of_held(digests: Digests, held: np.ndarray) -> Digests:
+    """The digests of a replica that holds only some of the tensors: zeros for the others, whose rows it lacks."""
+    return np.where(held[:, None], digests, np.uint64(0))
 
 
 def replica_sums(results: Mapping[MemberId, object]) -> dict[int, Digests]:
