@@ -13,12 +13,13 @@ from torch import nn
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service.fleet import FleetConfig
-from tests.local import LocalService, cold, local_service
+from tests.local import LocalService, cold, local_service, start_rank
 from tests.test_push import generate
+from tests.test_rollback import wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.digest import total
-from weight_update.errors import ManifestError, PlanError, WeightUpdateError
+from weight_update.errors import ManifestError, MemberError, PlanError, WeightUpdateError
 from weight_update.transport import call, connect
 
 REPLICAS = (("nvfp4", "trtllm"), ("fp8", "plain"), ("bf16", "plain"), ("fp8", "cutlass"))
@@ -136,3 +137,28 @@ def test_checkpoint_form_fits_one_format_and_is_refused(service: LocalService, p
     with pytest.raises(ManifestError, match=r"fp8:model\.layers\.0\.mlp\.up_proj\.weight: got \[320, 64\] of U8"):
         pusher.push([("model.layers.0.mlp.up_proj.weight", packed)], "*")
     assert held(service) == before
+
+
+def test_a_replica_that_comes_back_is_filled_by_one_of_its_format_alone(tmp_path: Path) -> None:
+    folder = save(tiny_llama(seed=0), tmp_path / "model")
+    formats = ["fp8", "nvfp4"]
+    with local_service(folder, tmp_path, ("plain",) * 3, "fp8,nvfp4,fp8") as service, connect(service.address) as at:
+        control, trainer = pb_grpc.ControlStub(at), Pusher(service.address)
+        trainer.push(tiny_llama(seed=1))
+        before = service.bytes()
+        back = {}
+        for replica, format in ((2, "fp8"), (1, "nvfp4")):
+            service.ranks[replica].stop()
+            back[replica] = start_rank(folder, replica, "plain", format, formats=formats)[0]
+            back[replica].empty = True
+            call(control.ReplicaAdd, pb.ReplicaAddRequest(addresses=[back[replica].address], dead=True))
+        try:
+            wait_for(lambda: [each.state for each in control.Status(pb.StatusRequest()).replicas][2] == "serving")
+            assert back[2].receiver.storage_bytes() == before[2]
+            wait_for(lambda: "another replica in nvfp4" in control.Status(pb.StatusRequest()).replicas[1].reason)
+            with pytest.raises(MemberError, match=r"replica 1: .*another replica in nvfp4, and none serves"):
+                trainer.push(tiny_llama(seed=2))
+        finally:
+            trainer.close()
+            for rank in back.values():
+                rank.stop()
