@@ -271,6 +271,7 @@ def test_only_services_whose_experts_have_slots_take_a_map(tmp_path: Path) -> No
         build_model(folder, "nvfp4", "plain", redundant_experts=0)
 
 
+@pytest.mark.slow
 def test_the_store_keeps_every_expert_once_and_a_restart_serves_the_map(model_dir: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     held, model = [2, 2, 3, 1, 0, 2], tiny_qwen3_moe(seed=2)

@@ -139,6 +139,7 @@ def test_checkpoint_form_fits_one_format_and_is_refused(service: LocalService, p
     assert held(service) == before
 
 
+@pytest.mark.slow
 def test_a_replica_that_comes_back_is_filled_by_one_of_its_format_alone(tmp_path: Path) -> None:
     folder = save(tiny_llama(seed=0), tmp_path / "model")
     formats = ["fp8", "nvfp4"]
