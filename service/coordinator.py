@@ -106,8 +106,7 @@ class CoordinatorShell:
         replies = self.roster.meet(list(recorded.values()) or addresses, self._pool, all_of_them=is_new)
         self.manifest = from_manifest_proto(replies[0].manifest)
         if is_new:
-            for replica in {member.replica for member in self.index.members()}:
-                self.index.dismiss(replica)
+            self.index.disband()
             self.index.enroll({member: spec.address for member, spec in self.roster.specs.items()})
             self._number(loaded)
             self.index.set_fleet(fleet)  # only now: a start that was cut short begins anew
@@ -127,6 +126,7 @@ class CoordinatorShell:
             min_replicas=min_replicas,
             keys={member.replica: key_of(members, member.replica) for member in members},
             formats={member.replica: spec.format for member, spec in self.roster.specs.items()},
+            dismissed=self.index.dismissed(),
         )
         self._thread.start()
         self._ticker.start()
@@ -145,8 +145,8 @@ class CoordinatorShell:
             if decision.version > self.index.last_version():
                 self.index.decide(decision, self.manifest.fingerprint)
             return
-        digests = self.of_all(list(roster.specs.values()), "digest")
-        decision = first_version(digests, roster.specs, self.manifest, self.source, self.index)
+        found = self.of_all(list(roster.specs.values()), "digest")
+        decision = first_version(found, roster.specs, self.manifest, self.source, self.index)
         self.index.decide(decision, self.manifest.fingerprint)
         list(self._pool.map(lambda member: roster.step(member, "adopt", decision.version), roster.specs))
 
@@ -296,24 +296,24 @@ class CoordinatorShell:
     def add(self, addresses: Sequence[str], *, dead: bool) -> int:
         """Ranks of a new replica, or the new processes of one; returns its number. They are let in by and by."""
         found = [self.roster.hello(address) for address in addresses]
-        for each in found:
-            if isinstance(each, WeightUpdateError):
-                raise each
+        if failed := [each for each in found if isinstance(each, WeightUpdateError)]:
+            raise failed[0]
         replies = [reply for reply in found if isinstance(reply, pb.HelloReply)]
         if len({reply.spec.replica for reply in replies}) != 1:
             raise MemberError(f"{', '.join(addresses)}: expected all ranks of one replica; name them together")
         specs = [MemberSpec.of(address, reply) for address, reply in zip(addresses, replies, strict=True)]
-        fingerprints = [self.manifest.fingerprint, *(reply.manifest.fingerprint for reply in replies)]
-        require_one_manifest([self.members[0], *specs], fingerprints)
+        held = [self.manifest.fingerprint, *(reply.manifest.fingerprint for reply in replies)]
+        require_one_manifest([self.members[0], *specs], held)
 
         def enroll() -> None:
+            self.protocol.membership.require_open(specs[0].id.replica)
             self.index.enroll({spec.id: spec.address for spec in specs})
             for address, reply in zip(addresses, replies, strict=True):
                 self.roster.learn(address, reply)
 
         self.between_events(enroll)
-        members, replica = {spec.id: spec.address for spec in specs}, specs[0].id.replica
-        self.request("add", members=list(members), key=key_of(members, replica), dead=dead, format=specs[0].format)
+        ranks, replica, format = {spec.id: spec.address for spec in specs}, specs[0].id.replica, specs[0].format
+        self.request("add", members=list(ranks), key=key_of(ranks, replica), dead=dead, format=format)
         return replica
 
     # -- going back

@@ -162,10 +162,11 @@ def test_any_rank_leads_to_the_coordinator(live: Shell, service: LocalService) -
 
 
 def test_a_rank_that_knows_no_coordinator_says_so(live: Shell, service: LocalService) -> None:
-    rank = service.ranks[0]
-    known, rank.coordinator = rank.coordinator, ""
+    rank, roster = service.ranks[0], service.shell.roster
+    known, roster.coordinator = roster.coordinator, ""  # greetings do not say it either
+    rank.coordinator = ""
     code, _, err = live("status", "--to", rank.address)
-    rank.coordinator = known
+    rank.coordinator = roster.coordinator = known
     assert code == 3 and "rank 0.0" in err
 
 

@@ -12,7 +12,7 @@ means abort.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Coordinator:
     ([num_tensors, 2] uint64, sums over the ranks of one replica). epoch: grows with each start, fences older
     coordinators. committed: push ids already decided, with their versions. decided: the same by transaction.
     min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add. formats: of
-    the replicas.
+    the replicas. dismissed: numbers of those that were removed.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Coordinator:
         min_replicas: int = 0,
         keys: Mapping[int, str] | None = None,
         formats: Mapping[int, str] | None = None,
+        dismissed: Iterable[int] = (),
     ) -> None:
-        self.membership = Membership(members, now_s, keys or {}, formats or {})
+        self.membership = Membership(members, now_s, keys or {}, formats or {}, dismissed)
         self.manifest = manifest
         self.now_s = now_s  # of the last event
         self.version = version
@@ -353,8 +354,7 @@ class Coordinator:
     def checked(self, name: str, what: str) -> list[Action]:
         """Compare each replica's summed digests with what was meant; abort and name the tensors that differ."""
         open_ = self.open()
-        names = [self.manifest.tensors[i].name for i in open_.tensors]
-        error = open_.mismatch(name, what, names, lambda replica: self.membership.held(replica, self.manifest))
+        error = open_.mismatch(name, what, self.manifest, self.membership.held)
         return self.abort(error) if error is not None else []
 
 

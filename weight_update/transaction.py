@@ -15,6 +15,7 @@ import numpy as np
 
 from .digest import Digests, total
 from .errors import DigestError, WeightUpdateError
+from .manifest import Manifest
 from .messages import Decision, Kept, MemberId, Source
 
 MAX_PROBLEMS = 20  # mismatching tensors named in one digest error
@@ -121,16 +122,16 @@ class Transaction:
         )
 
     def mismatch(
-        self, round_name: str, what: str, names: Sequence[str], held: Callable[[int], np.ndarray]
+        self, round_name: str, what: str, manifest: Manifest, held: Callable[[int, Manifest], np.ndarray]
     ) -> DigestError | None:
-        """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`. held: which tensors of
-        the manifest a replica holds; of others it has no rows."""
+        """Tensors, by replica, whose digests are not those that were meant. held: which tensors of the manifest a
+        replica holds; of others it has no rows."""
         assert self.digests is not None
         problems = []
         for replica, digests in replica_sums(self.results[round_name]).items():
-            meant = of_held(self.digests, held(replica)[self.tensors])
+            meant = of_held(self.digests, held(replica, manifest)[self.tensors])
             differs = np.flatnonzero((digests != meant).any(axis=1))
-            problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
+            problems += [f"replica {replica}: {manifest.tensors[self.tensors[i]].name}" for i in differs[:MAX_PROBLEMS]]
         if not problems:
             return None
         listed = "\n".join(f"  - {problem}" for problem in problems)

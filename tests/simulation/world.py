@@ -91,6 +91,7 @@ class Host:
             decided={each.transaction: each.version for each in disk.decisions if each.transaction},
             min_replicas=world.min_replicas,
             keys=disk.keys,
+            dismissed=disk.dismissed,
         )
         self.calls: dict[int, tuple[Node, OnReply]] = {}
         self.pending: dict[tuple[int, MemberId], int] = {}  # round, member -> attempts
@@ -215,6 +216,7 @@ class Host:
             self.alive = False
             return
         disk.members = [member for member in disk.members if member.replica != dismiss.replica]
+        disk.dismissed.add(dismiss.replica)
         for member in [member for member in self.world.ranks if member.replica == dismiss.replica]:
             self.world.ranks.pop(member).alive = False
 
