@@ -8,7 +8,7 @@ join        the committed version comes to a replica that lacks it; no new versi
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
