@@ -409,12 +409,18 @@ class World:
     def announce(self, members: list[MemberId]) -> None:
         """Tell the coordinator of new ranks until one has heard it."""
 
-        def ask() -> None:
+        def are_there() -> bool:
             ranks = [self.ranks.get(member) for member in members]
-            if not heard and all(rank is born for rank, born in zip(ranks, first, strict=True)):
-                host = self.host
-                args = {"members": members, "key": key, "dead": True}
-                self.send(OUTSIDE, host, host.request, OUTSIDE, "add", args, done, name="add")
+            return all(rank is born for rank, born in zip(ranks, first, strict=True))
+
+        def greeted(host: Host) -> None:
+            # The coordinator greets them before it takes them in: news of processes that others replaced say nothing.
+            if are_there():
+                host.request(OUTSIDE, "add", {"members": members, "key": key, "dead": True}, done)
+
+        def ask() -> None:
+            if not heard and are_there():
+                self.send(OUTSIDE, self.host, greeted, self.host, name="add")
                 self.after(3.0, OUTSIDE, ask, name="announce", is_event=False)
 
         def done(result: object, error: WeightUpdateError | None) -> None:
