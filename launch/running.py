@@ -119,13 +119,12 @@ def serve(
         from .serve import configured, kept, run, seen
 
     how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
-    how |= {"replicas": replicas, "ranks": ranks, "listen": listen, "redundant_experts": redundant_experts}
+    how |= {"replicas": replicas, "ranks": ranks, "listen": listen, "layout": layout, "format": format}
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
             component,
             model=model,
-            format=format,
-            layout=layout,
+            redundant_experts=redundant_experts,
             state_dir=Path(scratch) if state is None else state,
             min_replicas=min_replicas,
             store=kept(store, keep, keep_bytes),

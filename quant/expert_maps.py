@@ -72,6 +72,19 @@ class ExpertMaps:
         return ((f"{module}.{LEAF}", torch.tensor(each, dtype=torch.int32)) for module, each in self.of.items())
 
 
+def slots_of_tokens(experts: Tensor, held: Tensor, num_experts: int) -> tuple[Tensor, bool]:
+    """Where the experts of tokens [n, k] lie by a map, tokens taking the copies of an expert in turn; past the last slot
+    for one past the last expert. And whether the map has every expert, no other: zeros alone are of nothing loaded."""
+    copies = held.long().bincount(minlength=num_experts)
+    fits = len(copies) == num_experts and bool(copies.all())
+    copies = copies.clamp(min=1)
+    by_expert = held.argsort(stable=True)  # slots, those of one expert side by side
+    here = experts.clamp(max=num_experts - 1)
+    turn = torch.arange(len(experts), device=experts.device)[:, None] % copies[here]
+    found = by_expert[((copies.cumsum(0) - copies)[here] + turn) % len(held)]
+    return torch.where(experts < num_experts, found, len(held)), fits
+
+
 def module_of(name: str) -> str | None:
     """The module whose map a tensor is, None where it is none."""
     module, _, leaf = name.rpartition(".")

@@ -328,15 +328,9 @@ class QuantExperts(QuantModule):
         held = self._parameters[expert_maps.LEAF]
         if held is None:
             return experts
-        copies = held.long().bincount(minlength=self.num_experts)
-        fits = len(copies) == self.num_experts and bool(copies.all())
+        found, fits = expert_maps.slots_of_tokens(experts, held, self.num_experts)
         self._require(fits or not held.any(), f"its map {held.tolist()} is not one of {self.num_experts} experts")
-        copies = copies.clamp(min=1)  # zeros alone: nothing was loaded yet, and what is computed is thrown away
-        by_expert = held.argsort(stable=True)  # slots, those of one expert side by side
-        here = experts.clamp(max=self.num_experts - 1)
-        turn = torch.arange(len(experts), device=experts.device)[:, None] % copies[here]
-        found = by_expert[((copies.cumsum(0) - copies)[here] + turn) % self.num_slots]
-        return torch.where(experts < self.num_experts, found, self.num_slots)
+        return found
 
     def _expert(self, x: Tensor, slot: int, w13: Tensor, w2: Tensor) -> Tensor:
         """The epilogues of the layout's two GEMMs, each scalar where its kernel applies it."""
