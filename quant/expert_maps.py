@@ -73,8 +73,8 @@ class ExpertMaps:
 
 
 def slots_of_tokens(experts: Tensor, held: Tensor, num_experts: int) -> tuple[Tensor, bool]:
-    """Where the experts of tokens [n, k] lie by a map, tokens taking the copies of an expert in turn; past the last slot
-    for one past the last expert. And whether the map has every expert and no other; zeros alone: nothing is loaded."""
+    """Where the experts of tokens [n, k] lie by a map, tokens taking the copies of an expert in turn; past the last
+    slot for one past the last expert. And whether the map has every expert and no other."""
     copies = held.long().bincount(minlength=num_experts)
     fits = len(copies) == num_experts and bool(copies.all())
     copies = copies.clamp(min=1)
