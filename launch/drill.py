@@ -29,10 +29,11 @@ from quant.models import build_model, owners_of, placements_of
 from service.fleet import Fleet, FleetConfig
 from service.loading import cold_load
 from sharding.fsdp import shard_range
-from weight_update.client import Mode, OnBusy, Pusher, PushReport
+from weight_update.client import Mode, Pusher, PushReport
 from weight_update.links import AUTO
 from weight_update.receiver import Receiver
 from weight_update.transport import ControlClient, call, connect
+from weight_update.wishes import OnBusy
 
 LAYOUTS = ("trtllm", "cutlass")
 RANKS = 2

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from weight_update.errors import PlanError
+
 DEFAULT_TARGET = "127.0.0.1:7464"
 
 
@@ -31,7 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothin
 # ---------------------------------------------------------------- of a service
 
 Format = Annotated[
-    str, typer.Option(help="Row of 'transfuse formats'; of a pipeline also 'auto', or NAME=ROW,... by component.")
+    str,
+    typer.Option(
+        help="Row of 'transfuse formats'; several, by commas, are dealt out to the replicas; of a pipeline also 'auto',"
+        " or NAME=ROW,... by component."
+    ),
 ]
 Layout = Annotated[
     str, typer.Option(help="'auto', a layout or its family; several, by commas, are dealt out to the replicas.")
@@ -39,6 +45,33 @@ Layout = Annotated[
 Listen = Annotated[
     str, typer.Option(metavar="HOST:PORT", callback=address_of, help="Of the coordinator; port 0 takes a free one.")
 ]
+
+RedundantExperts = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=0, help="Slots of every experts module beyond one an expert; 0 too lets pushes move experts."
+    ),
+]
+
+ExpertMapFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSON, module -> its experts by slot: where they lie from this version on."),
+]
+
+
+def placed(file: Path | None) -> dict[str, list[int]] | None:
+    """The maps in such a file."""
+    if file is None:
+        return None
+    try:
+        found: dict[str, list[int]] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file}: cannot be read as JSON: {error}") from error
+    fits = isinstance(found, dict) and all(isinstance(each, list) for each in found.values())
+    if not fits or not all(isinstance(expert, int) for each in found.values() for expert in each):
+        raise PlanError(f'{file}: expected {{"model.layers.0.mlp.experts": [expert of slot 0, ...], ...}}')
+    return found
+
 
 # ---------------------------------------------------------------- of a service of a pipeline
 

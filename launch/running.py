@@ -23,6 +23,7 @@ from .options import (
     CommitBetween,
     Compile,
     Components,
+    ExpertMapFile,
     Format,
     Grace,
     Json,
@@ -37,11 +38,13 @@ from .options import (
     Offload,
     OnCommit,
     Record,
+    RedundantExperts,
     Scrub,
     StateFolder,
     StoreFolder,
     Target,
     emit,
+    placed,
 )
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
@@ -88,6 +91,7 @@ def serve(
     layout: Layout = "auto",
     replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
+    redundant_experts: RedundantExperts = None,
     listen: Listen = DEFAULT_TARGET,
     min_replicas: MinReplicas = 0,
     state: StateFolder = None,
@@ -115,13 +119,12 @@ def serve(
         from .serve import configured, kept, run, seen
 
     how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
-    how |= {"replicas": replicas, "ranks": ranks, "listen": listen}
+    how |= {"replicas": replicas, "ranks": ranks, "listen": listen, "layout": layout, "format": format}
     with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
         config = configured(
             component,
             model=model,
-            format=format,
-            layout=layout,
+            redundant_experts=redundant_experts,
             state_dir=Path(scratch) if state is None else state,
             min_replicas=min_replicas,
             store=kept(store, keep, keep_bytes),
@@ -145,6 +148,7 @@ def push(
     transport: Annotated[
         str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
     ] = "auto",
+    expert_map: ExpertMapFile = None,
     as_json: Json = False,
 ) -> None:
     """Push a checkpoint as the next version."""
@@ -166,7 +170,10 @@ def push(
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
-        report = pusher.push(items, one, base_version=base_version, push_id=push_id, durable=durable)
+        maps = placed(expert_map)
+        report = pusher.push(
+            items, one, base_version=base_version, push_id=push_id, durable=durable, expert_map=maps
+        )
     verified = "digest verified" if report.digest_verified else "digest not verified"
     emit(
         asdict(report),

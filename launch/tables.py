@@ -37,11 +37,13 @@ def mebibytes(num_bytes: int) -> str:
 def status_text(reply: Row) -> str:
     """StatusReply for people."""
     head = f"{reply['model']}: version {reply['version']}, digest {reply['digest']}, up {reply['uptime_s']:.0f} s"
-    names = ("replica", "state", "version", "format", "layout", "num_sequences", "checkpoint", "reason")
+    names = ["replica", "state", "version", "format", "layout", "num_sequences", "checkpoint", "reason"]
+    names += ["digest"] if len({replica["format"] for replica in reply["replicas"]}) > 1 else []
     rows = [{name: replica[name] for name in names} for replica in reply["replicas"]]
     since = time.strftime("%H:%M:%S", time.localtime(reply["transaction_since_s"]))
     push = f"push {reply['transaction']} {reply['transaction_state']}, by {reply['transaction_by']} since {since}"
     lines = [head, aligned(rows), push if reply["transaction_state"] else "no push is open"]
+    lines += [f"experts lie by maps of digest {reply['expert_map_digest']}"] if reply["expert_map_digest"] else []
     lines += [_store_text(reply)] if reply["store_dir"] else []
     lines += [f"LOST: {reply['lost']}"] if reply["lost"] else []
     return "\n".join(lines)

@@ -70,6 +70,14 @@ class Place(_message.Message):
     gpu: str
     def __init__(self, host: _Optional[str] = ..., processes: _Optional[str] = ..., user: _Optional[int] = ..., gpu: _Optional[str] = ...) -> None: ...
 
+class ExpertMap(_message.Message):
+    __slots__ = ("module", "physical_to_logical")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    PHYSICAL_TO_LOGICAL_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    physical_to_logical: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, module: _Optional[str] = ..., physical_to_logical: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Digests(_message.Message):
     __slots__ = ("lane0", "lane1")
     LANE0_FIELD_NUMBER: _ClassVar[int]
@@ -121,7 +129,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, fingerprint: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes", "fingerprint", "stores")
+    __slots__ = ("manifest", "ranks", "version", "digest", "epoch", "max_message_bytes", "fingerprint", "stores", "expert_maps")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +138,7 @@ class DescribeReply(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_MAPS_FIELD_NUMBER: _ClassVar[int]
     manifest: Manifest
     ranks: _containers.RepeatedCompositeFieldContainer[RankSpec]
     version: int
@@ -138,7 +147,8 @@ class DescribeReply(_message.Message):
     max_message_bytes: int
     fingerprint: int
     stores: bool
-    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ..., stores: _Optional[bool] = ...) -> None: ...
+    expert_maps: _containers.RepeatedCompositeFieldContainer[ExpertMap]
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ..., stores: _Optional[bool] = ..., expert_maps: _Optional[_Iterable[_Union[ExpertMap, _Mapping]]] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
     __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step", "keys")
@@ -305,7 +315,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids", "checkpoint")
+    __slots__ = ("replica", "state", "version", "layout", "format", "num_sequences", "reason", "pids", "digest", "checkpoint")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +324,7 @@ class ReplicaStatus(_message.Message):
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PIDS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     replica: int
     state: str
@@ -323,11 +334,12 @@ class ReplicaStatus(_message.Message):
     num_sequences: int
     reason: str
     pids: _containers.RepeatedScalarFieldContainer[int]
+    digest: str
     checkpoint: str
-    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    def __init__(self, replica: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., num_sequences: _Optional[int] = ..., reason: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store", "store_dir", "ranks")
+    __slots__ = ("version", "digest", "epoch", "replicas", "transaction_state", "transaction_by", "transaction_since_s", "transaction", "uptime_s", "model", "lost", "durable_version", "min_replicas", "store", "store_dir", "expert_map_digest", "ranks")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +355,7 @@ class StatusReply(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     STORE_DIR_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_MAP_DIGEST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
@@ -359,8 +372,9 @@ class StatusReply(_message.Message):
     min_replicas: int
     store: str
     store_dir: str
+    expert_map_digest: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ..., store: _Optional[str] = ..., store_dir: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., transaction_state: _Optional[str] = ..., transaction_by: _Optional[str] = ..., transaction_since_s: _Optional[float] = ..., transaction: _Optional[int] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., lost: _Optional[str] = ..., durable_version: _Optional[int] = ..., min_replicas: _Optional[int] = ..., store: _Optional[str] = ..., store_dir: _Optional[str] = ..., expert_map_digest: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("replica", "rank", "address", "version", "state", "pid", "gauges")

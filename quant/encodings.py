@@ -39,6 +39,10 @@ def _decode_fp32(parts: Parts, scale: float, out: Tensor) -> None:
     out.copy_(parts["weight"].contiguous().view(torch.float32).reshape(out.shape))
 
 
+def _decode_int32(parts: Parts, scale: float, out: Tensor) -> None:
+    out.copy_(parts["weight"].contiguous().view(torch.int32).reshape(out.shape))
+
+
 def _encode_nvfp4(rows: Tensor, scale: float, given: Parts, out: Parts) -> None:
     kernels.encode_nvfp4_rows(rows, scale, out["weight"], out["weight_scale"])
 
@@ -122,6 +126,7 @@ def _input(suffix: str = "input_scale", last: tuple[int, ...] = ()) -> Component
 
 BF16 = (_weight("BF16"),)
 FP32 = (_weight("F32"),)
+INT32 = (_weight("I32"),)
 NVFP4 = (_weight("U8", 2), _scale("F8_E4M3", 16), _global("weight_scale_2"), _input())
 W4A8_NVFP4 = (_weight("U8", 2), _scale("F8_E4M3", 32), _global("weight_scale_2"), _input())
 FP8 = (_weight("F8_E4M3"), _global("weight_scale"), _input())
@@ -167,6 +172,15 @@ FORMATS: dict[str, Format] = {
             oracle="the bytes themselves",
             encode_rows=_encode_plain,
             decode_rows=_decode_fp32,
+            zero="itself",
+        ),
+        Format(  # no weights: the maps of experts
+            name="int32",
+            components=INT32,
+            encode_block=(1, 1),
+            oracle="the bytes themselves",
+            encode_rows=_encode_plain,
+            decode_rows=_decode_int32,
             zero="itself",
         ),
         Format(

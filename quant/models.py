@@ -80,21 +80,26 @@ def build_model(
     device: torch.device | str = "cpu",
     arch: Arch | None = None,
     components: Mapping[str, str | Path] | None = None,
+    redundant_experts: int | None = None,
 ) -> nn.Module:
     """The causal LM of a config.json in BF16, or the Pipeline of a pipeline folder, quantized, every parameter zero.
 
     format_name: a row of FORMATS; for a pipeline also "auto" (what each component's checkpoint says, else bf16) or
     "transformer=nvfp4,transformer_2=bf16", where components not named are "auto". components: overrides of a pipeline,
     component -> folder or file with its weights. arch: what layout "auto" is chosen for, by default the device of this
-    process. With device "meta" the parameters have no memory yet (sharding gives each rank its part); buffers are
-    always real.
+    process. redundant_experts: slots of every experts module beyond one an expert; with a number, 0 included, experts
+    may be moved between slots. With device "meta" the parameters have no memory yet (sharding gives each rank its
+    part); buffers are always real.
     """
     arch = device_arch() if arch is None else arch
     if is_pipeline(config_dir):
+        if redundant_experts is not None:
+            raise ModelError(f"{config_dir}: redundant experts of a pipeline; leave them out, no pipeline has experts")
         model = _pipeline(components_of(config_dir, components), format_name, layout, exclude, arch)
     else:
         model = _causal_lm(config_dir)
-        quantize_model(model, format_name, layout, exclude=exclude, arch=arch)
+        redundant = redundant_experts
+        quantize_model(model, format_name, layout, exclude=exclude, arch=arch, redundant_experts=redundant)
         _rebuild_buffers(model)
     if torch.device(device).type != "meta":
         _allocate(model, device)
@@ -167,14 +172,15 @@ def quantize_model(
     arch: Arch | None = None,
     prefix: str = "",
     only: Collection[str] | None = None,
+    redundant_experts: int | None = None,
 ) -> None:
     """Replace the linears and stacked experts of the decoder layers by quantized modules, holding zeros.
 
     `layout` is "auto", a family or a row's name, see choose_layout; `exclude` adds module name patterns to EXCLUDED.
     A linear whose shape the format cannot hold stays as it is, and so does BF16 where no row of that name holds it.
     prefix: of the model's name in a larger one, part of the new modules' names and of no pattern. only: the modules to
-    replace, by default those of the decoder layers. Nothing requires grad afterwards. What was chosen and why is
-    logged, once for all modules alike.
+    replace, by default those of the decoder layers. redundant_experts: see build_model. Nothing requires grad
+    afterwards. What was chosen and why is logged, once for all modules alike.
     """
     if format_name not in BUILDABLE:
         raise ModelError(f"format {format_name!r}: unknown; known: {', '.join(BUILDABLE)}")
@@ -191,7 +197,7 @@ def quantize_model(
         if make is None or excludes.matches(name):
             continue
         try:
-            made, why = make(module, fmt, layout, prefix + name, arch)
+            made, why = make(module, fmt, layout, prefix + name, arch, redundant_experts)
             model.set_submodule(path, made)
             chosen[made.layout.name, why] += 1
         except ValueError as error:
@@ -199,6 +205,11 @@ def quantize_model(
     if problems:
         lines = [f"{error} (at {names[0]}, {len(names)} modules in all)" for error, names in problems.items()]
         raise ModelError("\n  - ".join([f"{type(model).__name__} cannot be quantized to {format_name}", *lines]))
+    if redundant_experts is not None and not any(isinstance(each, QuantExperts) for each in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} in {format_name}, layout {layout}: has no experts in slots, so that none can be"
+            " moved or doubled; choose a quantized format, or leave redundant experts out"
+        )
     for (row, why), count in chosen.items():
         log.info("layout %s for %d modules: %s", row, count, why)
 
@@ -231,7 +242,10 @@ def _is_linear(module: nn.Module, fmt: Format) -> bool:
     return isinstance(module, nn.Linear) and fmt.holds((module.out_features, module.in_features))
 
 
-def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None) -> tuple[QuantModule, str]:
+Made = tuple[QuantModule, str]  # and why its layout was chosen
+
+
+def _quant_linear(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None, redundant: int | None) -> Made:
     n, k = module.out_features, module.in_features
     layout, why = _chosen("linear", fmt, wanted, (n, k), arch)
     return QuantLinear(k, n, module.bias is not None, fmt, layout, name, module.weight.device), why
@@ -247,14 +261,15 @@ def _is_experts(module: nn.Module, fmt: Format) -> bool:
     return gate_up.shape == (experts, 2 * inter, hidden) and fits
 
 
-def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None) -> tuple[QuantModule, str]:
+def _quant_experts(module: Any, fmt: Format, wanted: str, name: str, arch: Arch | None, redundant: int | None) -> Made:
     experts, hidden, inter = module.down_proj.shape
-    layout, why = _chosen("experts", fmt, wanted, (experts, hidden, inter), arch)
-    return QuantExperts(experts, hidden, inter, module.act_fn, fmt, layout, name, module.down_proj.device), why
+    slots = None if redundant is None else experts + redundant
+    layout, why = _chosen("experts", fmt, wanted, (slots or experts, hidden, inter), arch)
+    return QuantExperts(experts, hidden, inter, module.act_fn, fmt, layout, name, module.down_proj.device, slots), why
 
 
 Fits = Callable[[nn.Module, Format], bool]
-Make = Callable[[Any, Format, str, str, Arch | None], tuple[QuantModule, str]]
+Make = Callable[[Any, Format, str, str, Arch | None, int | None], Made]
 REPLACEMENTS: tuple[tuple[Fits, ModuleKind, Make], ...] = (
     (_is_linear, "linear", _quant_linear),
     (_is_experts, "experts", _quant_experts),
@@ -349,6 +364,11 @@ def parameters_of(model: nn.Module) -> list[ParameterRow]:
 def placements_of(model: nn.Module) -> list[Placement]:
     """Where every checkpoint tensor lies, in the order of parameters_of."""
     return [placement for entry in _entries(model) for placement in entry.placements]
+
+
+def held_of(model: nn.Module) -> dict[ParameterRow, tuple[TensorSpec, ...]]:
+    """Every logical parameter with its checkpoint tensors; of a model on the meta device, too."""
+    return {entry.row: tuple(each.tensor for each in entry.placements) for entry in _entries(model)}
 
 
 def owners_of(model: nn.Module) -> dict[str, nn.Module]:

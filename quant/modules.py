@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import expert_maps
 from .cells import Changed, Refresh, needed_of, touched_cells
 from .formats import Format, decode_unscaled
 from .gemms import Gemm, choose_gemm
@@ -260,7 +261,11 @@ class QuantLinear(QuantModule):
 
 
 class QuantExperts(QuantModule):
-    """Stacked gated experts, called as transformers calls its own: (hidden_states, top_k_index, top_k_weights)."""
+    """Stacked gated experts, called as transformers calls its own: (hidden_states, top_k_index, top_k_weights).
+
+    num_slots: where experts may be moved, how many lie in the storages, doubled ones counted each; by default expert i
+    lies in slot i for good. Matrices and storages are those of slots.
+    """
 
     def __init__(
         self,
@@ -272,9 +277,15 @@ class QuantExperts(QuantModule):
         layout: Layout,
         name: str,
         device: torch.device | str = "cpu",
+        num_slots: int | None = None,
     ) -> None:
-        super().__init__(plan_experts(layout, fmt, name, num_experts, hidden, inter), fmt, layout, name, device)
+        slots = num_experts if num_slots is None else num_slots
+        super().__init__(plan_experts(layout, fmt, name, slots, hidden, inter), fmt, layout, name, device)
         self.num_experts, self.hidden, self.inter, self.act_fn = num_experts, hidden, inter, act_fn
+        self.num_slots = slots
+        self.register_parameter(expert_maps.LEAF, None)
+        if num_slots is not None:
+            self._register(expert_maps.LEAF, torch.zeros(slots, dtype=torch.int32, device=device))
         self._scalars = tuple(derived.leaf for derived in self.plan.derived)
         self.register_buffer("decoded_w13", None, persistent=False)
         self.register_buffer("decoded_w2", None, persistent=False)
@@ -286,38 +297,48 @@ class QuantExperts(QuantModule):
     @property
     def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            "decoded_w13": (self.num_experts, 2 * self.inter, self.hidden),  # gate first, whatever the layout's order
-            "decoded_w2": (self.num_experts, self.hidden, self.inter),
+            "decoded_w13": (self.num_slots, 2 * self.inter, self.hidden),  # gate first, whatever the layout's order
+            "decoded_w2": (self.num_slots, self.hidden, self.inter),
         }
 
     def _matrix_buffers(self) -> Iterator[tuple[str, str, Index]]:
         gate, up = slice(0, self.inter), slice(self.inter, None)
-        for expert in range(self.num_experts):
-            prefix = f"{self.name}.{expert}"
-            yield f"{prefix}.gate_proj", "decoded_w13", (expert, gate)
-            yield f"{prefix}.up_proj", "decoded_w13", (expert, up)
-            yield f"{prefix}.down_proj", "decoded_w2", (expert,)
+        for slot in range(self.num_slots):
+            prefix = f"{self.name}.{slot}"
+            yield f"{prefix}.gate_proj", "decoded_w13", (slot, gate)
+            yield f"{prefix}.up_proj", "decoded_w13", (slot, up)
+            yield f"{prefix}.down_proj", "decoded_w2", (slot,)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.gemm is not None:
             return self.gemm.run(hidden_states, top_k_index, top_k_weights, self.kernel_operands())
         w13, w2 = (self._decoded(name, hidden_states) for name in self.decoded_shapes)
         out = torch.zeros_like(hidden_states)
+        slots = self._slots(top_k_index)
         # An index past the last expert is transformers' mark of a token that is routed elsewhere.
-        routed = top_k_index.flatten().bincount(minlength=self.num_experts)[: self.num_experts]
-        for expert in routed.nonzero().flatten().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            y = self._expert(hidden_states[token], expert, w13[expert], w2[expert])
+        routed = slots.flatten().bincount(minlength=self.num_slots)[: self.num_slots]
+        for slot in routed.nonzero().flatten().tolist():
+            token, choice = torch.where(slots == slot)
+            y = self._expert(hidden_states[token], slot, w13[slot], w2[slot])
             out.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(out.dtype))
         return out
 
-    def _expert(self, x: Tensor, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
+    def _slots(self, experts: Tensor) -> Tensor:
+        """Where the experts of tokens [n, k] lie by the installed map; tokens take the copies of an expert in turn."""
+        held = self._parameters[expert_maps.LEAF]
+        if held is None:
+            return experts
+        found, fits = expert_maps.slots_of_tokens(experts, held, self.num_experts)
+        self._require(fits or not held.any(), f"its map {held.tolist()} is not one of {self.num_experts} experts")
+        return found
+
+    def _expert(self, x: Tensor, slot: int, w13: Tensor, w2: Tensor) -> Tensor:
         """The epilogues of the layout's two GEMMs, each scalar where its kernel applies it."""
         gate, up = F.linear(x, w13).chunk(2, dim=-1)
         if not hasattr(self, "g1_alphas"):  # formats without a global scale have all of it in the decoded weights
             return F.linear(self.act_fn(gate) * up, w2)
         # Shape [1] each, not 0-d: a 0-d FP32 factor would leave the products in BF16.
-        scale = {name: _of_expert(self.get_parameter(name), expert) for name in self._scalars}
+        scale = {name: _of_slot(self.get_parameter(name), slot) for name in self._scalars}
         quant13 = scale["w13_input_scale_quant"]
         activated = self.act_fn(gate * (scale["g1_alphas"] * quant13))
         if "g1_scale_c" in scale:
@@ -328,18 +349,18 @@ class QuantExperts(QuantModule):
         return F.linear(h.to(x.dtype), w2) * scale["g2_alphas"]
 
     def extra_repr(self) -> str:
-        sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, inter={self.inter}"
+        sizes = f"num_experts={self.num_experts}, num_slots={self.num_slots}, hidden={self.hidden}, inter={self.inter}"
         return f"{sizes}, {self.fmt.name}, {self.layout.name}"
 
 
-def _of_expert(scalars: Tensor, expert: int) -> Tensor:
-    """[1, E] or, shared by all experts, [1, 1] -> [1]."""
-    return scalars[0, expert : expert + 1] if scalars.shape[1] > 1 else scalars[0]
+def _of_slot(scalars: Tensor, slot: int) -> Tensor:
+    """[1, slots] or, shared by all experts, [1, 1] -> [1]."""
+    return scalars[0, slot : slot + 1] if scalars.shape[1] > 1 else scalars[0]
 
 
 def quantized_modules(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     """Every quantized module with the parameter names that it may own: what sharding checks against."""
-    known = quantized_names() | {"bias"}
+    known = quantized_names() | {"bias", expert_maps.LEAF}
     return {module: known for module in model.modules() if isinstance(module, QuantModule)}
 
 

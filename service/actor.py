@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ with uncollected():
 
     from .engine import Engine
     from .faults import Faults
-    from .loading import cold_load
+    from .loading import cold_load, holdings_among
     from .logs import Seeing, set_up
     from .rank import SCRUB_S, RankIdentity, RankServer
     from .refresh import Refresher
@@ -53,7 +53,7 @@ class RankConfig:
     """All that one rank needs to build itself.
 
     host: of the coordinator; ranks listen there where that is loopback, else at the addresses of their nodes.
-    components: of a pipeline, component -> where its weights are.
+    components: of a pipeline, component -> where its weights are. formats: of all replicas, where they have several.
     """
 
     replica: int
@@ -66,6 +66,8 @@ class RankConfig:
     num_threads: int
     serving: Serving = field(default_factory=Serving)
     components: Mapping[str, str] = field(default_factory=dict)
+    redundant_experts: int | None = None
+    formats: Sequence[str] = ()
     memory_budget_bytes: int | None = None
     store_dir: Path | None = None
     scrub_s: float = SCRUB_S
@@ -105,12 +107,9 @@ class RankActor:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = self._join(rendezvous, device_type)
         with open_checkpoint(config.model, components=config.components) as checkpoint:
-            # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
-            sharded = config.world > 1
-            model = self._model(checkpoint.config_dir, "meta" if sharded else device_type)
-            if sharded:
-                shard_model(model, mesh, quantized=quantized_modules(model))
-            receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
+            model = self._model(checkpoint.config_dir, mesh, device_type)
+            holdings = holdings_among(model, checkpoint.config_dir, config.format, config.formats)
+            receiver = Receiver.of(holdings, memory_budget_bytes=config.memory_budget_bytes)
             config_dir = checkpoint.config_dir
         witness = Witness(receiver, None)
         if source is not None:
@@ -141,11 +140,23 @@ class RankActor:
             )
         return self._server.address
 
-    def _model(self, config_dir: Path, device: str) -> nn.Module:
-        """The quantized model, empty."""
+    def _model(self, config_dir: Path, mesh: DeviceMesh, device_type: str) -> nn.Module:
+        """The model, this rank's shard of it, all zeros."""
         config = self._config
+        # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
+        sharded = config.world > 1
         with uncollected():  # the model's library is imported
-            return build_model(config_dir, config.format, config.layout, device=device, components=config.components)
+            model = build_model(
+                config_dir,
+                config.format,
+                config.layout,
+                device="meta" if sharded else device_type,
+                components=config.components,
+                redundant_experts=config.redundant_experts,
+            )
+        if sharded:
+            shard_model(model, mesh, quantized=quantized_modules(model))
+        return model
 
     def _identity(self, model: nn.Module) -> RankIdentity:
         config, layout = self._config, ", ".join(layouts_of(model))

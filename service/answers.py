@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from protos import transfuse_pb2 as pb
+from weight_update.digest import total
 from weight_update.messages import Decision
+from weight_update.transaction import of_held
 
 from .coordinator import CoordinatorShell
 from .members import MemberSpec
@@ -50,6 +52,7 @@ def rank_status(shell: CoordinatorShell, member: MemberSpec) -> pb.RankStatus:
 
 def replica_status(shell: CoordinatorShell, replica: int) -> pb.ReplicaStatus:
     """One replica as it was a greeting ago."""
+    protocol = shell.protocol
     members = [member for member in shell.members if member.id.replica == replica]
     states = [shell.roster.states[member.id] for member in members]
     reason = shell.protocol.fenced.get(replica, "")
@@ -63,6 +66,7 @@ def replica_status(shell: CoordinatorShell, replica: int) -> pb.ReplicaStatus:
         version=min(state.version for state in states),
         layout=members[0].layout,
         format=members[0].format,
+        digest="" if reason else total(of_held(protocol.digests, protocol.membership.held(replica, protocol.manifest))),
         num_sequences=states[0].num_sequences,
         reason=reason,
         pids=[state.pid for state in states],

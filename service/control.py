@@ -17,11 +17,12 @@ from weight_update.errors import BusyError, MemberError, PlanError, StoreError, 
 from weight_update.flight import Recorder
 from weight_update.transaction import Phase
 from weight_update.transport import CONTROL_MESSAGE_BYTES
-from weight_update.values import Specs, from_delta_proto, from_digests_proto, to_manifest_proto
+from weight_update.values import Specs, from_delta_proto, from_digests_proto, to_manifest_proto, to_maps_proto
 
 from .answers import rank_status, replica_status, version_info
 from .audit import recorded
 from .coordinator import CoordinatorShell
+from .experts import CommittedMaps, digest_of_maps
 from .guard import Guard
 from .keeper import Keeper
 from .operators import Operators
@@ -46,6 +47,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         self._owners = Owners()
         self._keeper = keeper
         self._operators = Operators(shell)
+        self._maps = CommittedMaps(shell)
         self.recorder: Recorder | None = None
         self._commits: deque[pb.DecideReply] = deque(maxlen=COMMITS)
         self._manifest = to_manifest_proto(shell.manifest)
@@ -70,6 +72,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             epoch=shell.index.epoch,
             max_message_bytes=CONTROL_MESSAGE_BYTES,
             stores=self._keeper is not None,
+            expert_maps=to_maps_proto(self._maps.of(decision.version)),
         )
 
     @refusing
@@ -230,6 +233,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             durable_version=max(shell.index.durable(), default=0),
             min_replicas=protocol.min_replicas,
             store="" if self._keeper is None else self._keeper.status(),
+            expert_map_digest=digest_of_maps(shell.manifest, decision.digests),
             store_dir="" if self._keeper is None else str(self._keeper.directory.resolve()),
             ranks=[rank_status(shell, member) for member in shell.members],
         )

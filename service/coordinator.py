@@ -125,6 +125,7 @@ class CoordinatorShell:
             decided={each.transaction: each.version for each in decisions if each.transaction},
             min_replicas=min_replicas,
             keys={member.replica: key_of(members, member.replica) for member in members},
+            formats={member.replica: spec.format for member, spec in self.roster.specs.items()},
             dismissed=self.index.dismissed(),
         )
         self._thread.start()
@@ -144,9 +145,8 @@ class CoordinatorShell:
             if decision.version > self.index.last_version():
                 self.index.decide(decision, self.manifest.fingerprint)
             return
-        found = self._pool.map(lambda member: roster.step(member, "digest"), roster.specs)
-        digests = dict(zip(roster.specs, found, strict=True))
-        decision = first_version(digests, self.manifest, self.source, self.index.last_version(), self.index.epoch)
+        found = self.of_all(list(roster.specs.values()), "digest")
+        decision = first_version(found, roster.specs, self.manifest, self.source, self.index)
         self.index.decide(decision, self.manifest.fingerprint)
         list(self._pool.map(lambda member: roster.step(member, "adopt", decision.version), roster.specs))
 
@@ -296,15 +296,14 @@ class CoordinatorShell:
     def add(self, addresses: Sequence[str], *, dead: bool) -> int:
         """Ranks of a new replica, or the new processes of one; returns its number. They are let in by and by."""
         found = [self.roster.hello(address) for address in addresses]
-        for each in found:
-            if isinstance(each, WeightUpdateError):
-                raise each
+        if failed := [each for each in found if isinstance(each, WeightUpdateError)]:
+            raise failed[0]
         replies = [reply for reply in found if isinstance(reply, pb.HelloReply)]
         if len({reply.spec.replica for reply in replies}) != 1:
             raise MemberError(f"{', '.join(addresses)}: expected all ranks of one replica; name them together")
         specs = [MemberSpec.of(address, reply) for address, reply in zip(addresses, replies, strict=True)]
-        fingerprints = [self.manifest.fingerprint, *(reply.manifest.fingerprint for reply in replies)]
-        require_one_manifest([self.members[0], *specs], fingerprints)
+        held = [self.manifest.fingerprint, *(reply.manifest.fingerprint for reply in replies)]
+        require_one_manifest([self.members[0], *specs], held)
 
         def enroll() -> None:
             self.protocol.membership.require_open(specs[0].id.replica)
@@ -313,8 +312,8 @@ class CoordinatorShell:
                 self.roster.learn(address, reply)
 
         self.between_events(enroll)
-        members, replica = {spec.id: spec.address for spec in specs}, specs[0].id.replica
-        self.request("add", members=list(members), key=key_of(members, replica), dead=dead)
+        ranks, replica, format = {spec.id: spec.address for spec in specs}, specs[0].id.replica, specs[0].format
+        self.request("add", members=list(ranks), key=key_of(ranks, replica), dead=dead, format=format)
         return replica
 
     # -- going back

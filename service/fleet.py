@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from quant.checkpoint import open_checkpoint
 from quant.pipelines import PipelineCheckpoint
 from weight_update.channels import PLAINTEXT
-from weight_update.errors import MemberError, PlanError
+from weight_update.errors import MemberError, PlanError, raise_all
 from weight_update.security import Security
 
 from .actor import RankConfig
@@ -50,9 +50,11 @@ class FleetConfig:
     """What to serve and where.
 
     model: a directory, a GGUF file, or "smollm2"; a directory may be a pipeline of diffusers. format: a row of FORMATS;
-    of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16". layout: a row of quant.layouts.LAYOUTS, or
+    of a pipeline also "auto", or "transformer=nvfp4,transformer_2=bf16"; of a language model several, separated by
+    commas, are dealt out to the replicas. layout: a row of quant.layouts.LAYOUTS, or
     "auto"; several, separated by commas, are dealt out to the replicas. components: of a pipeline, component -> where
-    its weights are instead. replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
+    its weights are instead. redundant_experts: see build_model; with a number, 0 included, pushes may move experts.
+    replicas: full copies of the model. ranks: processes that share one copy. listen: host:port
     of the coordinator, port 0 for any. ray_address: an existing cluster; None starts a local one. state_dir: where
     decisions are kept (default: a temporary folder, for trials). min_replicas: how many must serve for a push, 0 for
     all. rebuild_after_s: how long a replica may stay fenced beside others that serve before its processes are replaced,
@@ -66,6 +68,7 @@ class FleetConfig:
     format: str = "nvfp4"
     layout: str = "auto"
     components: Mapping[str, str] = field(default_factory=dict)
+    redundant_experts: int | None = None
     replicas: int = 1
     ranks: int = 1
     listen: str = "127.0.0.1:0"
@@ -88,9 +91,27 @@ class FleetConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.ranks < 1:
             raise PlanError(f"replicas {self.replicas}, ranks {self.ranks}: expected at least 1 of each")
+        if (self.redundant_experts or 0) < 0:
+            raise PlanError(f"redundant_experts {self.redundant_experts}: expected at least 0 slots")
         if not 0 <= self.min_replicas <= self.replicas:
             raise PlanError(f"min_replicas {self.min_replicas}: expected 0 (all) to {self.replicas}, the replicas")
         self.security.require(self.listen, "listening on")
+
+        self._require_formats()
+
+    def _require_formats(self) -> None:
+        """Several formats in one service, where that can be."""
+        several = len(set(self.formats)) > 1
+        too_few = self.replicas < len(self.formats)
+        problems = [f"fewer replicas than formats: {self.replicas}"] if too_few else []
+        problems += ["redundant experts"] if several and self.redundant_experts is not None else []
+        problems += ["a version store, which keeps one format"] if several and self.store is not None else []
+        raise_all(PlanError, f"format {self.format}: replicas of several formats do not go with", problems)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of the replicas, in turn."""
+        return (self.format,) if "=" in self.format else tuple(self.format.split(","))
 
     @property
     def serving(self) -> Serving:
@@ -219,12 +240,14 @@ class Fleet:
             rank=rank,
             world=config.ranks,
             model=model,
-            format=config.format,
+            format=config.formats[replica % len(config.formats)],
+            formats=tuple(sorted(set(config.formats))),
             layout=layouts[replica % len(layouts)],
             host=config.listen.rpartition(":")[0],
             num_threads=threads,
             serving=config.serving,
             components=dict(config.components),
+            redundant_experts=config.redundant_experts,
             memory_budget_bytes=config.memory_budget_bytes,
             store_dir=None if config.store is None else config.store.directory,
             scrub_s=config.scrub_s,

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from protos import transfuse_pb2 as pb
+from weight_update.channels import PLAINTEXT
 from weight_update.errors import (
     BusyError,
     DigestError,
@@ -32,6 +33,7 @@ from weight_update.errors import (
 from weight_update.fetch import fetch
 from weight_update.manifest import Manifest
 from weight_update.messages import Decision, Notify
+from weight_update.security import Security
 from weight_update.spool import Spool
 from weight_update.store import Store, StoredVersion, tensor_digest
 
@@ -51,7 +53,7 @@ class Keeper:
     """The writer of a version store.
 
     newest: the last decision. donors: who can be asked for its rows. told: gets events, as (kind, version, text).
-    durable: is told of every version that the store has, or has no more.
+    durable: is told of every version that the store has, or has no more. security: of the connections to the donors.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Keeper:
         donors: Donors,
         told: Callable[[str, int, str], None],
         durable: Callable[[int, bool], None],
+        security: Security = PLAINTEXT,
     ) -> None:
+        self._security = security
         self.directory = store.directory
         self._store, self._manifest = store, manifest
         self._newest, self._donors, self._told, self._mark = newest, donors, told, durable
@@ -194,7 +198,8 @@ class Keeper:
         self._turn += 1  # another one is asked the next time
         tensors = self._manifest.tensors
         rows = np.array([spec.num_rows for spec in tensors], np.int64)
-        fetch(replicas[self._turn % len(replicas)], decision.version, np.zeros_like(rows), rows, spool.place)
+        donors = replicas[self._turn % len(replicas)]
+        fetch(donors, decision.version, np.zeros_like(rows), rows, spool.place, self._security)
         problems = [
             f"{spec.name}: fetched {found}, committed {wanted}"
             for index, (spec, wanted) in enumerate(zip(tensors, _digests(decision), strict=True))
@@ -241,7 +246,13 @@ def keep_versions(shell: CoordinatorShell, config_dir: Path, config: StoreConfig
         keep_bytes=config.keep_bytes,
     )
     keeper = Keeper(
-        store, shell.manifest, newest=shell.index.decision, donors=donors, told=told, durable=shell.index.set_durable
+        store,
+        shell.manifest,
+        newest=shell.index.decision,
+        donors=donors,
+        told=told,
+        durable=shell.index.set_durable,
+        security=shell.roster.security,
     )
     keeper.start()
     return keeper

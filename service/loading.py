@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,16 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quant.checkpoint import Checkpoint
+from quant.expert_maps import ExpertMaps, Map, dealt_out, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, amax, constants, encode
+from quant.models import build_model, held_of
 from quant.names import canonical_name, expert_parts
 from quant.parameters import ParameterRow
+from quant.pipelines import is_pipeline
+from quant.variants import bare
 from sharding.routes import as_bytes
 from weight_update.chunks import Chunk, decode_request, encode_chunk
 from weight_update.encoder import BLOCK_BYTES, global_scales, rows_at_a_time
-from weight_update.errors import ManifestError, raise_all
+from weight_update.errors import ManifestError, PlanError, raise_all
+from weight_update.holdings import Holdings, among, holdings_of
 from weight_update.receiver import Receiver
 
 FLOATS = ("BF16", "F32", "F16")
+NO_MAPS = ExpertMaps()
 LOAD_TRANSACTION = 1  # before any coordinator is there
 
 
@@ -35,14 +42,30 @@ class Entry:
 
 
 def cold_load(
-    receiver: Receiver, checkpoint: Checkpoint, group: dist.ProcessGroup | None, owners: Mapping[str, nn.Module]
+    receiver: Receiver,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup | None,
+    owners: Mapping[str, nn.Module],
+    maps: ExpertMaps = NO_MAPS,
 ) -> None:
     """Fill this rank's rows from a checkpoint, BF16 or already in checkpoint form. Collective over the replica.
 
-    owners: parameter name -> module that holds it, for messages. Every parameter of the receiver must be there in its
-    shape. Activation scales that the checkpoint lacks become 1.0, which means uncalibrated.
+    owners: parameter name -> module that holds it. maps: where experts that may be moved are to lie, by default as the
+    checkpoint says, which a stored version does, else dealt out in turn. Every parameter of the receiver must be there
+    in its shape. Activation scales that the checkpoint lacks become 1.0, which means uncalibrated.
     """
-    _ColdLoad(receiver, checkpoint, owners).run(group)
+    _ColdLoad(receiver, checkpoint, owners, maps).run(group)
+
+
+def holdings_among(model: nn.Module, config_dir: Path, format: str, formats: Sequence[str]) -> Holdings:
+    """What a rank holds, in a service whose replicas have these formats; its own alone where they name no other."""
+    own = holdings_of(model)
+    if len(formats) < 2:
+        return own
+    if is_pipeline(config_dir):
+        raise PlanError(f"{config_dir}: replicas of several formats ({', '.join(formats)}) hold language models only")
+    others = {each: held_of(build_model(config_dir, each, "plain", device="meta")) for each in formats}
+    return among(own, format, others)
 
 
 Filled = Iterator[tuple[TensorSpec, int, Tensor]]
@@ -51,31 +74,58 @@ Filled = Iterator[tuple[TensorSpec, int, Tensor]]
 class _ColdLoad:
     """One load: what the receiver needs, and where the checkpoint keeps it."""
 
-    def __init__(self, receiver: Receiver, checkpoint: Checkpoint, owners: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, receiver: Receiver, checkpoint: Checkpoint, owners: Mapping[str, nn.Module], maps: ExpertMaps
+    ) -> None:
         self._receiver = receiver
         self._manifest = receiver.manifest
         self._checkpoint = checkpoint
         self._owners = owners
         self._entries = _entries(checkpoint)
+        self._maps = ExpertMaps({row.name.rpartition(".")[0]: self._map(row, maps) for row in self._of_maps()})
+        names = [spec.name for spec in self._manifest.tensors] + [row.name for row in self._manifest.parameters]
+        named = {name: self._entries.get(self._maps.logical(bare(name))) for name in names}
+        self._entries = {name: entry for name, entry in named.items() if entry is not None}
 
     def run(self, group: dist.ProcessGroup | None) -> None:
         receiver, manifest = self._receiver, self._manifest
-        encoded = [row for row in manifest.parameters if not self._has_checkpoint_form(row)]
+        here = {spec.name for i, spec in enumerate(manifest.tensors) if not receiver.is_absent(i)}
+        rows = [row for row in manifest.parameters if manifest.tensors_of(row)[0].name in here]
+        rows = [row for row in rows if module_of(row.name) is None]
+        encoded = [row for row in rows if not self._has_checkpoint_form(row)]
         encoded_names = {row.name for row in encoded}
-        problems = [each for row in manifest.parameters for each in self._problems(row, row.name in encoded_names)]
+        problems = [each for row in rows for each in self._problems(row, row.name in encoded_names)]
         raise_all(ManifestError, f"cannot load {self._checkpoint.config_dir}", problems)
         scales = self._scales(encoded, group)
         everything = np.arange(len(manifest.tensors))
         receiver.begin(LOAD_TRANSACTION, receiver.version + 1, receiver.version, everything)
-        for row in manifest.parameters:
+        for row in rows:
             filled = self._encoded(row, scales.get(row.name)) if row.name in encoded_names else self._copied(row)
             for spec, first, data in filled:
                 receiver.stage(_chunk(manifest.index[spec.name], first, data), transaction=LOAD_TRANSACTION)
+        for name, each in self._maps.tensors():
+            start, stop = self._owned(manifest.tensors[manifest.index[name]])
+            if start < stop:
+                chunk = _chunk(manifest.index[name], start, as_bytes(each[start:stop]))
+                receiver.stage(chunk, transaction=LOAD_TRANSACTION)
         receiver.prepare()
         receiver.install()
         receiver.publish()
 
     # -- what is there
+
+    def _of_maps(self) -> list[ParameterRow]:
+        return [row for row in self._manifest.parameters if module_of(row.name) is not None]
+
+    def _map(self, row: ParameterRow, maps: ExpertMaps) -> Map:
+        """Of the module whose map this is."""
+        module, (num_slots,) = row.name.rpartition(".")[0], row.shape
+        if module in maps.of:
+            return maps.of[module]
+        if row.name in self._entries and self._checkpoint.spec(self._entries[row.name].name).shape == row.shape:
+            stored = self._checkpoint.rows(self._entries[row.name].name)
+            return tuple(map(int, stored.tolist()))
+        return dealt_out(num_slots, int(getattr(self._owners[row.name], "num_experts", num_slots)))
 
     def _has_checkpoint_form(self, row: ParameterRow) -> bool:
         parts = zip(self._manifest.tensors_of(row), FORMATS[row.format].components, strict=True)
@@ -103,7 +153,7 @@ class _ColdLoad:
 
     def _misfit(self, row: ParameterRow, name: str, found: str, wanted: TensorSpec) -> str:
         start, stop = self._owned(self._manifest.tensors_of(row)[0])
-        owner = self._owners.get(row.name)
+        owner = self._owners.get(bare(row.name))
         held_by = "" if owner is None else f" in {type(owner).__name__}"
         return (
             f"{name}: {self._checkpoint.config_dir} has {found}; expected {list(wanted.shape)} {wanted.dtype}"

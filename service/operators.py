@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+import numpy as np
 
 from protos import transfuse_pb2 as pb
 from weight_update.digest import Digests
@@ -74,9 +75,11 @@ class Operators:
     def _outcome(
         self, version: int, digests: Digests, found: dict[MemberId, Digests], start_s: float
     ) -> pb.VerifyReply:
-        manifest = self._shell.manifest
-        problems = differing(found, digests, manifest)
-        num_bytes = sum(spec.num_bytes for spec in manifest.tensors) * len({member.replica for member in found})
+        manifest, membership = self._shell.manifest, self._shell.protocol.membership
+        problems = differing(found, digests, manifest, lambda replica: membership.held(replica, manifest))
+        sizes = np.array([spec.num_bytes for spec in manifest.tensors], np.int64)
+        replicas = {member.replica for member in found}
+        num_bytes = sum(int(sizes[membership.held(replica, manifest)].sum()) for replica in replicas)
         return pb.VerifyReply(
             ok=not problems,
             version=version,

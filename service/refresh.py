@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from quant.cells import Refresh
+from quant.cells import Changed, Refresh
 from quant.modules import decode_all, plan_refresh
+from quant.variants import bare
 from sharding.fsdp import reshard_all, unshard_all
 from weight_update.receiver import Receiver
 
@@ -32,10 +33,10 @@ class Refresher:
     def foresee(self) -> None:
         """Plan for the prepared transaction, while the model runs."""
         if not self._sharded and not self._in_turns:
-            self._planned = plan_refresh(self._model, self._receiver.changes())
+            self._planned = plan_refresh(self._model, _bare(self._receiver.changes()))
 
     def __call__(self) -> None:
-        changed = self._receiver.take_stale()
+        changed = _bare(self._receiver.take_stale())
         planned, self._planned = self._planned, None
         if self._in_turns:
             reshard_all(self._model)
@@ -48,3 +49,8 @@ class Refresher:
                 planned.run()
         else:
             decode_all(self._model, changed)
+
+
+def _bare(changed: Changed) -> Changed:
+    """By the names of the model, which knows one format."""
+    return {bare(name): positions for name, positions in changed.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,8 +20,9 @@ from weight_update.manifest import Manifest
 from weight_update.messages import Decision, Donor, MemberId, Send
 from weight_update.security import Security
 from weight_update.store import StoredVersion
-from weight_update.transaction import replica_sums
+from weight_update.transaction import of_held, replica_sums
 from weight_update.transport import call
+from weight_update.versions import VersionIndex
 
 from .members import SENDERS, STEP_TIMEOUT_S, Around, MemberSpec
 
@@ -33,6 +34,7 @@ class Roster:
 
     def __init__(self, epoch: int, security: Security = PLAINTEXT) -> None:
         self._epoch = epoch
+        self.security = security
         self._channels = Channels(security)
         self._addresses: dict[MemberId, str] = {}
         self._guard = threading.Lock()  # guards what is asked for; nothing blocks under it
@@ -128,31 +130,39 @@ def require_one_manifest(members: Sequence[MemberSpec], fingerprints: Sequence[i
     raise_all(MemberError, "the ranks do not serve one model", problems)
 
 
-def differing(found: Mapping[MemberId, Digests], committed: Digests, manifest: Manifest) -> list[str]:
-    """Tensors, by replica, whose digests are not the committed ones."""
+def differing(
+    found: Mapping[MemberId, Digests], committed: Digests, manifest: Manifest, held: Callable[[int], np.ndarray]
+) -> list[str]:
+    """Tensors, by replica, whose digests are not the committed ones. held: which tensors a replica holds."""
     return [
         f"replica {replica}: {manifest.tensors[i].name}"
         for replica, each in replica_sums(found).items()
-        for i in np.flatnonzero((each != committed).any(axis=1))
+        for i in np.flatnonzero((each != of_held(committed, held(replica))).any(axis=1))
     ]
 
 
 def first_version(
-    digests: Mapping[MemberId, Digests], manifest: Manifest, source: str, last_version: int, epoch: int
+    digests: Mapping[MemberId, Digests],
+    specs: Mapping[MemberId, MemberSpec],
+    manifest: Manifest,
+    source: str,
+    index: VersionIndex,
 ) -> Decision:
-    """Number what the members loaded, if all replicas agree on its digests."""
-    (first, agreed), *others = replica_sums(digests).items()
-    problems = [
-        f"{manifest.tensors[i].name}: replica {replica} differs from replica {first}"
-        for replica, each in others
-        for i in np.flatnonzero((each != agreed).any(axis=1))
-    ]
+    """Number what the members loaded, if all replicas agree on its digests, as far as they hold the same."""
+    formats = {member.replica: spec.format for member, spec in specs.items()}
+    agreed, known, problems = np.zeros((len(manifest.tensors), 2), np.uint64), np.zeros(len(manifest.tensors), bool), []
+    for replica, each in replica_sums(digests).items():
+        held = manifest.held_by(formats[replica])
+        agreed[held & ~known] = each[held & ~known]
+        known |= held
+        differs = np.flatnonzero((each != of_held(agreed, held)).any(axis=1))
+        problems += [f"{manifest.tensors[i].name}: replica {replica} differs from those before it" for i in differs]
     raise_all(DigestError, f"the replicas loaded different bytes of {source}", problems)
     return Decision(
-        version=last_version + 1,
+        version=index.last_version() + 1,
         base_version=0,
         transaction=0,
-        push_id=f"load-{epoch}",
+        push_id=f"load-{index.epoch}",
         pushed_by=f"loaded from {source}",
         created_s=time.time(),
         digest=total(agreed),

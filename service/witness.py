@@ -24,6 +24,7 @@ from torch import Tensor
 from quant.checkpoint import Checkpoint
 from quant.configs import NVFP4_ROWS
 from quant.conversions import swap_nibbles, swizzled_scales
+from quant.expert_maps import module_of
 from quant.formats import FORMATS, decode
 from quant.names import canonical_name
 from quant.parameters import ParameterRow
@@ -39,6 +40,7 @@ from quant.probe import (
     Verdict,
     check,
 )
+from quant.variants import bare
 
 if TYPE_CHECKING:  # who only asks of_replica loads no receiver
     from weight_update.receiver import Receiver
@@ -58,7 +60,10 @@ class Witness:
     def __init__(self, receiver: Receiver, checkpoint: Checkpoint | None) -> None:
         readings = () if checkpoint is None else checkpoint.readings
         packed = {canonical_name(name) for name in _packed(checkpoint)} if checkpoint and readings else set()
-        rows = [row for row in receiver.manifest.parameters if row.format in NVFP4_ROWS and row.name in packed]
+        known = receiver.manifest.parameters
+        moving = tuple(f"{module_of(row.name)}." for row in known if module_of(row.name) is not None)
+        rows = [row for row in known if row.format in NVFP4_ROWS and bare(row.name) in packed]
+        rows = [row for row in rows if not row.name.startswith(moving)]  # a push may bring another expert in its slot
         self._receiver = receiver
         self._readings = {each.component: each for each in readings}
         self._said = {name: _text(each.verdict) for name, each in self._readings.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from quant.checkpoint import open_checkpoint
+from quant.expert_maps import ExpertMaps
 from quant.models import build_model, owners_of
 from quant.modules import layouts_of, mark_all_applied
 from service.control_server import ControlServer
@@ -20,7 +21,7 @@ from service.engine import Engine
 from service.faults import Faults
 from service.guard import Limits
 from service.keeper import StoreConfig, keep_versions
-from service.loading import cold_load
+from service.loading import NO_MAPS, cold_load, holdings_among
 from service.logs import Seeing
 from service.pages import Pages
 from service.rank import RankIdentity, RankServer
@@ -56,12 +57,19 @@ class LocalService:
         return [rank.receiver.storage_addresses() for rank in self.ranks]
 
 
-def cold(model_dir: Path, layout: str, format: str = "nvfp4") -> tuple[nn.Module, Receiver]:
+def cold(
+    model_dir: Path,
+    layout: str,
+    format: str = "nvfp4",
+    redundant: int | None = None,
+    maps: ExpertMaps = NO_MAPS,
+    formats: Sequence[str] = (),
+) -> tuple[nn.Module, Receiver]:
     """A model and its receiver, freshly loaded from a checkpoint."""
     with open_checkpoint(model_dir) as checkpoint:
-        model = build_model(checkpoint.config_dir, format, layout)
-        receiver = Receiver.from_module(model)
-        cold_load(receiver, checkpoint, None, owners_of(model))
+        model = build_model(checkpoint.config_dir, format, layout, redundant_experts=redundant)
+        receiver = Receiver.of(holdings_among(model, checkpoint.config_dir, format, formats))
+        cold_load(receiver, checkpoint, None, owners_of(model), maps)
     mark_all_applied(model)
     return model, receiver
 
@@ -76,9 +84,11 @@ def start_rank(
     serving: Serving = SERVING,
     security: Security = PLAINTEXT,
     limits: Limits | None = None,
+    redundant: int | None = None,
+    formats: Sequence[str] = (),
 ) -> tuple[RankServer, nn.Module]:
     """One replica of one rank, serving. source: where its weights come from, if not from the model's folder."""
-    model, receiver = cold(source or model_dir, layout, format)
+    model, receiver = cold(source or model_dir, layout, format, redundant, formats=formats)
     with open_checkpoint(source or model_dir) as checkpoint:
         witness = Witness(receiver, checkpoint)
     refresher = Refresher(model, receiver, sharded=False, offload=offload_of(model, serving))
@@ -127,16 +137,16 @@ def local_service(
     limits: Limits | None = None,
     pages: bool = False,
     record_dir: Path | None = None,
+    redundant: int | None = None,
 ) -> Iterator[LocalService]:
-    """Replicas with these layouts behind one coordinator. store_dir: of the version store; its newest version is what
-    is served, as after a restart. pages: with metrics and a status page."""
+    """Replicas with these layouts behind one coordinator. format: of all, or by commas one for each. store_dir: of the
+    version store; its newest version is what is served, as after a restart. pages: with metrics and a status page."""
     torch.set_num_threads(1)
     weights = Weights(str(model_dir), store_dir)
     source = Path(weights.source())
-    started = [
-        start_rank(model_dir, replica, layout, format, source, scrub_s, serving, security, limits)
-        for replica, layout in enumerate(layouts)
-    ]
+    own = format.split(",") * (1 if "," in format else len(layouts))
+    how = (source, scrub_s, serving, security, limits, redundant, sorted({*own}))
+    started = [start_rank(model_dir, replica, layout, own[replica], *how) for replica, layout in enumerate(layouts)]
     ranks = [rank for rank, _ in started]
     for rank in ranks:
         manifest = rank.receiver.manifest

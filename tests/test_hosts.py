@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -124,6 +125,62 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused_with_everything_tha
         sglang.load(model, sglang.order(world=2, control_url="", checkpoint=str(folder)))
     with pytest.raises(PlanError, match=r"w: expected transfuse\.order"):
         sglang.load(model, [("w", torch.zeros(1))])
+
+
+def quantized(method: str, **fields: str) -> nn.Module:
+    """A model of one linear with this class of SGLang's for its quant_method."""
+    model = nn.Module()
+    linear = put(model, "layers.0.mlp.down_proj", nn.Linear(4, 4, bias=False))
+    linear.quant_method = type(method, (), fields)()  # type: ignore[assignment]
+    return model
+
+
+def published(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """The module in which SGLang keeps its backend, as its worker has it."""
+    module = SimpleNamespace(get_fp4_gemm_runner_backend=lambda: SimpleNamespace(value=backend))
+    monkeypatch.setitem(sys.modules, sglang.FP4_UTILS, module)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer_cutlass", "flashinfer_cudnn", "flashinfer_cutedsl"])
+def test_the_scheme_of_sglang_is_what_its_own_module_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(monkeypatch, backend)
+    assert sglang.scheme_of(quantized("ModelOptFp4LinearMethod", quant_mode="w4a4")) == "sglang cutlass"
+    assert sglang.scheme_of(fused(tiny_llama(0))) == "sglang cutlass"  # no NVFP4 in it: any
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "backend", "message"),
+    [
+        ("ModelOptFp4LinearMethod", {}, "flashinfer_trtllm", "flashinfer_trtllm: its layout has no scheme; start"),
+        ("ModelOptFp4LinearMethod", {}, "marlin", "marlin: its layout has no scheme"),
+        ("ModelOptFp4LinearMethod", {}, "auto", "auto: its layout has no scheme"),
+        ("ModelOptFp4LinearMethod", {}, None, "does not say which FP4 backend"),
+        ("ModelOptFp4LinearMethod", {"quant_mode": "w4a16"}, "flashinfer_cutlass", "in w4a16, it has no scheme"),
+        ("ModelOptFp8LinearMethod", {}, "flashinfer_cutlass", "down_proj: ModelOptFp8LinearMethod, FP8 has no scheme"),
+        ("ModelOptNvFp4FusedMoEMethod", {}, "flashinfer_cutlass", "FusedMoEMethod, experts have no scheme"),
+        ("GPTQMarlinLinearMethod", {}, "flashinfer_cutlass", "GPTQMarlinLinearMethod, it has no scheme"),
+    ],
+)
+def test_what_sglang_lays_out_otherwise_is_refused_by_name(
+    method: str, fields: dict[str, str], backend: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend is not None:
+        published(monkeypatch, backend)
+    with pytest.raises(PlanError, match=message):
+        sglang.scheme_of(quantized(method, **fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("layers.0.mlp.experts.3.up_proj.weight", "bf16", "experts have no scheme in this engine"),
+        ("layers.0.mlp.down_proj.weight", "fp8", "fp8 has no scheme in this engine; known: nvfp4"),
+    ],
+)
+def test_experts_and_other_formats_are_refused_when_the_model_is_planned(name: str, format: str, message: str) -> None:
+    rows = [ParameterRow(name=name, shape=(4, 4), format=format)]
+    with pytest.raises(PlanError, match=message):
+        plan_holdings(quantized("UnquantizedLinearMethod"), rows, "vllm cutlass")
 
 
 # ---------------------------------------------------------------- a running engine

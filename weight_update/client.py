@@ -49,13 +49,13 @@ from .security import Security
 from .source import Items, PushPlan, Scope
 from .transport import Channels, ControlClient
 from .values import from_manifest_proto
+from .wishes import GivenMaps, OnBusy, Wish, places_of
 
 __all__ = ["PushHandle", "PushReport", "Pusher"]
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "full", "delta"]
-OnBusy = Literal["wait", "replace", "error"]
 
 # A delta of more than this share of all bytes is pushed in full: that needs no memory beyond the rows themselves.
 MAX_DELTA_SHARE = 0.5
@@ -121,6 +121,7 @@ class Pusher:
         step: int = 0,
         durable: bool = False,
         on_busy: OnBusy = "error",
+        expert_map: GivenMaps | None = None,
     ) -> PushReport:
         """Push a model's weights as the next version; returns once every replica serves it, or raises with nothing
         changed.
@@ -131,11 +132,13 @@ class Pusher:
         is carried over. base_version: refuse unless it is current. push_id: pushing the same id again returns the first
         outcome instead of a second version. step: the trainer's own count, stored beside the version. durable: return
         once the version is in the version store, too; StoreError where it is served and cannot be stored. on_busy:
-        where another push is open, raise BusyError, wait until it is over, or abort it.
+        where another push is open, raise BusyError, wait until it is over, or abort it. expert_map: experts by slot,
+        for modules whose experts may be moved (see quant.expert_maps): a mapping from module, or one row a module;
+        what it moves comes along. It holds from this version on, by default the one that held.
         """
+        wish = Wish(model, scope, base_version, push_id, step, durable, on_busy, expert_map)
         self._give_way(on_busy)
-        attempt = self._planned(self._ranks, model, scope, base_version, push_id, step, durable, on_busy)
-        return self._run(attempt)
+        return self._run(self._planned(self._ranks, wish))
 
     def push_async(
         self,
@@ -147,12 +150,14 @@ class Pusher:
         step: int = 0,
         durable: bool = False,
         on_busy: OnBusy = "error",
+        expert_map: GivenMaps | None = None,
     ) -> PushHandle:
         """The same, but returns as soon as everything to be sent is encoded: the optimizer may step during the
         transfer. on_busy also says what becomes of a push of this trainer that still runs."""
+        wish = Wish(model, scope, base_version, push_id, step, durable, on_busy, expert_map)
         self._give_way(on_busy)
         self._apart = self._apart or self._ranks.apart()
-        attempt = self._planned(self._apart, model, scope, base_version, push_id, step, durable, on_busy)
+        attempt = self._planned(self._apart, wish)
         if isinstance(attempt.content, Whole):
             attempt.content.take()
         self._running = PushHandle(lambda: self._run(attempt), attempt.cancel)
@@ -194,28 +199,19 @@ class Pusher:
             running.cancel()
         running.wait()
 
-    def _planned(
-        self,
-        ranks: Ranks,
-        model: Items,
-        scope: Scope,
-        base_version: int | None,
-        push_id: str | None,
-        step: int,
-        durable: bool,
-        on_busy: OnBusy,
-    ) -> Attempt:
+    def _planned(self, ranks: Ranks, wish: Wish) -> Attempt:
         clock = Clock()
         self._settle()
         described = self._describe(self._ranks, self._patience_s)
-        if durable and not described.stores:
+        if wish.durable and not described.stores:
             raise StoreError("durable push: the service has no version store; start it with --store DIR")
         manifest = self._manifest_of(described)
         clock.stop("describe")
-        plan = self._retained.plan(manifest, model, scope)
+        places = places_of(manifest, described, wish)
+        plan = self._retained.plan(manifest, wish, places)
         scales = self._retained.scales(plan)
         content, reason = self._content(plan, scales, described)
-        chosen_id = self._ranks.from_first(lambda: push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
+        chosen_id = self._ranks.from_first(lambda: wish.push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
         delta = None if isinstance(content, Whole) else content.num_bytes
         work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
@@ -232,10 +228,10 @@ class Pusher:
             reason=reason,
             clock=clock,
             push_id=chosen_id,
-            base_version=base_version or 0,
-            step=step,
-            durable=durable,
-            on_busy=on_busy,
+            base_version=places.base_version(wish, described.version),
+            step=wish.step,
+            durable=wish.durable,
+            on_busy=wish.on_busy,
             lease_s=self._lease_s,
             retry_s=self._retry_s,
             pushed_by=self._pushed_by,

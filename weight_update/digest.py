@@ -36,6 +36,7 @@ import xxhash
 from torch import Tensor
 
 from quant.kernels import numba_loops
+from quant.variants import bare
 
 Digests = npt.NDArray[np.uint64]  # [n, 2]: one row a tensor
 Lanes = tuple[int, int]
@@ -49,8 +50,8 @@ BLOCK_BYTES = 1 << 20  # rows are taken in blocks of about this size: what a cor
 
 
 def name_key(name: str) -> int:
-    """The key of the tensor with this name."""
-    return xxhash.xxh3_64_intdigest(name.encode())
+    """The key of the tensor with this name; a variant of one format has that of its bare name."""
+    return xxhash.xxh3_64_intdigest(bare(name).encode())
 
 
 def lane_keys(key: int, row_bytes: int) -> tuple[int, int]:

@@ -9,12 +9,14 @@ One of the two halves of what an engine must offer; the other is the step bounda
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
-from quant.layouts import Derived, Placement
+from quant.layouts import Derived, Placement, place_row_major
 from quant.parameters import ParameterRow
+from quant.variants import Held, bare, format_of, together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,31 @@ class Holdings:
     derived: Sequence[Derived] = ()
     parameters: Sequence[ParameterRow] = ()
     shards: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+ABSENT = "absent"  # the storage of what replicas of other formats hold: of no bytes
+
+
+def among(holdings: Holdings, format: str, formats: Mapping[str, Held]) -> Holdings:
+    """The same of a rank in `format`, in a service whose replicas are in all of these formats: named as there, and none
+    of the rows of what only others hold."""
+    rows, tensors = together(formats)
+    own = {each.tensor.name: each for each in holdings.placements}
+    device = next((each.device for each in holdings.storages().values()), torch.device("cpu"))
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    placements = [
+        replace(own[bare(spec.name)], tensor=spec)
+        if format_of(spec.name) in ("", format)
+        else place_row_major(spec, ABSENT)
+        for spec in tensors
+    ]
+    return replace(
+        holdings,
+        storages=lambda: {**holdings.storages(), ABSENT: nothing},
+        placements=placements,
+        parameters=rows,
+        shards={**holdings.shards, ABSENT: (0, 0)},
+    )
 
 
 def holdings_of(model: nn.Module) -> Holdings:

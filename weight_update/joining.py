@@ -19,7 +19,7 @@ from .errors import BusyError, MemberError
 from .member import SERVING_LEASE_S
 from .membership import Standing
 from .messages import Action, Dismiss, Donor, MemberId, Reply, Request, Send, Tick
-from .transaction import Kind, Transaction, replica_sums
+from .transaction import Kind, Transaction, of_held, replica_sums
 
 if TYPE_CHECKING:
     from .protocol import Coordinator
@@ -64,7 +64,8 @@ def add(coordinator: Coordinator, request: Request) -> list[Action]:
         silent_s = float("-inf")
     else:
         silent_s = max(known.silent_s, membership.contacts[known.leader].heard_s + SERVING_LEASE_S)
-    membership.add(ranks, key=key, silent_s=silent_s, round=coordinator.next_round)
+    format = str(request.args.get("format", ""))
+    membership.add(ranks, key=key, format=format, silent_s=silent_s, round=coordinator.next_round)
     told = coordinator.notify("add", f"replica {number}: {len(ranks)} ranks")
     return [told, Reply(id=request.id, result={}), *coordinator.greet()]
 
@@ -144,9 +145,12 @@ def settled(coordinator: Coordinator) -> list[Action]:
     open_ = coordinator.open()
     if all(version == coordinator.version for version in open_.held.values()):
         return joined(coordinator)
-    donors = coordinator.membership.serving()
+    replicas, several = coordinator.membership.replicas, coordinator.manifest.formats
+    format = replicas[next(iter(open_.replicas))].format
+    donors = [each for each in coordinator.membership.serving() if not several or replicas[each].format == format]
     if not donors and open_.is_empty:
-        return coordinator.abort(MemberError("built to be filled by another replica, and none serves"))
+        like = f" in {format}" if several else ""
+        return coordinator.abort(MemberError(f"built to be filled by another replica{like}, and none serves"))
     if not donors:
         return coordinator.start("digest")
     open_.source = Donor(replica=donors[coordinator.next_round % len(donors)])
@@ -159,8 +163,10 @@ def settled(coordinator: Coordinator) -> list[Action]:
 def compared(coordinator: Coordinator) -> list[Action]:
     """Nobody serves. Bytes that were loaded may be the committed ones; if not, they are nobody's version."""
     open_ = coordinator.open()
-    [stock] = replica_sums(open_.results["digest"]).values()
-    if (stock == coordinator.digests).all() and not any(open_.held.values()):
+    membership = coordinator.membership
+    [(number, stock)] = replica_sums(open_.results["digest"]).items()
+    wanted = of_held(coordinator.digests, membership.held(number, coordinator.manifest))
+    if (stock == wanted).all() and not any(open_.held.values()):
         return coordinator.start("adopt")
     lost = MemberError(f"no replica that answers holds version {coordinator.version}; push in full, or reset")
     actions = coordinator.abort(lost)

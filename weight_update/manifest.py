@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import xxhash
 
 from quant.formats import FORMATS, TensorSpec
 from quant.parameters import ParameterRow
+from quant.variants import format_of
 
 from .errors import ManifestError, raise_all
 
@@ -26,7 +28,7 @@ MAX_HINTS = 10  # unknown names for which near ones are searched: each search re
 MAX_NAMES = 4  # members of a cut group that are named
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Tensors in a fixed order, which indices on the wire refer to; parameters may be unknown (none).
 
@@ -57,6 +59,17 @@ class Manifest:
         object.__setattr__(self, "_specs", held)
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "fingerprint", _fingerprint(self))
+
+    @cached_property
+    def formats(self) -> frozenset[str]:
+        """Those whose replicas hold something that others do not; none where all replicas have one format."""
+        return frozenset(format_of(spec.name) for spec in self.tensors) - {""}
+
+    def held_by(self, format: str) -> npt.NDArray[np.bool_]:
+        """Which tensors replicas of this format hold."""
+        if not self.formats:
+            return np.ones(len(self.tensors), np.bool_)
+        return np.array([format_of(spec.name) in ("", format) for spec in self.tensors], np.bool_)
 
     def tensors_of(self, parameter: ParameterRow) -> tuple[TensorSpec, ...]:
         """The tensors that hold a parameter, in the order of its format's components."""

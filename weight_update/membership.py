@@ -13,8 +13,11 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .digest import Digests
 from .errors import MemberError
+from .manifest import Manifest
 from .member import SERVING_LEASE_S
 from .messages import MemberId, MemberReply, MemberState
 
@@ -45,13 +48,14 @@ class Contact:
 class Replica:
     """One full copy of the model over several ranks.
 
-    key: of its processes. silent_s: when it surely serves no more, on the coordinator's clock; says something of fenced
-    ones only. round: of the first greeting after it was fenced, older answers say nothing. stock: digests of all that
-    it holds, where that is no version. leaving: calls to be answered once it is gone.
+    key: of its processes. format: of its weights. silent_s: when it surely serves no more, on the coordinator's clock;
+    says something of fenced ones only. round: of the first greeting after it was fenced, older answers say nothing.
+    stock: digests of all that it holds, where that is no version. leaving: calls to be answered once it is gone.
     """
 
     members: tuple[MemberId, ...]
     key: str = ""
+    format: str = ""
     standing: Standing = Standing.FENCED
     reason: str = "not heard from yet"
     silent_s: float = float("-inf")
@@ -70,7 +74,12 @@ class Membership:
     somebody announces new processes of theirs."""
 
     def __init__(
-        self, members: Iterable[MemberId], now_s: float, keys: Mapping[int, str], dismissed: Iterable[int] = ()
+        self,
+        members: Iterable[MemberId],
+        now_s: float,
+        keys: Mapping[int, str],
+        formats: Mapping[int, str],
+        dismissed: Iterable[int] = (),
     ) -> None:
         self.replicas: dict[int, Replica] = {}
         self.dismissed = set(dismissed)
@@ -78,14 +87,19 @@ class Membership:
         by_replica: dict[int, list[MemberId]] = {}
         for member in members:
             by_replica.setdefault(member.replica, []).append(member)
-        for ranks in by_replica.values():
+        for number, ranks in by_replica.items():
             # An earlier coordinator may have let it serve until just now.
-            self.add(ranks, silent_s=now_s + SERVING_LEASE_S, key=keys.get(ranks[0].replica, ""))
+            silent_s = now_s + SERVING_LEASE_S
+            self.add(ranks, silent_s=silent_s, key=keys.get(number, ""), format=formats.get(number, ""))
 
-    def add(self, ranks: Sequence[MemberId], *, silent_s: float, key: str = "", round: int = 0) -> None:
+    def add(
+        self, ranks: Sequence[MemberId], *, silent_s: float, key: str = "", format: str = "", round: int = 0
+    ) -> None:
         """A new replica, or one that was rebuilt: nothing that was known of its ranks holds."""
         members = tuple(sorted(ranks, key=lambda member: member.rank))
-        self.replicas[members[0].replica] = Replica(members=members, key=key, silent_s=silent_s, round=round)
+        self.replicas[members[0].replica] = Replica(
+            members=members, key=key, format=format, silent_s=silent_s, round=round
+        )
         self.contacts |= {member: Contact() for member in members}
 
     def require_open(self, replica: int) -> None:
@@ -122,6 +136,10 @@ class Membership:
     def ranks(self, replicas: Iterable[int]) -> tuple[MemberId, ...]:
         """All ranks of these replicas."""
         return tuple(member for number in replicas for member in self.replicas[number].members)
+
+    def held(self, replica: int, manifest: Manifest) -> np.ndarray:
+        """Which tensors of the manifest a replica holds, in its format: bool, one a tensor."""
+        return manifest.held_by(self.replicas[replica].format)
 
     def state(self, member: MemberId) -> MemberState:
         """What a rank that was heard said of itself."""

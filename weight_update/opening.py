@@ -213,6 +213,9 @@ def _base(coordinator: Coordinator, replicas: list[int], tensors: np.ndarray) ->
         f"no replica holds version {coordinator.version} any more; only a full push, or 'transfuse reset', goes on",
         [f"{name}: not in this push" for name in _required(manifest) if name not in brought],
     )
+    if coordinator.manifest.formats:
+        told = f"version {coordinator.version} is lost, and the replicas have several formats"
+        raise VersionError(f"{told}; that is not mended while they run: start the service anew")
     first, *others = [coordinator.membership.replicas[replica].stock for replica in replicas]
     assert first is not None
     carried = np.setdiff1d(np.arange(len(first)), tensors)

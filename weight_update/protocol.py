@@ -46,8 +46,8 @@ class Coordinator:
     members: every rank. manifest: what the service holds. version, digests: the last committed version and its digests
     ([num_tensors, 2] uint64, sums over the ranks of one replica). epoch: grows with each start, fences older
     coordinators. committed: push ids already decided, with their versions. decided: the same by transaction.
-    min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add. dismissed:
-    numbers of replicas that were removed.
+    min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add. formats: of
+    the replicas. dismissed: numbers of those that were removed.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class Coordinator:
         decided: Mapping[int, int] | None = None,
         min_replicas: int = 0,
         keys: Mapping[int, str] | None = None,
+        formats: Mapping[int, str] | None = None,
         dismissed: Iterable[int] = (),
     ) -> None:
-        self.membership = Membership(members, now_s, keys or {}, dismissed)
+        self.membership = Membership(members, now_s, keys or {}, formats or {}, dismissed)
         self.manifest = manifest
         self.now_s = now_s  # of the last event
         self.version = version
@@ -354,7 +355,7 @@ class Coordinator:
     def checked(self, name: str, what: str) -> list[Action]:
         """Compare each replica's summed digests with what was meant; abort and name the tensors that differ."""
         open_ = self.open()
-        error = open_.mismatch(name, what, [self.manifest.tensors[i].name for i in open_.tensors])
+        error = open_.mismatch(name, what, self.manifest, self.membership.held)
         return self.abort(error) if error is not None else []
 
 

@@ -32,7 +32,7 @@ from .delta import BlobSize, Patch, Positions
 from .devices import DEVICES
 from .digest import Digests, Lanes
 from .errors import BusyError, ManifestError, VersionError, raise_all
-from .holdings import Holdings, holdings_of
+from .holdings import ABSENT, Holdings, holdings_of
 from .inplace import Storages, local_of
 from .install import Changes, Install, MemoryPlan
 from .live import Shards, plan_live
@@ -315,6 +315,10 @@ class Receiver:
         """Raise LayoutError unless every storage is where it was when this receiver was built."""
         with self._lock:
             self._live.audit.check()
+
+    def is_absent(self, tensor: int) -> bool:
+        """Whether a tensor of the manifest is one that only replicas of other formats hold."""
+        return self._live.writes[tensor].placement.storage == ABSENT
 
     def storage_bytes(self) -> dict[str, bytes]:
         """A copy of every storage of this rank, as it lies in memory."""

@@ -32,7 +32,8 @@ from .forms import FormPlan, alike, plan_form
 from .manifest import Manifest
 from .ranks import Ranks
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
-from .source import Items, PushPlan, Scope, check_finite, named_items, offer_of
+from .source import PushPlan, check_finite, named_items, offer_of
+from .wishes import DIFFERENT_MAPS, Places, Wish
 
 
 class Retained:
@@ -47,19 +48,22 @@ class Retained:
 
     # -- the plan
 
-    def plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        """Who of the trainer's ranks sends what; the last plan again where every tensor is where it was."""
-        given = named_items(model)
-        key = (manifest.fingerprint, scope if isinstance(scope, str) else tuple(scope), given.trainable, _where(given))
-        same = self._planned is not None and self._planned[0] == key
-        if all(self._ranks.gather(same)):
+    def plan(self, manifest: Manifest, wish: Wish, places: Places) -> PushPlan:
+        """Who of the trainer's ranks sends what; the last plan again where every tensor is where it was, and every
+        expert is to lie where it did."""
+        ranks, scope, given = self._ranks, wish.scope, named_items(wish.model)
+        asked = scope if isinstance(scope, str) else tuple(scope)
+        key = (manifest.fingerprint, asked, places.maps, places.moved, given.trainable, _where(given))
+        same = self._planned is not None and self._planned[0] == key and not places.problems
+        if all(ranks.gather(same)):
             assert self._planned is not None
             return self._planned[2]
-        offer = offer_of(manifest, given, scope, names=self._names)
-        shared = self._share_out(manifest, holding_of(manifest, offer, self._ranks.rank))
-        plan, problems = plan_of(manifest, offer, shared, self._ranks.rank, scope)
-        problems = [*offer.problems, *problems]
-        everywhere = list(dict.fromkeys(problem for each in self._ranks.gather(problems) for problem in each))
+        offer = offer_of(manifest, given, scope, names=self._names, experts=places.maps)
+        shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
+        plan, problems = plan_of(manifest, offer, shared, ranks.rank, scope, places.moved)
+        said = ranks.gather(([*places.problems, *offer.problems, *problems], places.maps))
+        everywhere = list(dict.fromkeys(problem for each, _ in said for problem in each))
+        everywhere += [DIFFERENT_MAPS] if any(maps != places.maps for _, maps in said) else []
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
         self._planned = (key, given, plan) if offer.is_lasting and not given.has_adapters else None

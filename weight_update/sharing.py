@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from quant.expert_maps import ExpertMaps
 from quant.formats import TensorSpec
 from quant.names import IDENTITY, NameMap
 from quant.parameters import ParameterRow
@@ -23,7 +24,7 @@ from sharding.routes import Runs
 from sharding.tiles import Gap, Tiles, senders
 
 from .manifest import Manifest
-from .source import Items, Offer, PushPlan, Scope, Source, offer_of
+from .source import NO_MAPS, Items, Offer, PushPlan, Scope, Source, offer_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -99,10 +100,15 @@ def share_out(manifest: Manifest, holdings: Sequence[Holding], own: Holding | No
 
 
 def plan_of(
-    manifest: Manifest, offer: Offer, shared: Shared, rank: int, scope: Scope
+    manifest: Manifest,
+    offer: Offer,
+    shared: Shared,
+    rank: int,
+    scope: Scope,
+    moved: frozenset[str] = frozenset(),
 ) -> tuple[PushPlan | None, list[str]]:
-    """The plan of one trainer rank, in the same order on all, the scope widened to whole fused groups; or every
-    problem found (the caller raises, so that all ranks do)."""
+    """The plan of one trainer rank, in the same order on all, the scope widened to whole fused groups and to what a new
+    map of experts has moved; or every problem found (the caller raises, so that all ranks do)."""
     tensors, everything = manifest.tensors, scope == "all"
     problems = [] if len(shared.chosen) or offer.problems else [_nothing(offer, scope)]
     problems += [
@@ -111,12 +117,16 @@ def plan_of(
     ]
     held = _held(manifest, shared)
     given = {held[number].name for number in shared.chosen.tolist()}
-    groups = {row.group for row in manifest.parameters if row.group and row.name in given}
-    wanted = [row for row in manifest.parameters if everything or row.name in given or row.group in groups]
+    sought = given | moved
+    groups = {row.group for row in manifest.parameters if row.group and row.name in sought}
+    wanted = [row for row in manifest.parameters if everything or row.name in sought or row.group in groups]
     names = {row.name for row in wanted}
     brought = {row.name for row in held.values()}
     why = "the scope is 'all'" if everything else "its fused group is pushed as a whole"
-    problems += [f"{row.name}: missing, and {why}; add it" for row in wanted if row.name not in brought]
+    reasons = dict.fromkeys(moved, "the new map of experts moves it")
+    problems += [
+        f"{row.name}: missing, and {reasons.get(row.name, why)}; add it" for row in wanted if row.name not in brought
+    ]
     problems += list(_absent(manifest, shared, held, names))
     if problems:
         return None, problems
@@ -138,10 +148,10 @@ def plan_of(
 
 
 def plan_push(
-    manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY
+    manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY, experts: ExpertMaps = NO_MAPS
 ) -> tuple[PushPlan | None, list[str]]:
     """The plan of a trainer of one rank, or every problem found."""
-    offer = offer_of(manifest, model, scope, names=names)
+    offer = offer_of(manifest, model, scope, names=names, experts=experts)
     plan, problems = plan_of(manifest, offer, share_out(manifest, [holding_of(manifest, offer, 0)]), 0, scope)
     problems = [*offer.problems, *problems]
     return (None if problems else plan), problems

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from quant.expert_maps import ExpertMaps, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
 from quant.names import IDENTITY, Link, NameMap, NameMapError, Share, canonical_name, expert_parts, nearest
 from quant.parameters import ParameterRow
+from quant.variants import bare, by_bare_name
 from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
 from .adapters import Adapted, adapted
@@ -30,6 +32,8 @@ from .errors import ManifestError, raise_all
 from .manifest import Manifest
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+NO_MAPS = ExpertMaps()
 
 Scope = str | Sequence[str]
 Items = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
@@ -112,12 +116,21 @@ def named_items(model: Items) -> Adapted:
     )
 
 
-def offer_of(manifest: Manifest, model: Items | Adapted, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
+def offer_of(
+    manifest: Manifest,
+    model: Items | Adapted,
+    scope: Scope,
+    *,
+    names: NameMap = IDENTITY,
+    experts: ExpertMaps = NO_MAPS,
+) -> Offer:
     """Match the tensors of one trainer rank with the manifest.
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
+    experts: the maps that are to hold after the push; what a trainer's own tensors say of maps is passed over.
     """
     given = model if isinstance(model, Adapted) else named_items(model)
+    given = replace(given, items=[*(each for each in given.items if module_of(each[0]) is None), *experts.tensors()])
     refused = _refused(manifest, [name for name, _ in given.items], names)
     problems = [refused] if refused else []
     found: dict[Share, Source] = {}
@@ -130,13 +143,14 @@ def offer_of(manifest: Manifest, model: Items | Adapted, scope: Scope, *, names:
         wanted = in_scope(trainer_name, trainer_name in given.trainable)
         parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()))
         problems += [problem] if problem else []
-        for share, part in parts:
+        problems += [f"{name}: its expert is in no slot of the map; give it one" for name in _slotless(parts, experts)]
+        for share, part in _as_held(parts, experts, known.variants):
             name = share.name
             if share in seen:
                 problems.append(f"{name}: given twice; give every name once")
                 continue
             seen.add(share)
-            wanted_part = wanted or in_scope(name, False)
+            wanted_part = wanted or in_scope(experts.logical(bare(name)), False)
             row = known.row_of(name)
             if row is None:
                 if wanted_part:
@@ -174,14 +188,14 @@ class _Known:
     rows: Mapping[str, ParameterRow]
     aliases: Mapping[str, ParameterRow]
     owners: Mapping[str, ParameterRow]
+    variants: Mapping[str, tuple[str, ...]]
 
     @classmethod
     def of(cls, manifest: Manifest) -> _Known:
-        return cls(
-            {row.name: row for row in manifest.parameters},
-            {alias: row for row in manifest.parameters for alias in row.aliases},
-            {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)},
-        )
+        rows = {row.name: row for row in manifest.parameters}
+        owners = {spec.name: row for row in manifest.parameters for spec in manifest.tensors_of(row)}
+        aliases = {alias: row for row in manifest.parameters for alias in row.aliases}
+        return cls(rows, aliases, owners, by_bare_name(rows | owners))
 
     def row_of(self, name: str) -> ParameterRow | None:
         return self.rows.get(name) or self.aliases.get(name) or self.owners.get(name)
@@ -209,6 +223,21 @@ def _parts(
             return [], str(error)
         parts += _experts(link.target.name, shape, linked) if is_stacked else [(link.target, linked)]
     return parts, None
+
+
+def _as_held(parts: Parts, experts: ExpertMaps, variants: Mapping[str, tuple[str, ...]]) -> Parts:
+    """The same under the names of the service: an expert once for every slot that holds it, and all once for every
+    format that holds them otherwise."""
+    return [
+        (replace(share, name=name), part)
+        for share, part in parts
+        for slot in experts.slots(share.name)
+        for name in variants.get(slot, (slot,))
+    ]
+
+
+def _slotless(parts: Parts, experts: ExpertMaps) -> list[str]:
+    return [share.name for share, _ in parts if not experts.slots(share.name)]
 
 
 def _linked(link: Link, local: LocalRows) -> LocalRows:
@@ -290,7 +319,7 @@ def _source(manifest: Manifest, row: ParameterRow, name: str, local: LocalRows) 
     dtype = dtype_name(local.rows.dtype)
     quantized = FORMATS[row.format].is_quantized
     spec = next((spec for spec in specs if spec.name == name), None)
-    if spec is not None and quantized and (dtype, local.shape) == (spec.dtype, spec.shape):
+    if spec is not None and (dtype, local.shape) == (spec.dtype, spec.shape):
         if local.updates:
             return None, f"{name}: adapters over packed weights cannot be merged; push {list(row.shape)} in BF16"
         return _made(name, "checkpoint", row, (spec,), local), None

@@ -11,8 +11,10 @@
     v00000008/   delta.safetensors transfuse.json                                      changed bytes against v00000007
     manifest-4e16809aabf7f1d0.json                                                     tensors and parameters
 
-A version is written into a hidden sibling, synced, and renamed: what has its name is complete. A tensor of a delta is
-`name@positions` (int64 byte positions in the tensor, rising) with `name@values` (U8), or `name@whole` (U8).
+Where experts may be moved, a full version holds each of them once, under its own name, and the maps of its slots beside
+them; a delta holds slots. A version is written into a hidden sibling, synced, and renamed: what has its name is
+complete. A tensor of a delta is `name@positions` (int64 byte positions in the tensor, rising) with `name@values` (U8),
+or `name@whole` (U8).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.expert_maps import ExpertMaps, maps_in, module_of
 from quant.exports import quantization_configs
 from quant.specs import TensorSpec
 
@@ -82,6 +85,7 @@ class Store:
         self._manifest = manifest
         self._keep, self._keep_bytes, self._full_every = keep, keep_bytes, full_every
         self._records: dict[Path, StoredVersion] = {}  # what is complete does not change
+        self._known_maps: dict[int, ExpertMaps] = {}  # of the full version that was read last
         if not read_only:
             self._take_over()
 
@@ -140,6 +144,7 @@ class Store:
             raise VersionError(f"version {version} in {self.directory}: of another model, format or tensor list")
         spec = self._manifest.tensors[index]
         if not record.base:
+            spec = replace(spec, name=self._maps(version).logical(spec.name))
             return read_full(self.path(version), spec, self._components())
         return read_delta(self.path(version) / DELTA, spec, lambda: self.read(record.base, index))
 
@@ -238,17 +243,31 @@ class Store:
                 return None
         return changes
 
+    def _maps(self, version: int) -> ExpertMaps:
+        """Those of a full version."""
+        if version not in self._known_maps:
+            tensors = {spec.name: spec for spec in self._manifest.tensors if module_of(spec.name) is not None}
+            path, components = self.path(version), self._components()
+            self._known_maps = {version: maps_in(tensors, lambda name: read_full(path, tensors[name], components))}
+        return self._known_maps[version]
+
     def _write_full(self, folder: Path, tensor_bytes: TensorBytes) -> None:
         components = self._components()
         copy_configs(self._config_dir, folder)
+        numbers = self._manifest.index
+        maps = maps_in(numbers, lambda name: tensor_bytes(numbers[name]))
         for component, group in by_component(self._manifest, components).items():
-            specs = {index: replace(spec, name=name) for index, (name, spec) in group.items()}
+            specs = {
+                index: replace(spec, name=maps.logical(name))
+                for index, (name, spec) in group.items()
+                if maps.is_first(name)
+            }
             (folder / component).mkdir(exist_ok=True)
             write_shards(folder / component, WEIGHTS[bool(components)], specs, tensor_bytes)
             rows = [
-                replace(row, name=row.name.removeprefix(f"{component}."))
+                replace(row, name=maps.logical(row.name).removeprefix(f"{component}."))
                 for row in self._manifest.parameters
-                if not component or row.name.startswith(f"{component}.")
+                if (not component or row.name.startswith(f"{component}.")) and maps.is_first(row.name)
             ]
             write_quantization(folder / component, quantization_configs(rows))
 

@@ -8,13 +8,14 @@ join        the committed version comes to a replica that lacks it; no new versi
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .digest import Digests, total
 from .errors import DigestError, WeightUpdateError
+from .manifest import Manifest
 from .messages import Decision, Kept, MemberId, Source
 
 MAX_PROBLEMS = 20  # mismatching tensors named in one digest error
@@ -120,13 +121,17 @@ class Transaction:
             restores=self.source.version if isinstance(self.source, Kept) else 0,
         )
 
-    def mismatch(self, round_name: str, what: str, names: Sequence[str]) -> DigestError | None:
-        """Tensors, by replica, whose digests are not those that were meant; names: of `tensors`."""
+    def mismatch(
+        self, round_name: str, what: str, manifest: Manifest, held: Callable[[int, Manifest], np.ndarray]
+    ) -> DigestError | None:
+        """Tensors, by replica, whose digests are not those that were meant. held: which tensors of the manifest a
+        replica holds; of others it has no rows."""
         assert self.digests is not None
         problems = []
         for replica, digests in replica_sums(self.results[round_name]).items():
-            differs = np.flatnonzero((digests != self.digests).any(axis=1))
-            problems += [f"replica {replica}: {names[i]}" for i in differs[:MAX_PROBLEMS]]
+            meant = of_held(self.digests, held(replica, manifest)[self.tensors])
+            differs = np.flatnonzero((digests != meant).any(axis=1))
+            problems += [f"replica {replica}: {manifest.tensors[self.tensors[i]].name}" for i in differs[:MAX_PROBLEMS]]
         if not problems:
             return None
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -188,6 +193,11 @@ ALLOWED: Mapping[str, frozenset[Phase]] = {
 
 # phases that a lapsed lease ends: nobody but the trainer can carry them on, and no decision was made
 LEASED = frozenset({Phase.OPEN, Phase.PREPARED, Phase.INSTALLED})
+
+
+def of_held(digests: Digests, held: np.ndarray) -> Digests:
+    """The digests of a replica that holds only some of the tensors: zeros for the others, whose rows it lacks."""
+    return np.where(held[:, None], digests, np.uint64(0))
 
 
 def replica_sums(results: Mapping[MemberId, object]) -> dict[int, Digests]:

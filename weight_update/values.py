@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from protos import transfuse_pb2 as pb
+from quant.expert_maps import ExpertMaps
 from quant.formats import TensorSpec
 from quant.parameters import ParameterRow
 
@@ -83,6 +86,16 @@ def to_place_proto(place: Place) -> pb.Place:
 def from_place_proto(message: pb.Place) -> Place:
     """Where a process is, from the wire."""
     return Place(host=message.host, processes=message.processes, user=message.user, gpu=message.gpu)
+
+
+def from_maps_proto(messages: Sequence[pb.ExpertMap]) -> ExpertMaps:
+    """Maps from the wire."""
+    return ExpertMaps({each.module: tuple(each.physical_to_logical) for each in messages})
+
+
+def to_maps_proto(maps: ExpertMaps) -> list[pb.ExpertMap]:
+    """Maps for the wire."""
+    return [pb.ExpertMap(module=module, physical_to_logical=each) for module, each in maps.of.items()]
 
 
 def to_digests_proto(digests: Digests) -> pb.Digests:

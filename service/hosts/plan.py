@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.conversions import swizzled_scales
+from quant.expert_maps import EXPERT
 from quant.formats import FORMATS, TensorSpec
 from quant.layouts import Derived, Placement
 from quant.parameters import ParameterRow
@@ -172,6 +173,8 @@ class _Plan:
                     row0=sum(sizes[:index]),
                     num_rows=sum(sizes),
                 )
+        if EXPERT.match(row.name):
+            raise PlanError(f"{row.name}: experts have no scheme in this engine; only dense models can join")
         raise PlanError(f"{row.name}: the engine's model has no module {path}, and none that packs it")
 
     def _rows(self, part: Part, leaf: str, spec: TensorSpec) -> Placement:

@@ -14,6 +14,7 @@ a GPU: see docs/engines.md.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from service.rank import RankServer
-from weight_update.errors import PlanError
+from weight_update.errors import PlanError, raise_all
 
 from .joining import Joining, joined
 from .member import Http, Membership, require_one_rank
 
 ORDER = "transfuse.order"
+
+# Where SGLang keeps the backend of its FP4 kernels, as it resolved it: `get_fp4_gemm_runner_backend()`, an enum.
+FP4_UTILS = "sglang.srt.layers.quantization.fp4_utils"
+# Its value -> row of plan.SCHEMES. TRT-LLM shuffles, Marlin repacks: neither has a row. "auto" is not resolved yet.
+BACKENDS = {f"flashinfer_{name}": "sglang cutlass" for name in ("cutlass", "cudnn", "cutedsl")}
+PLAIN = "sglang cutlass"  # of a model without NVFP4, of which no scheme is asked
+# Classes of quant_method of modules that hold weights, and the quant_mode that they must have, where they have one.
+METHODS = {"UnquantizedLinearMethod": None, "UnquantizedEmbeddingMethod": None, "ModelOptFp4LinearMethod": "w4a4"}
 
 _members: dict[int, RankServer] = {}  # by id of the model: one a process, or two with a draft model
 _lock = threading.Lock()
@@ -54,7 +63,7 @@ class SglangControls:
 
 
 def order(**fields: Any) -> list[tuple[str, Tensor]]:
-    """What to send: fields of Membership, and checkpoint, format, coordinator, world, backend."""
+    """What to send: fields of Membership, and checkpoint, format, coordinator, world."""
     return [(ORDER, torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8))]
 
 
@@ -75,7 +84,7 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
             Joining(
                 checkpoint=str(fields["checkpoint"]),
                 format=str(fields.get("format", "bf16")),
-                scheme=f"sglang {fields.get('backend', 'cutlass')}",
+                scheme=scheme_of(model),
                 coordinator=str(fields.get("coordinator", "")),
                 membership=Membership(
                     control_url=url,
@@ -84,6 +93,41 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
                 ),
             ),
         )
+
+
+def scheme_of(model: nn.Module) -> str:
+    """The row of plan.SCHEMES of this model's linears, by what SGLang says of itself; PlanError for what has none."""
+    methods = {name: each for name, module in model.named_modules() if (each := _method(module)) is not None}
+    problems = [f"{name}: {_told(each)}" for name, each in methods.items() if not _is_known(each)]
+    raise_all(PlanError, f"this model cannot be planned; what can: {', '.join(METHODS)}", problems)
+    if not any(type(each).__name__ == "ModelOptFp4LinearMethod" for each in methods.values()):
+        return PLAIN
+    published = getattr(sys.modules.get(FP4_UTILS), "get_fp4_gemm_runner_backend", None)
+    if published is None:
+        raise PlanError(f"{FP4_UTILS} does not say which FP4 backend this worker runs; this is for sglang 0.5.23")
+    backend = str(published().value)
+    if backend not in BACKENDS:
+        known = " or ".join(BACKENDS)
+        raise PlanError(f"FP4 backend {backend}: its layout has no scheme; start it with --fp4-gemm-backend {known}")
+    return BACKENDS[backend]
+
+
+def _method(module: nn.Module) -> Any:
+    """How SGLang computes with a module's weights; None where it has none of its own."""
+    return getattr(module, "quant_method", None) if next(module.parameters(recurse=False), None) is not None else None
+
+
+def _is_known(method: Any) -> bool:
+    name = type(method).__name__
+    return name in METHODS and getattr(method, "quant_mode", METHODS[name]) == METHODS[name]
+
+
+def _told(method: Any) -> str:
+    """What it is, and what of it has no scheme."""
+    name = type(method).__name__
+    what = "experts have" if "MoE" in name else "FP8 has" if "Fp8" in name else "it has"
+    mode = f" in {method.quant_mode}" if hasattr(method, "quant_mode") else ""
+    return f"{name}{mode}, {what} no scheme in this engine"
 
 
 def address_of(model: nn.Module) -> str:
