@@ -36,11 +36,12 @@ from .foresight import Foresight
 from .handle import PushHandle
 from .links import AUTO, allowed_of
 from .manifest import Manifest
+from .plans import LastPlan
 from .ranks import Ranks, this_process
 from .report import Clock, PushReport, report_of
 from .security import Security
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
-from .source import Items, PushPlan, Scope, check_finite, offer_of
+from .source import Items, PushPlan, Scope, check_finite, named_items, offer_of
 from .transport import Channels, ControlClient
 from .values import from_manifest_proto
 
@@ -99,6 +100,7 @@ class Pusher:
         self._on_progress = on_progress or (lambda phase, done, total: None)
         self._channels = Channels(security)
         self._manifest: Manifest | None = None
+        self._last: LastPlan | None = None
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
         self._foresight = Foresight()
         self._base: Base | None = None
@@ -254,14 +256,20 @@ class Pusher:
         return self._manifest
 
     def _plan(self, manifest: Manifest, model: Items, scope: Scope) -> PushPlan:
-        offer = offer_of(manifest, model, scope, names=self._names)
-        ranks = self._ranks
+        ranks, given = self._ranks, named_items(model)
+        key = manifest.fingerprint, scope if isinstance(scope, str) else tuple(scope)
+        again = None if self._last is None else self._last.again(key, given)
+        if all(ranks.gather(again is not None)):
+            assert again is not None
+            return again
+        offer = offer_of(manifest, given, scope, names=self._names)
         shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
         plan, problems = plan_of(manifest, offer, shared, ranks.rank, scope)
         problems = [*offer.problems, *problems]
         everywhere = list(dict.fromkeys(problem for each in ranks.gather(problems) for problem in each))
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
+        self._last = LastPlan.of(key, given, plan)
         return plan
 
     def _share_out(self, manifest: Manifest, own: Holding) -> Shared:
@@ -275,9 +283,8 @@ class Pusher:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
         bits = np.zeros(len(plan.order), np.int64)
-        places = {name: i for i, (name, _) in enumerate(plan.order)}
-        largest = largest_bits_of(plan.sources)
-        np.maximum.at(bits, np.array([places[source.name] for source in plan.sources], np.int64), largest)
+        largest = largest_bits_of(plan.sources, plan.columns.small)
+        np.maximum.at(bits, plan.columns.place, largest)
         found = [plan.sources[i] for i in np.flatnonzero(largest >= NON_FINITE)]
         where = {source.name: nonfinite_index(source) for source in found}
         bits = self._ranks.reduce(bits, dist.ReduceOp.MAX)

@@ -129,7 +129,6 @@ class CudaFull(FullInstall):
         staged, block, undo = self._layout.num_bytes, self._block_bytes, self.memory.undo_bytes
         memory = arena.reserve(staged + block + undo)
         self.staging = _staging(self, memory[:staged])
-        self._rows = [self.staging.rows(i) for i in range(len(self._writes))]
         self._scratch = memory[staged : staged + block]
         self._undo = self._copies(memory[staged + block :])
         self._at = torch.from_numpy(self._layout.at + memory.data_ptr()).to(memory.device)

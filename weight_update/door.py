@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from quant.formats import TensorSpec
 from sharding.routes import Destination
 
 from .chunks import Packet, Piece
+from .columns import Block, Columns
 from .packing import Packer
 from .stream import StageStream
 
@@ -25,6 +27,18 @@ class Door:
     def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""
         self._send(self._packer.add(tensor, offset, data))
+
+    def send(self, block: Block, columns: Columns) -> None:
+        """Queue the rows of a block that the ranks own."""
+        index, row_bytes = columns.index[block.position], columns.row_bytes[block.position]
+        start = np.maximum(block.first, self.destination.row_start[index])
+        stop = np.minimum(block.first + block.num_rows, self.destination.row_stop[index])
+        sizes = block.num_rows * row_bytes
+        begin = np.cumsum(sizes) - sizes + (start - block.first) * row_bytes
+        some = (start < stop) & (row_bytes > 0)
+        numbers = (block.position, start * row_bytes, (stop - start) * row_bytes, begin)
+        tensors, offsets, lengths, starts = (each[some] for each in numbers)
+        self._send(self._packer.add_many(tensors, offsets, lengths, starts, block.data.numpy().data))
 
     def flush(self) -> None:
         """Send what is queued."""

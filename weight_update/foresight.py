@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from sharding.cost import HOST, Prediction, Rates, Work, calibrated, delta_work, predict
 
+from .columns import Columns
 from .manifest import Manifest
 from .ranks import Ranks
 from .source import PushPlan, Source
@@ -24,17 +25,19 @@ class Foresight:
 
     def __init__(self, rates: Rates = HOST) -> None:
         self.rates = rates
+        self._known: tuple[Columns, int, int] | None = None  # of a plan: its bytes in BF16, and encoded
 
     def work(self, manifest: Manifest, plan: PushPlan, actors: Sequence[Any], ranks: Ranks, delta: int | None) -> Work:
         """What this push has to do: of every side the rank that has most of it. actors: RankSpec messages. delta: bytes
         that changed on this trainer rank, None for a full push. Collective over the trainer's ranks."""
-        kept = sum(_encoded_bytes(source) for source in plan.sources)
-        source = sum(2 * _rows(each) * _columns(each) for each in plan.sources)
+        if self._known is None or self._known[0] is not plan.columns:
+            kept = sum(_encoded_bytes(each) for each in plan.sources)
+            self._known = plan.columns, sum(2 * _rows(each) * _columns(each) for each in plan.sources), kept
+        _, source, kept = self._known
         own = np.array([source, kept, len(plan.sources), delta or 0], np.int64)
         source, kept, tensors, changed = ranks.reduce(own, dist.ReduceOp.MAX).tolist()
         copies = len({rank.replica for rank in actors})
-        index = np.array([manifest.index[spec.name] for spec in plan.specs], np.int64)
-        row_bytes = np.array([spec.row_bytes for spec in plan.specs], np.int64)
+        index, row_bytes = plan.columns.index, plan.columns.row_bytes
         starts, stops = (np.array([getattr(each, name) for each in actors]) for name in ("row_start", "row_stop"))
         owned = int(((stops - starts)[:, index] * row_bytes).sum(axis=1).max(initial=0))
         full = Work(

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,10 +25,11 @@ from torch import Tensor
 from quant.layouts import invert_rows
 
 from .delta import Patch, Positions
-from .digest import Digests, digest_staged
+from .digest import Digests
 from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
-from .live import BLOCK_BYTES, Live, Span, Write, merge_spans
-from .staging import ALIGN_BYTES, Arena, StagingBuffer, plan_staging
+from .live import Copy, Live, Write, merge_spans
+from .staging import Arena, StagingBuffer, plan_staging
+from .writes import Writes
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
@@ -85,6 +88,37 @@ class Install(Protocol):
         """What leads from the written bytes back to the old ones, in memory of its own; tensors of the manifest."""
 
 
+class FullPlan:
+    """What a push of whole tensors needs, whichever it is. spans: live bytes that it may touch. undo_at: where their
+    copies lie, one after the other. span_of: by write, the span that holds its rows."""
+
+    def __init__(self, live: Live, indices: Sequence[int]) -> None:
+        writes = [live.writes[i] for i in indices]
+        self.writes = Writes(writes)
+        self.recomputes = live.stale({write.span[0] for write in writes if write.num_rows})
+        derived = [(each.name, 0, live.bytes[each.name].numel()) for each in self.recomputes]
+        self.spans = merge_spans([*(write.span for write in writes), *derived])
+        self.span_of = [bisect_right(self.spans, (*write.span[:2], sys.maxsize)) - 1 for write in writes]
+        self.lives = [_part(live.bytes[name], first, stop) for name, first, stop in self.spans]
+        self.undo_bytes = [each.numel() for each in self.lives]
+        row0, num_rows = self.writes.row0, self.writes.num_rows
+        self.layout = plan_staging([write.placement.tensor for write in writes], row0, row0 + num_rows)
+
+    @classmethod
+    def of(cls, live: Live, indices: Sequence[int]) -> FullPlan:
+        """The plan for these tensors, kept from one push to the next."""
+        key = np.array(indices, np.int64).tobytes()
+        if key not in live.planned:
+            live.planned.clear()
+            live.planned[key] = cls(live, indices)
+        plan: FullPlan = live.planned[key]
+        return plan
+
+
+def _part(data: Tensor, first: int, stop: int) -> Tensor:
+    return data if stop - first == data.numel() else data[first:stop]
+
+
 class FullInstall:
     """Whole tensors: staged as they will lie in the checkpoint form, written row by row, read back in full."""
 
@@ -93,19 +127,12 @@ class FullInstall:
     ) -> None:
         self.transaction, self.version, self.indices = transaction, version, indices
         self._live = live
-        self._writes = [live.writes[i] for i in indices]
-        self._recomputes = live.stale({write.span[0] for write in self._writes if write.num_rows})
-        derived = [(each.name, 0, live.bytes[each.name].numel()) for each in self._recomputes]
-        self._spans = merge_spans([*(write.span for write in self._writes), *derived])
-        self._layout = plan_staging(
-            [write.placement.tensor for write in self._writes],
-            np.array([write.row0 for write in self._writes], np.int64),
-            np.array([write.row0 + write.num_rows for write in self._writes], np.int64),
-        )
-        self._block_bytes = block_bytes(self._writes)
+        self._plan = plan = FullPlan.of(live, indices)
+        self._writes, self._recomputes, self._spans = plan.writes.all, plan.recomputes, plan.spans
+        self._layout, self._block_bytes = plan.layout, plan.writes.block_bytes
         self.memory = MemoryPlan(
             staging_bytes=self._layout.num_bytes,
-            undo_bytes=sum(stop - first for _, first, stop in self._spans),
+            undo_bytes=sum(plan.undo_bytes),
             scratch_bytes=self._block_bytes + SLACK_BYTES + TENSOR_BYTES * len(self._writes),
             in_flight_bytes=in_flight_bytes,
         )
@@ -115,46 +142,31 @@ class FullInstall:
         staged, block, undo = self._layout.num_bytes, self._block_bytes, self.memory.undo_bytes
         memory = arena.reserve(staged + block + undo)
         self.staging = StagingBuffer(self._layout, memory[:staged])
-        self._rows = [self.staging.rows(i) for i in range(len(self._writes))]
         self._scratch = memory[staged : staged + block]
         self._undo = self._copies(memory[staged + block :])
         self._staged = np.zeros((len(self._writes), 2), np.uint64)
 
     def _copies(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Live bytes and where their copy goes, one after the other in `memory`."""
-        copies, at = [], 0
-        for name, first, stop in self._spans:
-            copies.append((self._live.bytes[name][first:stop], memory[at : at + stop - first]))
-            at += stop - first
-        return copies
+        return list(zip(self._plan.lives, memory.split_with_sizes(self._plan.undo_bytes), strict=True))
 
     def prepare(self) -> Digests:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
         raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
         self.staging.close()
-        writes, specs = self._writes, self._layout.specs
-        self._staged = digest_staged(
-            self.staging.memory,
-            self._layout.at,
-            np.array([write.num_rows for write in writes], np.int64),
-            np.array([spec.row_bytes for spec in specs], np.int64),
-            np.array([write.row0 for write in writes], np.int64),
-            np.array([write.key for write in writes], np.uint64),
-        )
+        self._staged = self._plan.writes.staged(self.staging)
         for live, copy in self._undo:
             copy.copy_(live)
         return self._staged
 
     def arrived(self) -> dict[str, Tensor]:
-        names = [write.placement.tensor.name for write in self._writes]
-        return dict(zip(names, self._rows, strict=True))
+        return {write.placement.tensor.name: self.staging.rows(i) for i, write in enumerate(self._writes)}
 
     def write(self) -> Digests:
-        for write, rows in zip(self._writes, self._rows, strict=True):
-            write.apply(rows)
+        self._plan.writes.apply(self.staging)
         for each in self._recomputes:
             each.apply()
-        installed = read_back(self._writes, self._scratch)
+        installed = self._plan.writes.read_back(self._scratch)
         require_equal(installed, self._staged, self._writes)
         names = {span[0]: None for span in self._spans}
         padding = [each for name in names for each in self._live.padding.get(name, ())]
@@ -171,21 +183,16 @@ class FullInstall:
         return {write.placement.tensor.name: None for write in self._writes}
 
     def reverse(self) -> list[Patch]:
-        copies = dict(zip(self._spans, (copy for _, copy in self._undo), strict=True))
-        return [
-            whole_rows(index, write, _old_rows(write, copies))
-            for index, write in zip(self.indices, self._writes, strict=True)
-            if write.num_rows
-        ]
+        found = zip(self.indices, self._writes, self._plan.span_of, strict=True)
+        return [whole_rows(index, write, self._old_rows(write, span)) for index, write, span in found if write.num_rows]
 
-
-def _old_rows(write: Write, copies: Mapping[Span, Tensor]) -> Tensor:
-    """Rows as they were, out of the undo copy."""
-    name, first, stop = write.span
-    (span, copy) = next(
-        (span, copy) for span, copy in copies.items() if span[0] == name and span[1] <= first and stop <= span[2]
-    )
-    return invert_rows(write.placement, write.row0, write.num_rows, copy, write.base + span[1])
+    def _old_rows(self, write: Write, span: int) -> Tensor:
+        """Rows as they were, out of the undo copy."""
+        first, copy = self._spans[span][1], self._undo[span][1]
+        if isinstance(write, Copy):
+            at = write.flat.storage_offset() - self._live.bytes[write.span[0]].storage_offset() - first
+            return copy[at : at + write.flat.numel()].clone()
+        return invert_rows(write.placement, write.row0, write.num_rows, copy, write.base + first)
 
 
 def whole_rows(index: int, write: Write, rows: Tensor) -> Patch:
@@ -205,17 +212,11 @@ def require_equal(installed: Digests, staged: Digests, writes: Sequence[Write]) 
     raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
 
 
-def read_back(writes: Sequence[Write], scratch: Tensor | None = None) -> Digests:
+def read_back(writes: Sequence[Write]) -> Digests:
     """Digests of live rows, [n, 2]."""
-    if scratch is None:
-        scratch = torch.empty(block_bytes(writes), dtype=torch.uint8, device=writes[0].local.device if writes else None)
-    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
-
-
-def block_bytes(writes: Sequence[Write]) -> int:
-    """Scratch for one block of rows, in whole cache lines."""
-    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
-    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
+    chosen = Writes(writes)
+    device = writes[0].local.device if writes else None
+    return chosen.read_back(torch.empty(chosen.block_bytes, dtype=torch.uint8, device=device))
 
 
 def _hex(digest: npt.NDArray[np.uint64]) -> str:

@@ -1,4 +1,4 @@
-"""One push on its way: a stream to every actor rank, a door for every set of rows, and what goes through them."""
+"""One push on its way: streams to the ranks that own some of it, a door for every set of rows, and what goes out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharding.routes import Destination, destinations
 
 from .base import Changes, Whole
 from .delta import BlobSize, Patch, RankDelta, cut, pack
-from .door import Door, route
+from .door import Door
 from .manifest import Manifest
 from .stream import StageStream
 
@@ -58,20 +58,20 @@ class Streams:
 
     @property
     def ways(self) -> list[str]:
-        """How the bytes went to each rank."""
-        return [stream.way for stream in self._streams]
+        """How the bytes went to each rank for which there were some."""
+        return [stream.way for stream in self._streams if stream.is_open]
 
     @property
     def wire_bytes(self) -> int:
         return sum(stream.wire_bytes for stream in self._streams)
 
 
-def send_whole(whole: Whole, manifest: Manifest, doors: Sequence[Door], sent: Sent) -> None:
+def send_whole(whole: Whole, doors: Sequence[Door], sent: Sent) -> None:
     """Every row to the ranks that own it."""
-    for position, spec, first, data in whole.blocks():
+    for block in whole.blocks():
         for door in doors:
-            route(door, position, manifest.index[spec.name], spec, first, data)
-        sent(data.numel())
+            door.send(block, whole.plan.columns)
+        sent(block.data.numel())
     for door in doors:
         door.flush()
 

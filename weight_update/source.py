@@ -25,6 +25,7 @@ from quant.parameters import ParameterRow
 from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
 from .adapters import Adapted, adapted
+from .columns import Columns
 from .errors import ManifestError, raise_all
 from .manifest import Manifest
 
@@ -76,6 +77,7 @@ class PushPlan:
     """What one push sends: this rank's sources, and on every trainer rank the same tensors, in one order.
 
     order: name of every parameter to encode, with its row, and of every tensor in checkpoint form, with None.
+    columns: the same as arrays.
     """
 
     sources: tuple[Source, ...]
@@ -84,6 +86,7 @@ class PushPlan:
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
     order: tuple[tuple[str, ParameterRow | None], ...]
+    columns: Columns
 
     @property
     def merged_adapters(self) -> int:
@@ -109,12 +112,12 @@ def named_items(model: Items) -> Adapted:
     )
 
 
-def offer_of(manifest: Manifest, model: Items, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
-    """Match the tensors of one trainer rank with the manifest.
+def offer_of(manifest: Manifest, model: Items | Adapted, scope: Scope, *, names: NameMap = IDENTITY) -> Offer:
+    """Match the tensors of one trainer rank with the manifest. model: or what `named_items` made of it.
 
     names: from the trainer's names to the service's; a tensor may pack several parameters, or be a part of one.
     """
-    given = named_items(model)
+    given = model if isinstance(model, Adapted) else named_items(model)
     refused = _refused(manifest, [name for name, _ in given.items], names)
     problems = [refused] if refused else []
     found: dict[Share, Source] = {}
