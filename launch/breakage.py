@@ -27,7 +27,7 @@ from weight_update.errors import WeightUpdateError
 from weight_update.links import GRPC
 from weight_update.transport import call
 
-from .drill import RETRY_S, Drill, DrillPusher, end
+from .drill import Drill, DrillPusher, end
 from .relays import SPOILS, Proxy, Relay
 
 # in the order of a push; `decide` and `decided` are the coordinator's, before and after the record is durable
@@ -37,6 +37,7 @@ VICTIMS = ("trainer", "rank", "coordinator")
 REACH_S = 60.0
 PUSH_S = 120.0  # after which a push counts as hung
 
+REFUSE_S = 4.0  # for which a cut stream cannot be opened again, at most
 CUT_AT_BYTES = 3_000_000  # of about 4.5 MB a rank
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
 
@@ -233,7 +234,7 @@ def spoil_chunk(drill: Drill, how: str) -> str:
 
 def cut_streams(drill: Drill, chance: random.Random) -> str:
     """Every stream of a push breaks, and cannot be opened again for some seconds."""
-    refuse_s = chance.uniform(0.5, RETRY_S / 2)
+    refuse_s = chance.uniform(0.5, REFUSE_S)
     with _ways(lambda address: Proxy(address, bytes_per_s=1e6)) as ways:
         cutting = threading.Thread(target=_cut_once_under_way, args=(ways, refuse_s))
         cutting.start()

@@ -37,7 +37,7 @@ from weight_update.transport import ControlClient, call, connect
 LAYOUTS = ("trtllm", "cutlass")
 RANKS = 2
 LEASE_S = 4.0
-RETRY_S = 8.0
+RETRY_S = 20.0  # a coordinator that was killed is back by then
 SETTLE_S = 120.0
 SCRUB_S = 5.0
 SLACK_S = 3.0  # between a token's making and its arrival here, on a machine that does much else

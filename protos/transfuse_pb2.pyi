@@ -141,7 +141,7 @@ class DescribeReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ..., stores: _Optional[bool] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step")
+    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step", "keys")
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class BeginRequest(_message.Message):
     NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     push_id: str
     base_version: int
     fingerprint: int
@@ -162,7 +163,8 @@ class BeginRequest(_message.Message):
     num_streams: int
     delta: Delta
     step: int
-    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("base_version", "base_digest", "changed", "ranks")

@@ -91,6 +91,7 @@ class ControlServicer(pb_grpc.ControlServicer):
                 num_streams=request.num_streams or 1,
                 delta=from_delta_proto(request.delta) if request.HasField("delta") else None,
                 step=request.step,
+                keys=list(request.keys),
             )
         transaction = result.get("transaction", 0)
         self._owners.begun(request.push_id, transaction)

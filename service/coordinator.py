@@ -18,7 +18,7 @@ from protos import transfuse_pb2 as pb
 from weight_update.channels import PLAINTEXT
 from weight_update.digest import Digests
 from weight_update.errors import BusyError, MemberError, TransferError, VersionError, WeightUpdateError
-from weight_update.membership import shared
+from weight_update.membership import key_of, shared
 from weight_update.messages import (
     Action,
     Dismiss,
@@ -46,7 +46,7 @@ from weight_update.versions import VersionIndex
 from .audit import Caller
 from .faults import Faults
 from .members import SENDERS, MemberSpec, state_of
-from .roster import Roster, first_version, key_of, require_one_manifest, stored_version
+from .roster import Roster, first_version, require_one_manifest, stored_version
 from .watching import Watchers, event_of
 
 log = logging.getLogger(__name__)

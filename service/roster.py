@@ -117,12 +117,6 @@ class Roster:
         self._channels.close()
 
 
-def key_of(members: Mapping[MemberId, str], replica: int) -> str:
-    """What tells the processes of a replica from those before them."""
-    ranks = sorted((member.rank, address) for member, address in members.items() if member.replica == replica)
-    return ",".join(address for _, address in ranks)
-
-
 def require_one_manifest(members: Sequence[MemberSpec], fingerprints: Sequence[int]) -> None:
     """All ranks hold the same manifest, or MemberError names those that do not."""
     first = fingerprints[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,15 @@ def start_rank(
         limits=limits,
     )
     return rank, model
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> float:
+    """Seconds until the condition held; fails where it does not in time."""
+    start_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start_s < timeout_s, "timed out"
+        time.sleep(0.02)
+    return time.monotonic() - start_s
 
 
 @contextmanager

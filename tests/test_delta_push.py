@@ -414,7 +414,7 @@ def test_the_kept_bytes_are_those_that_were_confirmed(service: LocalService, pus
     pusher.push(model)
     nudge(model, 1)
     pusher.push(model)
-    base = pusher._base
+    base = pusher._confirmed.base
     assert base is not None
     receiver = service.ranks[0].receiver
     digests = receiver.digests()

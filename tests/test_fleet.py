@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from quant.models import placements_of
 from service.fleet import Fleet, FleetConfig
 from sharding.fsdp import shard_range
-from tests.local import cold
+from tests.local import cold, wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import WeightUpdateError
@@ -90,15 +89,6 @@ def generate(fleet: Fleet, num_tokens: int = 8) -> list[pb.Token]:
             prompts=[pb.Prompt(token_ids=[3 + i, 4, 5]) for i in range(4)], max_new_tokens=num_tokens, ignore_eos=True
         )
         return list(pb_grpc.GenerationStub(channel).Generate(request, timeout=120))
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Seconds until the condition held."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < timeout_s, "timed out"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def test_a_push_leaves_every_shard_of_every_rank_as_a_cold_load_would(

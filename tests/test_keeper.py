@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import keeper as keeping
-from tests.local import LocalService, cold, local_service
+from tests.local import LocalService, cold, local_service, wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import StoreError
@@ -46,13 +46,6 @@ def pusher(service: LocalService) -> Iterator[Pusher]:
 def ask(service: LocalService, method: str, request: Any) -> Any:
     with connect(service.address) as channel:
         return getattr(pb_grpc.ControlStub(channel), method)(request, timeout=30)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.05)
 
 
 def durable(service: LocalService) -> list[int]:

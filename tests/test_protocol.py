@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Script(NoFaults):
         if answer is None or self.lose(answer.send):
             return None
         if self.corrupt(answer.send) and isinstance(answer.result, np.ndarray):
-            return replace(answer, result=answer.result + np.uint64(7))
+            return answer._replace(result=answer.result + np.uint64(7))
         return answer
 
     def route(self, world: World, source: Any, target: Any, name: str) -> list[float]:

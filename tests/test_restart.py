@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from service import keeper as keeping
 from service.fleet import Fleet, FleetConfig
 from service.keeper import StoreConfig
-from tests.local import LocalService, cold, local_service
+from tests.local import LocalService, cold, local_service, wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import DigestError, ManifestError, MemberError
@@ -66,13 +64,6 @@ def nudged(model: nn.Module) -> nn.Module:
             if "up_proj" in name:
                 parameter[3, 5] += 0.25
     return model
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("state", ["kept", "gone"])

@@ -5,23 +5,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from launch.relays import Proxy
 from protos import transfuse_pb2 as pb
+from service.control_server import ControlServer
+from service.coordinator import CoordinatorShell
 from service.rank import WINDOW_BYTES
-from tests.local import LocalService, local_service
-from tests.test_delta_push import Gate
+from tests.local import LocalService, local_service, start_rank, wait_for
+from tests.test_delta_push import Gate, nudge
 from tests.test_push import cold_bytes, current_version
 from tests.tiny import save, tiny_llama
 from weight_update import attempt as attempts
 from weight_update import packing
 from weight_update.chunks import Chunk
 from weight_update.client import Pusher
-from weight_update.errors import TransferError
+from weight_update.errors import ManifestError, TransferError
 from weight_update.links import GRPC
 from weight_update.stream import StageStream
 from weight_update.transport import ControlClient
@@ -151,3 +156,108 @@ def test_a_lease_that_could_not_be_renewed_is_renewed_as_soon_as_the_service_hea
     gate.opened.set()
     assert handle.result(60).version == version + 1
     pusher.close()
+
+
+@contextmanager
+def another_coordinator(service: LocalService, state_dir: Path, away_s: float) -> Iterator[CoordinatorShell]:
+    """The coordinator dies, and one that knows what it had written down comes to its address."""
+    service.server.stop()
+    service.shell.stop()
+    time.sleep(away_s)
+    addresses = [rank.address for rank in service.ranks]
+    shell = CoordinatorShell(addresses=addresses, state_file=state_dir / "state.sqlite", source="nowhere")
+    server = ControlServer(shell, listen=service.address, tokenizer_dir=state_dir / "model")
+    try:
+        yield shell
+    finally:
+        server.stop()
+        shell.stop()
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+def test_a_coordinator_that_is_replaced_during_a_transfer_is_a_slower_push(
+    service: LocalService, mode: Literal["full", "delta"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that comes after it undoes what nobody decided; the trainer begins anew, under the same id."""
+    pusher = Pusher(service.address, mode="auto")
+    model = tiny_llama(seed=4)
+    version = pusher.push(model).version
+    pusher.mode = mode
+    nudge(model, 1)
+    expected = cold_bytes(model, tmp_path / "cold", LAYOUTS)
+    gate = Gate(monkeypatch)
+    handle = pusher.push_async(model, push_id="only once")
+    assert gate.reached.wait(30)
+    with another_coordinator(service, tmp_path, away_s=1.0) as shell:
+        gate.opened.set()
+        report = handle.result(60)
+        assert (report.version, report.mode, report.attempts) == (version + 1, mode, 2)
+        assert service.bytes() == expected
+        decided = [each.push_id for each in shell.index.decisions()]
+        assert decided.count("only once") == 1
+        nudge(model, 2)
+        assert pusher.push(model).attempts == 1
+    pusher.close()
+
+
+def test_a_coordinator_that_is_away_between_two_pushes_is_waited_for(service: LocalService, tmp_path: Path) -> None:
+    pusher = Pusher(service.address)
+    model = tiny_llama(seed=5)
+    version = pusher.push(model).version
+    nudge(model, 1)
+    with ThreadPoolExecutor(1) as pool:
+        service.server.stop()
+        pushing = pool.submit(pusher.push, model)
+        with another_coordinator(service, tmp_path, away_s=1.0):
+            assert pushing.result(60).version == version + 1
+    pusher.close()
+
+
+def test_an_answer_to_prepare_that_got_lost_is_given_again(
+    service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared, or about to be: the trainer asks again, and nothing is done twice."""
+    prepare, asked = ControlClient.prepare, list[int]()
+
+    def twice(self: ControlClient, transaction: int, *args: Any, **options: Any) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            for each in [pool.submit(prepare, self, transaction, *args, **options) for _ in range(2)]:
+                each.result(30)
+        prepare(self, transaction, *args, **options)
+        asked.append(transaction)
+        digests, *rest = args
+        with pytest.raises(ManifestError, match="with other digests"):
+            prepare(self, transaction, digests + np.uint64(1), *rest, **options)
+
+    monkeypatch.setattr(ControlClient, "prepare", twice)
+    pusher = Pusher(service.address)
+    model = tiny_llama(seed=6)
+    pusher.push(model)
+    assert len(asked) == 1
+    assert service.bytes() == cold_bytes(model, tmp_path / "cold", LAYOUTS)
+    pusher.close()
+
+
+def test_a_replica_that_came_after_it_was_described_gets_its_rows(
+    service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The push was planned for one replica, two take part when it begins."""
+    model_dir = tmp_path / "model"
+    rank, _ = start_rank(model_dir, 1, LAYOUTS[0], "nvfp4")
+    begin = ControlClient.begin
+
+    def late(self: ControlClient, **fields: Any) -> pb.BeginReply:
+        if fields["tensors"] and len(service.shell.members) == 1:
+            service.shell.add([rank.address], dead=False)
+            wait_for(lambda: len(service.shell.protocol.membership.serving()) == 2)
+        return begin(self, **fields)
+
+    monkeypatch.setattr(ControlClient, "begin", late)
+    pusher = Pusher(service.address)
+    model = tiny_llama(seed=7)
+    report = pusher.push(model)
+    assert (report.attempts, len(report.replicas)) == (2, 2)
+    [expected] = cold_bytes(model, tmp_path / "cold", LAYOUTS)
+    assert service.bytes() == [expected] and rank.receiver.storage_bytes() == expected
+    pusher.close()
+    rank.stop()

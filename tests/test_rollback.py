@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service.rank import RankServer
-from tests.local import LocalService, cold, local_service, start_rank
+from tests.local import LocalService, cold, local_service, start_rank, wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.errors import VersionError, WeightUpdateError
@@ -47,13 +46,6 @@ def control(service: LocalService) -> Iterator[pb_grpc.ControlStub]:
 def roll_back(control: pb_grpc.ControlStub, version: int) -> pb.VersionInfo:
     info: pb.VersionInfo = call(control.Rollback, pb.RollbackRequest(version=version, pushed_by="me")).version
     return info
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    start_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start_s < timeout_s, "timed out"
-        time.sleep(0.05)
 
 
 def states(control: pb_grpc.ControlStub) -> list[str]:

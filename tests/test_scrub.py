@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import scrubbing
-from tests.local import LocalService, cold, local_service
+from tests.local import LocalService, cold, local_service, wait_for
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
 from weight_update.receiver import Receiver
@@ -31,13 +30,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flip(storage: torch.Tensor, at: int) -> None:
     """One bit of live memory, behind everybody's back."""
     storage.data.view(-1).view(torch.uint8)[at] ^= 1
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.02)
 
 
 def ask(service: LocalService, method: str, request: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.local import LocalService, cold, local_service
+from tests.local import LocalService, cold, local_service, wait_for
 from tests.test_cli import Shell, byte_tokenizer
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
@@ -39,13 +38,6 @@ def service(place: Path) -> Iterator[LocalService]:
 @pytest.fixture
 def shell(service: LocalService, capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys, service.address)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.1)
 
 
 def test_versions_shows_what_is_durable_and_what_can_be_reached(shell: Shell) -> None:

@@ -21,10 +21,11 @@ from sharding.cost import Work
 from .base import Changes, Whole
 from .delta import DeltaPlan
 from .device_rings import DEVICE_RING_BYTES
-from .digest import Digests
 from .errors import BusyError, TransferError, WeightUpdateError
 from .links import CUDA_IPC, SHARED_MEMORY, choose, here
 from .manifest import Manifest
+from .membership import key_of
+from .messages import MemberId
 from .ranks import Ranks
 from .report import Clock
 from .rings import RING_BYTES
@@ -70,6 +71,8 @@ class Attempt:
     channel: Callable[[str], Any]
     on_progress: Progress
     unknown: bool = False  # the commit was asked for, and whether it happened is not known
+    transaction: int = 0  # that was opened for it
+    num_begun: int = 0
     num_changed: int = 0
     links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -88,11 +91,21 @@ class Attempt:
 
     def begin(self) -> pb.BeginReply:
         """Open the transaction; where another is open, do as on_busy says."""
+        self.transaction, self._deciding, self.num_begun = 0, False, self.num_begun + 1
         delta = self._delta()
         self.num_changed = len(self.plan.specs) if delta is None else len(delta.changed)
         reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
+        self.transaction = reply.transaction
         self.clock.stop("begin")
         return reply
+
+    def meets_another_service(self, described: pb.DescribeReply) -> bool:
+        """Whether what failed has a chance now: another coordinator came, which knows nothing of the transaction, or
+        other ranks had come before it could be opened."""
+        known = self.described
+        if described.fingerprint != known.fingerprint:
+            return False
+        return described.epoch != known.epoch or (not self.transaction and keys_of(described) != keys_of(known))
 
     def transfer(self, begun: pb.BeginReply) -> int:
         """Stream this rank's bytes; returns the wire bytes of all trainer ranks. Every rank has prepared then."""
@@ -114,13 +127,11 @@ class Attempt:
         self.clock.stop("transfer")
         digests = self.ranks.reduce(self.content.digests, dist.ReduceOp.SUM)
         wire_bytes = int(self.ranks.reduce(np.array([sent], np.int64), dist.ReduceOp.SUM)[0])
-        self.ranks.from_first(lambda: self._prepare(begun.transaction, digests, wire_bytes))
+        self.ranks.from_first(
+            lambda: self.control.prepare(begun.transaction, digests, wire_bytes, retry_s=self.retry_s)
+        )
         self.clock.stop("prepare")
         return wire_bytes
-
-    def _prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
-        self.control.wait_ready(self.retry_s)  # the streams may have come through a partition just now
-        self.control.prepare(transaction, digests, wire_bytes)
 
     def decide(self, begun: pb.BeginReply) -> pb.DecideReply:
         """Ask for the commit. An answer that got lost is asked for by the id of the push."""
@@ -206,6 +217,8 @@ class Attempt:
             lease_s=self.lease_s,
             num_streams=self.ranks.world,
             step=self.step,
+            keys=keys_of(self.described),
+            retry_s=self.retry_s,
             **({} if delta is None else {"delta": to_delta_proto(delta)}),
         )
 
@@ -291,6 +304,12 @@ class Attempt:
                 told = f"push {self.push_id}: its outcome is not known ({error}); the next push finds out"
                 return b"", True, TransferError(told)
             time.sleep(OUTCOME_POLL_S)
+
+
+def keys_of(described: pb.DescribeReply) -> list[str]:
+    """What tells the processes of each described replica from those before them."""
+    addresses = {MemberId(replica=rank.replica, rank=rank.rank): rank.address for rank in described.ranks}
+    return [key_of(addresses, replica) for replica in sorted({rank.replica for rank in described.ranks})]
 
 
 class Lease:

@@ -28,10 +28,20 @@ from quant.formats import NON_FINITE
 from quant.names import IDENTITY, NameMap
 
 from .attempt import Attempt, Lease, Progress
-from .base import Base, Changes, Whole, compare
+from .base import Changes, Whole, compare
 from .channels import PLAINTEXT
+from .confirmed import Confirmed
 from .encoder import global_scales, largest_bits_of, nonfinite_index
-from .errors import BusyError, DigestError, ManifestError, StoreError, VersionError, raise_all
+from .errors import (
+    BusyError,
+    DigestError,
+    ManifestError,
+    StoreError,
+    TransferError,
+    VersionError,
+    WeightUpdateError,
+    raise_all,
+)
 from .foresight import Foresight
 from .handle import PushHandle
 from .links import AUTO, allowed_of
@@ -103,11 +113,9 @@ class Pusher:
         self._last: LastPlan | None = None
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
         self._foresight = Foresight()
-        self._base: Base | None = None
-        self._confirmed: tuple[int, str] = (0, "")  # version, digest
+        self._confirmed = Confirmed()
         self._unsettled: Attempt | None = None  # its outcome is not known
         self._running: PushHandle | None = None
-        self._why = "this trainer has pushed nothing yet"  # there is no base
 
     def push(
         self,
@@ -158,21 +166,18 @@ class Pusher:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed trainer needs to say who it is and what it pushed last; no weights."""
-        version, digest = self._confirmed
-        return {"run_id": self.run_id, "version": version, "digest": digest}
+        return {"run_id": self.run_id, **self._confirmed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the run that this state was saved in. The next push is a full one: the bytes of the last confirmed
         push are not part of the state."""
         self.run_id = str(state["run_id"])
-        self._confirmed = (int(state["version"]), str(state["digest"]))
-        self._base = None
-        self._why = f"this run was resumed after version {self._confirmed[0]} and does not hold its bytes"
+        self._confirmed.load_state_dict(state)
 
     @property
     def kept_bytes(self) -> int:
         """Memory that the last confirmed push takes here."""
-        return 0 if self._base is None else self._base.num_bytes
+        return self._confirmed.num_bytes
 
     def close(self) -> None:
         """Wait for a running push, then close all connections."""
@@ -208,7 +213,7 @@ class Pusher:
     ) -> Attempt:
         clock = Clock()
         self._settle()
-        described = self._describe()
+        described = self._describe(self._ranks, self._patience_s)
         if durable and not described.stores:
             raise StoreError("durable push: the service has no version store; start it with --store DIR")
         manifest = self._manifest_of(described)
@@ -220,7 +225,7 @@ class Pusher:
         delta = content.num_bytes if isinstance(content, Changes) else None
         work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
-        kept = f"{self.kept_bytes} bytes of version {self._confirmed[0]} kept in {self._keep} memory"
+        kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept in {self._keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
         return Attempt(
             control=self._control,
@@ -245,9 +250,14 @@ class Pusher:
             on_progress=self._on_progress,
         )
 
-    def _describe(self) -> pb.DescribeReply:
+    @property
+    def _patience_s(self) -> float:
+        """A coordinator that was there once is being restarted; a first one may be a wrong address."""
+        return 0.0 if self._manifest is None else self._retry_s
+
+    def _describe(self, ranks: Ranks, retry_s: float) -> pb.DescribeReply:
         known = self._manifest.fingerprint if self._manifest else 0
-        data = self._ranks.from_first(lambda: self._control.describe(known).SerializeToString())
+        data = ranks.from_first(lambda: self._control.describe(known, retry_s=retry_s).SerializeToString())
         return pb.DescribeReply.FromString(data)
 
     def _manifest_of(self, described: pb.DescribeReply) -> Manifest:
@@ -294,34 +304,19 @@ class Pusher:
 
     def _content(self, plan: PushPlan, scales: dict[str, Tensor], described: pb.DescribeReply) -> tuple[Any, str]:
         """What to send, and why; the same kind on every trainer rank."""
-        reasons = [reason for reason in self._ranks.gather(self._why_full(described)) if reason]
+        why_full = "asked for" if self.mode == "full" else self._confirmed.differs(described)
+        reasons = [reason for reason in self._ranks.gather(why_full) if reason]
         if reasons and self.mode == "delta":
             raise VersionError(f"delta push: {reasons[0]}; push once with mode='auto'")
         if reasons:
             return Whole(plan, scales, keep=self._keep), str(reasons[0])
-        assert self._base is not None
-        changes = compare(plan, scales, self._base)
+        assert self._confirmed.base is not None
+        changes = compare(plan, scales, self._confirmed.base)
         total = sum(spec.num_bytes for spec in plan.specs)
         changed = int(self._ranks.reduce(np.array([changes.num_bytes], np.int64), dist.ReduceOp.SUM)[0])
         if self.mode == "auto" and changed > MAX_DELTA_SHARE * total:
-            return self._whole_of(changes), f"{changed} of {total} bytes changed"
+            return self._confirmed.whole_of(changes), f"{changed} of {total} bytes changed"
         return changes, f"changes of version {described.version}"
-
-    def _why_full(self, described: pb.DescribeReply) -> str:
-        """Why a delta cannot be pushed; nothing where it can."""
-        if self.mode == "full":
-            return "asked for"
-        if self._base is None:
-            return self._why
-        if self._base.digest != described.digest:
-            held = f"the service holds version {described.version} of digest {described.digest}"
-            return f"{held}, the last confirmed push of this trainer was version {self._base.version}"
-        return ""
-
-    def _whole_of(self, changes: Changes) -> Whole:
-        """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
-        self._base, self._why = None, "the last push did not end well"
-        return Whole.of(changes)
 
     # -- on the way
 
@@ -332,17 +327,39 @@ class Pusher:
         return report
 
     def _committed(self, attempt: Attempt) -> PushReport:
-        try:
-            return self._carried_out(attempt)
-        except (VersionError, DigestError) as error:
-            refused_base = isinstance(error, VersionError) and attempt.base_version
-            if self.mode != "auto" or not isinstance(attempt.content, Changes) or refused_base:
-                raise
+        """Carry it out; anew, where the service has changed so that this has a chance."""
+        while True:
+            try:
+                return self._carried_out(attempt)
+            except WeightUpdateError as error:
+                self._revise(attempt, error)
+
+    def _revise(self, attempt: Attempt, error: WeightUpdateError) -> None:
+        """Fit the attempt to the service as it is now, or raise the error. A coordinator that came after the one it
+        began with knows nothing of it; one that holds other bytes than a delta builds on is sent all of them."""
+        described = self._described_after(attempt, error)
+        refused = isinstance(error, DigestError) or (isinstance(error, VersionError) and not attempt.base_version)
+        content = attempt.content
+        if attempt.meets_another_service(described):
+            log.warning("push %s: begun anew, the service has changed: %s", attempt.push_id, error)
+        elif refused and self.mode == "auto" and isinstance(content, Changes):
             log.warning("push %s: the delta was refused (%s), pushing in full", attempt.push_id, error)
-            attempt.content = self._whole_of(attempt.content)
+            attempt.content = self._confirmed.whole_of(content)
             attempt.reason = f"the delta was refused: {error}".splitlines()[0]
-            attempt.described = self._describe()
-            return self._carried_out(attempt)
+        else:
+            raise error
+        attempt.described = described
+
+    def _described_after(self, attempt: Attempt, error: WeightUpdateError) -> pb.DescribeReply:
+        """What the service is after an error; raises that error where it cannot be asked, or the outcome is open."""
+        if attempt.unknown:
+            raise error
+        waited = type(error) is TransferError  # for a connection that did not come back
+        try:
+            return self._describe(attempt.ranks, 0.0 if waited else self._retry_s)
+        except WeightUpdateError as unheard:
+            log.info("push %s: not begun anew: %s", attempt.push_id, unheard)
+            raise error from None
 
     def _carried_out(self, attempt: Attempt) -> PushReport:
         begun = attempt.begin()
@@ -358,16 +375,8 @@ class Pusher:
                 self._unsettled = attempt if attempt.unknown else None
                 attempt.abort(begun.transaction, error)
                 raise
-        self._confirm(attempt, decided.version)
+        self._confirmed.commit(attempt, decided.version)
         return self._report(attempt, begun, decided, wire_bytes)
-
-    def _confirm(self, attempt: Attempt, info: pb.VersionInfo) -> None:
-        """The commit is certain: what was sent is what the service holds."""
-        carried = self._base
-        if carried is not None and carried.digest != attempt.described.digest:
-            carried = None  # of a version that this push does not build on
-        self._base = attempt.content.confirmed(carried, info.version, info.digest)
-        self._confirmed = (info.version, info.digest)
 
     def _settle(self) -> None:
         """Find out how a push ended whose outcome got lost."""
@@ -377,24 +386,14 @@ class Pusher:
         info = attempt.info()
         if info is not None:
             log.info("push %s: had been committed as version %d", attempt.push_id, info.version)
-            self._confirm(attempt, info)
+            self._confirmed.commit(attempt, info)
 
     def _report(self, attempt: Attempt, begun: pb.BeginReply, decided: pb.DecideReply, wire_bytes: int) -> PushReport:
         predicted = self._foresight.predict(attempt.work)
         if not begun.already_committed:
             self._foresight.learn(attempt.work, attempt.clock.phases)
         return report_of(
-            attempt.plan,
-            begun,
-            decided,
-            attempt.clock,
-            wire_bytes=wire_bytes,
-            mode=attempt.content.mode,
-            reason=attempt.reason,
-            changed_tensors=attempt.num_changed,
-            transports=attempt.links,
-            kept_bytes=self.kept_bytes,
-            predicted=predicted,
+            attempt, begun, decided, wire_bytes=wire_bytes, kept_bytes=self.kept_bytes, predicted=predicted
         )
 
     def _channel(self, address: str) -> Any:

@@ -11,7 +11,6 @@ no donor                                  digests compared with the committed on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,7 +128,7 @@ def _resolving(coordinator: Coordinator, member: MemberId, transaction: int) -> 
     if decided is None:
         return coordinator.send(member, "undo", transaction=transaction, version=0)
     publish = coordinator.send(member, "publish", transaction=transaction, version=decided)
-    return publish if decided == coordinator.version else replace(publish, token=float("-inf"))
+    return publish if decided == coordinator.version else publish._replace(token=float("-inf"))
 
 
 def resolved(coordinator: Coordinator) -> list[Action]:

@@ -201,3 +201,9 @@ def shared(kept: Mapping[MemberId, Iterable[int]]) -> list[int]:
     """The versions that every member keeps."""
     sets = [set(versions) for versions in kept.values()]
     return sorted(set.intersection(*sets)) if sets else []
+
+
+def key_of(members: Mapping[MemberId, str], replica: int) -> str:
+    """What tells the processes of a replica from those before them."""
+    ranks = sorted((member.rank, address) for member, address in members.items() if member.replica == replica)
+    return ",".join(address for _, address in ranks)

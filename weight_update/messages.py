@@ -1,9 +1,14 @@
-"""What goes into the protocol's state machines and what comes out: events and actions, all values."""
+"""What goes into the protocol's state machines and what comes out: events and actions, all values.
+
+Those of which there are many are named tuples, which are made and hashed several times faster than frozen dataclasses:
+the simulation makes billions. All are made with keywords.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +19,7 @@ from .errors import WeightUpdateError
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberId:
+class MemberId(NamedTuple):
     """One rank of one replica."""
 
     replica: int
@@ -35,8 +39,7 @@ class Request:
     args: Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberState:
+class MemberState(NamedTuple):
     """What a member says of itself when it is greeted. serves: it answers requests, or may begin to by itself."""
 
     state: str
@@ -46,8 +49,7 @@ class MemberState:
     kept: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberReply:
+class MemberReply(NamedTuple):
     """A member's answer to one `Send`; `error` when it failed or did not answer in time.
 
     round: of the `Send`. token: the member's own clock when it answered; the next `Send` brings it back.
@@ -111,8 +113,7 @@ Source = DeltaPlan | Kept | Donor | None
 # ---------------------------------------------------------------- actions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
+class Send(NamedTuple):
     """One step of the protocol to one member; the shell answers with a `MemberReply`.
 
     epoch, round: the coordinator's, and a number that grows with every batch of sends: a member takes nothing from an

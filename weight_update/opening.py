@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ def begin(coordinator: Coordinator, request: Request) -> list[Action]:
     replicas = participants(coordinator, request)
     if not replicas:
         return []
+    _check_ranks(coordinator, replicas, args)
     tensors = check_push(coordinator.manifest, args["tensors"])  # type: ignore[arg-type]
     base = _base(coordinator, replicas, tensors)
     open_ = _opened(coordinator, request, Kind.PUSH, replicas, tensors, base)
@@ -172,6 +173,15 @@ def _check_begin(coordinator: Coordinator, args: Mapping[str, object]) -> None:
             f"delta: it builds on version {delta.base_version} of digest {delta.base_digest}, current is {held[0]} of"
             f" {held[1]}{', which no replica holds' if lost(coordinator) else ''}; push in full"
         )
+
+
+def _check_ranks(coordinator: Coordinator, replicas: list[int], args: Mapping[str, object]) -> None:
+    """The trainer opens streams to the ranks that were described to it: these, or bytes would never arrive."""
+    planned: Sequence[str] = args.get("keys", ())  # type: ignore[assignment]
+    described, taking = set(planned), {coordinator.membership.replicas[replica].key for replica in replicas}
+    if described and described != taking:
+        came, gone = (", ".join(sorted(each)) or "none" for each in (taking - described, described - taking))
+        raise MemberError(f"replicas came or went since they were described: new {came}, gone {gone}; describe again")
 
 
 def _check_rollback(coordinator: Coordinator, op: str, version: int, is_lost: bool) -> None:

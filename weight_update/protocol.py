@@ -111,15 +111,14 @@ class Coordinator:
         current, open_ = self._round, self.transaction
         if current is None or open_ is None or reply.round != current.id or reply.member not in current.waiting:
             return []
-        failed = dict(current.failed)
+        current.waiting.remove(reply.member)
         if reply.error is not None:
-            failed[reply.member] = reply.error
+            current.failed[reply.member] = reply.error
         else:
             open_.results.setdefault(current.name, {})[reply.member] = reply.result
-        self._round = Round(name=current.name, id=current.id, waiting=current.waiting - {reply.member}, failed=failed)
-        if failed and current.name not in ONE_WAY:
-            return self.abort(next(iter(failed.values())))
-        if self._round.waiting:
+        if current.failed and current.name not in ONE_WAY:
+            return self.abort(next(iter(current.failed.values())))
+        if current.waiting:
             return []
         if open_.kind is not Kind.JOIN:
             self.phase = ROUNDS[current.name][1]
@@ -143,9 +142,15 @@ class Coordinator:
         digests = request.args["digests"]
         if not isinstance(digests, np.ndarray) or digests.shape != (len(open_.tensors), 2):
             raise ManifestError(f"prepare: expected one digest for each of {len(open_.tensors)} pushed tensors")
+        if open_.digests is not None and not np.array_equal(digests, open_.digests):
+            raise ManifestError(f"prepare: transaction {open_.id} was prepared with other digests; begin a new push")
         open_.digests = digests
         open_.wire_bytes = int(request.args["wire_bytes"])  # type: ignore[call-overload]
-        open_.callers = [request.id]
+        open_.callers.append(request.id)
+        if self.phase is Phase.PREPARING:  # asked again: the answer is still to come
+            return []
+        if self.phase is Phase.PREPARED:  # asked again: the answer got lost
+            return self.answer({})
         return [self.notify("prepare", f"{open_.wire_bytes} wire bytes"), *self.start("prepare")]
 
     def _install(self, request: Request) -> list[Action]:
@@ -223,7 +228,7 @@ class Coordinator:
         open_ = self.open()
         self.phase = Phase.JOINING if open_.kind is Kind.JOIN else ROUNDS[name][0]
         open_.touched = open_.touched or name == "install"
-        self._round = Round(name=name, id=self.next_round, waiting=frozenset(send.member for send in sends), failed={})
+        self._round = Round(name=name, id=self.next_round, waiting={send.member for send in sends})
         self._num_rounds += 1
         return list(sends) if sends else self._completed(name)
 
@@ -245,9 +250,6 @@ class Coordinator:
 
     def _opened(self) -> list[Action]:
         return self.answer(opening.begun(self))
-
-    def _opened_by_itself(self) -> list[Action]:
-        return self.start("prepare")
 
     def _prepared(self) -> list[Action]:
         return self.checked("prepare", "staged") or self.answer({})
@@ -378,12 +380,11 @@ COMPLETED: Mapping[tuple[Kind, str], Callable[[Coordinator], list[Action]]] = {
     (Kind.PUSH, "prepare"): Coordinator._prepared,
     (Kind.PUSH, "confirm"): Coordinator._commit,
     (Kind.ROLLBACK, "reach"): opening.reached,
-    (Kind.ROLLBACK, "open"): Coordinator._opened_by_itself,
     (Kind.ROLLBACK, "prepare"): Coordinator._prepared_by_itself,
     (Kind.JOIN, "resolve"): joining.resolved,
     (Kind.JOIN, "settle"): joining.settled,
     (Kind.JOIN, "digest"): joining.compared,
-    (Kind.JOIN, "open"): Coordinator._opened_by_itself,
+    **{(kind, "open"): lambda coordinator: coordinator.start("prepare") for kind in (Kind.ROLLBACK, Kind.JOIN)},
     (Kind.JOIN, "prepare"): joining.prepared,
     (Kind.JOIN, "install"): joining.installed,
     **{(kind, "install"): Coordinator._installed for kind in (Kind.PUSH, Kind.ROLLBACK)},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from protos import transfuse_pb2 as pb
 from sharding.cost import Prediction
 
-from .source import PushPlan
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,7 @@ class PushReport:
     group was cut. changed_tensors: tensors of the push with new bytes, all of them in a full one. kept_bytes: what this
     trainer rank keeps of the version, in checkpoint form, so that the next push can be a delta. step: the trainer's own
     count. transports: how the bytes went, from each trainer rank to each rank, and why no better way was taken.
+    attempts: how often the push was begun: anew where the coordinator was replaced meanwhile, or replicas came or went.
     digest_verified: every rank's installed digest equalled the trainer's.
     """
 
@@ -41,6 +44,7 @@ class PushReport:
     reason: str = ""
     changed_tensors: int = 0
     kept_bytes: int = 0
+    attempts: int = 1
     step: int = 0
     merged_adapters: int = 0
     predicted: dict[str, float] = field(default_factory=dict)
@@ -68,21 +72,16 @@ class Clock:
 
 
 def report_of(
-    plan: PushPlan,
+    attempt: Attempt,
     begun: pb.BeginReply,
     decided: pb.DecideReply,
-    clock: Clock,
     *,
     wire_bytes: int,
-    mode: str,
-    reason: str,
-    changed_tensors: int,
     kept_bytes: int,
     predicted: Prediction,
-    transports: list[str],
 ) -> PushReport:
     """The report of one committed push."""
-    info = decided.version
+    info, plan, clock = decided.version, attempt.plan, attempt.clock
     timings = [
         {field.name: getattr(timing, field.name) for field in pb.RankTiming.DESCRIPTOR.fields}
         for timing in decided.timings
@@ -100,15 +99,16 @@ def report_of(
         replicas=list(decided.replicas),
         digest_verified=decided.digest_verified,
         carried_over=plan.carried_over,
-        mode=mode,
-        reason=reason,
-        changed_tensors=changed_tensors,
+        mode=attempt.content.mode,
+        reason=attempt.reason,
+        changed_tensors=attempt.num_changed,
         kept_bytes=kept_bytes,
+        attempts=attempt.num_begun,
         step=info.step,
         merged_adapters=plan.merged_adapters,
         predicted={name: phase.seconds for name, phase in predicted.phases.items()},
         bottleneck=predicted.bottleneck,
         widened=list(plan.widened),
         timings=timings,
-        transports=transports,
+        transports=attempt.links,
     )

@@ -134,14 +134,14 @@ class Transaction:
         return DigestError(told)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Round:
     """The answer of every member to one step."""
 
     name: str
     id: int
-    waiting: frozenset[MemberId]
-    failed: Mapping[MemberId, WeightUpdateError]
+    waiting: set[MemberId]
+    failed: dict[MemberId, WeightUpdateError] = field(default_factory=dict)
 
 
 # round -> phase while members answer, phase once all did; a join stays JOINING all along
@@ -170,7 +170,7 @@ ALLOWED: Mapping[str, frozenset[Phase]] = {
     "reset": frozenset(Phase),
     "add": frozenset(Phase),
     "remove": frozenset(Phase),
-    "prepare": frozenset({Phase.OPEN}),
+    "prepare": frozenset({Phase.OPEN, Phase.PREPARING, Phase.PREPARED}),
     "install": frozenset({Phase.PREPARED}),
     "decide": frozenset({Phase.PREPARED, Phase.INSTALLED}),
     "abort": frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,12 +52,25 @@ def error_of(error: grpc.RpcError, where: str = "") -> WeightUpdateError:
 Message = TypeVar("Message")
 
 
-def call(method: Callable[..., Message], request: Any, *, timeout_s: float | None = None, where: str = "") -> Message:
-    """One unary call; raises the other end's error."""
-    try:
-        return method(request, timeout=timeout_s)
-    except grpc.RpcError as error:
-        raise error_of(error, where) from None
+def call(
+    method: Callable[..., Message],
+    request: Any,
+    *,
+    timeout_s: float | None = None,
+    where: str = "",
+    retry_s: float = 0.0,
+) -> Message:
+    """One unary call; raises the other end's error. retry_s: how long one that found no connection, or lost it, is made
+    again; only for calls that may come twice."""
+    deadline_s = time.monotonic() + retry_s
+    while True:
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            lost: Any = error
+            if lost.code() not in RETRY_CODES or time.monotonic() >= deadline_s:
+                raise error_of(error, where) from None
+        time.sleep(RETRY_DELAY_S)
 
 
 # ---------------------------------------------------------------- a rank's door
@@ -76,7 +90,8 @@ def fetch_stream(target: str, request: pb.FetchRequest, security: Security = PLA
 
 
 class ControlClient:
-    """The coordinator as a trainer sees it: one method a step, errors raised as they were on the other end."""
+    """The coordinator as a trainer sees it: one method a step, errors raised as they were on the other end. Describe,
+    Begin and Prepare may come twice: they take for how long a lost connection is tried again."""
 
     def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
         self.target = target
@@ -99,27 +114,29 @@ class ControlClient:
         except grpc.RpcError as error:
             raise TransferError(f"no answer for {timeout_s:.0f} s: {error_of(error, self.target)}") from None
 
-    def describe(self, fingerprint: int = 0) -> pb.DescribeReply:
+    def describe(self, fingerprint: int = 0, *, retry_s: float = 0.0) -> pb.DescribeReply:
         """What the service holds and where; without the manifest where the caller's has this fingerprint."""
         request = pb.DescribeRequest(fingerprint=fingerprint)
-        reply: pb.DescribeReply = call(self._stub.Describe, request, timeout_s=60, where=self.target)
+        reply: pb.DescribeReply = call(
+            self._stub.Describe, request, timeout_s=60, where=self.target, retry_s=retry_s
+        )
         return reply
 
-    def begin(self, **fields: Any) -> pb.BeginReply:
+    def begin(self, *, retry_s: float = 0.0, **fields: Any) -> pb.BeginReply:
         """Open a transaction, or renew the lease of the one with this push id."""
         from .values import to_spec_proto
 
         tensors: Sequence[TensorSpec] = fields.pop("tensors")
         request = pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors], **fields)
-        reply: pb.BeginReply = call(self._stub.Begin, request, timeout_s=120, where=self.target)
+        reply: pb.BeginReply = call(self._stub.Begin, request, timeout_s=120, where=self.target, retry_s=retry_s)
         return reply
 
-    def prepare(self, transaction: int, digests: Digests, wire_bytes: int) -> None:
+    def prepare(self, transaction: int, digests: Digests, wire_bytes: int, *, retry_s: float = 0.0) -> None:
         """All bytes are sent: every rank checks that they arrived as meant."""
         from .values import to_digests_proto
 
         request = pb.PrepareRequest(transaction=transaction, digests=to_digests_proto(digests), wire_bytes=wire_bytes)
-        call(self._stub.Prepare, request, timeout_s=600, where=self.target)
+        call(self._stub.Prepare, request, timeout_s=600, where=self.target, retry_s=retry_s)
 
     def install(self, transaction: int) -> None:
         """Pause, write in place, keep the undo. `decide` does this by itself where it was not called."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -19,6 +20,7 @@ LEASE_S = 10.0
 RESEND_S = 2.0
 MAX_TRIES = 4
 MAX_WAITS = 5  # for somebody else's transaction to end
+MAX_BEGUN = 3
 
 
 class Client:
@@ -68,13 +70,14 @@ class Trainer(Client):
         self.content = world.new_content()
         self.version: int | None = None
         self.error: WeightUpdateError | None = None
-        self.transaction = 0
+        self.transaction = self.epoch = self.num_begun = 0
         self.unacked: set[tuple[MemberId, int]] = set()
         self.ended = False
         self.waits = 0
         world.pushed[push_id] = {i: self.content[i] for i in tensors}
 
     def begin(self) -> None:
+        self.num_begun += 1
         self.ask("begin", self._begin_args(), self._begun, tries=2)
 
     def _begin_args(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Trainer(Client):
         if result is None or result["already_committed"]:
             return self.end(result["version"] if result else None, error)
         self.transaction = result["transaction"]
+        self.epoch = self.transaction >> 32
         open_ = self.world.host.protocol.transaction
         members = open_.members if open_ is not None and open_.id == self.transaction else ()
         self.unacked = {(member, position) for member in members for position in range(len(self.tensors))}
@@ -105,7 +109,7 @@ class Trainer(Client):
         """Send what has not been acknowledged, until all is."""
         if round > MAX_TRIES:
             return self._give_up()
-        for member, position in sorted(self.unacked, key=str):
+        for member, position in sorted(self.unacked):
             rank = self.world.ranks.get(member)
             if rank is not None:
                 self._send_chunk(rank, member, position)
@@ -116,33 +120,34 @@ class Trainer(Client):
             self._stream(round + 1)
 
     def _send_chunk(self, rank: SimRank, member: MemberId, position: int) -> None:
-        world, i = self.world, self.tensors[position]
+        world, i, transaction = self.world, self.tensors[position], self.transaction
         payload = shard(self.content, member.rank, world.num_ranks)[i]
         checksum = xxhash.xxh3_64_intdigest(payload)
         damaged = world.faults.damages(world, payload)
 
         def stage() -> None:
             try:
-                rank.stage(self.transaction, i, damaged, checksum)
+                rank.stage(transaction, i, damaged, checksum)
             except WeightUpdateError:
                 return
-            world.send(rank, self, self._acknowledged, member, position, name="ack")
+            world.send(rank, self, self._acknowledged, transaction, member, position, name="ack")
 
         world.send(self, rank, stage, name="chunk")
 
-    def _acknowledged(self, member: MemberId, position: int) -> None:
-        if (member, position) in self.unacked:
+    def _acknowledged(self, transaction: int, member: MemberId, position: int) -> None:
+        if transaction == self.transaction and (member, position) in self.unacked:
             self.unacked.discard((member, position))
             if not self.unacked and not self.ended:
                 digests = whole_digests(self.content)[self.tensors]
-                self.ask(
-                    "prepare", {"transaction": self.transaction, "digests": digests, "wire_bytes": 8}, self._prepared
-                )
+                args = {"transaction": self.transaction, "digests": digests, "wire_bytes": 8}
+                self.ask("prepare", args, partial(self._prepared, transaction), tries=2)
 
-    def _prepared(self, result: Any, error: WeightUpdateError | None) -> None:
+    def _prepared(self, transaction: int, result: Any, error: WeightUpdateError | None) -> None:
+        if transaction != self.transaction:
+            return None
         if result is None:
             return self._give_up()
-        self.ask("decide", {"transaction": self.transaction}, self._decided)
+        return self.ask("decide", {"transaction": self.transaction}, self._decided)
 
     def _decided(self, result: Any, error: WeightUpdateError | None) -> None:
         if result is not None:
@@ -159,9 +164,13 @@ class Trainer(Client):
         self._give_up()
 
     def _give_up(self) -> None:
+        """Begin anew where another coordinator came meanwhile, which knows nothing of this push."""
+        if self.transaction and self.world.host.epoch != self.epoch and self.num_begun < MAX_BEGUN and not self.ended:
+            self.transaction, self.waits = 0, 0
+            return self.begin()
         if self.transaction:
             self.ask("abort", {"transaction": self.transaction, "reason": "gave up"}, lambda result, error: None)
-        self.end(None, None)
+        return self.end(None, None)
 
     def end(self, version: int | None, error: WeightUpdateError | None) -> None:
         if self.ended:

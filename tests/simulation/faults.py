@@ -106,6 +106,8 @@ class Faults(NoFaults):
         return [delay_s]
 
     def _is_cut(self, now_s: float, source: Node, target: Node) -> bool:
+        if not self.cuts:
+            return False
         ends = {_replica(source), _replica(target)}
         return len(ends) > 1 and any(start <= now_s < stop and end in ends for start, stop, end in self.cuts)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,31 +25,37 @@ MANIFEST = Manifest(
 )
 SPECS = MANIFEST.tensors
 NUM_TENSORS = len(SPECS)
+ROW_BYTES = [spec.row_bytes for spec in SPECS]
 KEPT_VERSIONS = 3
 
 Content = tuple[bytes, ...]  # one a tensor: its rows, one after the other
 
 
+@cache
+def cuts(rank: int, world: int) -> list[tuple[int, int]]:
+    """Of each tensor: where the rows of one rank begin and end, in bytes."""
+    return [(spec.num_rows * rank // world * spec.row_bytes, spec.num_rows * (rank + 1) // world * spec.row_bytes)
+            for spec in SPECS]  # fmt: skip
+
+
 def shard(content: Content, rank: int, world: int) -> list[bytes]:
     """The rows of one rank."""
-    cuts = [(spec.num_rows * rank // world * spec.row_bytes, spec.num_rows * (rank + 1) // world * spec.row_bytes)
-            for spec in SPECS]  # fmt: skip
-    return [data[first:stop] for data, (first, stop) in zip(content, cuts, strict=True)]
+    return [data[first:stop] for data, (first, stop) in zip(content, cuts(rank, world), strict=True)]
 
 
 def digests(rows: list[bytes], tensors: list[int], rank: int, world: int) -> Digests:
     """[n, 2]: sums of keyed hashes of rows, which add up over ranks."""
-    sums = []
-    for i in tensors:
-        row_bytes = SPECS[i].row_bytes
-        first = SPECS[i].num_rows * rank // world
-        lanes = [0, 0]
-        for r in range(len(rows[i]) // row_bytes):
-            row = rows[i][r * row_bytes : (r + 1) * row_bytes]
-            for lane in range(2):
-                lanes[lane] += xxhash.xxh3_64_intdigest(row, (i << 16 | (first + r)) << 1 | lane)
-        sums.append([lane & (1 << 64) - 1 for lane in lanes])
+    sums = [_digest(i, rows[i], cuts(rank, world)[i][0] // ROW_BYTES[i]) for i in tensors]
     return np.array(sums, np.uint64).reshape(-1, 2)
+
+
+@lru_cache(maxsize=4096)  # bytes are asked for as they are staged, installed, and read again
+def _digest(tensor: int, data: bytes, first: int) -> list[int]:
+    """Of some rows of one tensor, the first of which has this number."""
+    size = ROW_BYTES[tensor]
+    rows = enumerate((data[at : at + size] for at in range(0, len(data), size)), first)
+    keyed = [(row, (tensor << 16 | number) << 1) for number, row in rows]
+    return [sum(xxhash.xxh3_64_intdigest(row, key | lane) for row, key in keyed) & (1 << 64) - 1 for lane in range(2)]
 
 
 def whole_digests(content: Content) -> Digests:
@@ -55,8 +63,7 @@ def whole_digests(content: Content) -> Digests:
     return digests(list(content), list(range(NUM_TENSORS)), 0, 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes back to the coordinator."""
 
     send: Send
@@ -102,7 +109,7 @@ class SimRank:
         fetch: Callable[[SimRank, Send], None],
         undo_is_dropped: bool = False,
     ) -> None:
-        self.id, self.world = id_, world
+        self.id, self.world, self.leads = id_, world, id_.rank == 0
         self.alive = True
         self.broken = False  # another rank of its replica is gone, and the process group with it
         self.member = Member(version=0)

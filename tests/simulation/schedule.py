@@ -88,11 +88,11 @@ class Schedule:
         world.disk.failing_writes = 0
         if not world.num_crashes:
             world.kill(self.draw.choice([world.host, *world.ranks.values()]))
-        if not self._until(lambda: (world.is_healthy and not self.is_pushing) or self.is_lost()):
+        if not self._until(lambda: not self.is_pushing and (world.is_healthy or self.is_lost())):
             raise checks.Broken(f"not healthy {HEAL_S:.0f} s after the last fault: {world.host.protocol.fenced}")
         # Where the committed version is lost nothing goes on silently: it takes this full push.
         trainer = self.push()
-        if not self._until(lambda: world.is_healthy and trainer.ended) or trainer.version is None:
+        if not self._until(lambda: trainer.ended and world.is_healthy) or trainer.version is None:
             raise checks.Broken(f"a push to a healthy service failed: {trainer.error}")
         version = world.disk.decisions[-1].version
         for rank in world.ranks.values():
@@ -108,4 +108,4 @@ class Schedule:
 
     def is_lost(self) -> bool:
         """Nobody holds the committed version any more, and status says so."""
-        return self.world.is_whole and not self.is_pushing and lost(self.world.host.protocol)
+        return lost(self.world.host.protocol) and self.world.is_whole

@@ -243,6 +243,7 @@ class World:
     now_s: float = 0.0
     events: int = 0
     num_crashes: int = 0
+    num_checked: int = 0  # decisions that were looked at
     log: list[str] = field(default_factory=list)
     coverage: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     pushed: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -254,6 +255,7 @@ class World:
     _queue: list[Any] = field(default_factory=list)
     _number: int = 0
     _rebuilding: set[int] = field(default_factory=set)
+    _shards: dict[int, list[list[bytes]]] = field(default_factory=dict)  # version -> what each rank of a replica holds
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -261,7 +263,7 @@ class World:
         self.loaded = self.new_content()
         self.disk = Disk(members=members, epoch_is_ignored=self.bugs.epoch_is_ignored)
         digests = whole_digests(self.loaded)
-        self.disk.contents[1] = self.loaded
+        self.becomes(1, self.loaded)
         self.disk.decisions.append(
             Decision(
                 version=1, base_version=0, transaction=0, push_id="load", pushed_by="", created_s=0.0,
@@ -427,15 +429,20 @@ class World:
         """What the new version is: the base, and over it what its push brought; or the version that it restores."""
         contents = self.disk.contents
         if decision.restores:
-            contents[decision.version] = contents[decision.restores]
-            return
+            return self.becomes(decision.version, contents[decision.restores])
         base = list(contents[decision.version - 1])
         for i, data in self.pushed[decision.push_id].items():
             base[i] = data
-        contents[decision.version] = tuple(base)
+        self.becomes(decision.version, tuple(base))
+
+    def becomes(self, version: int, content: Content) -> None:
+        """What a version is: as a whole, and on each rank."""
+        self.disk.contents[version] = content
+        self._shards[version] = [shard(content, rank, self.num_ranks) for rank in range(self.num_ranks)]
 
     def expected(self, rank: SimRank, version: int) -> list[bytes]:
-        return shard(self.disk.contents[version], rank.id.rank, self.num_ranks)
+        """What a rank that holds this version holds."""
+        return self._shards[version][rank.id.rank]
 
     # -- driving
 
