@@ -1,4 +1,4 @@
-"""Rows on their way out of a trainer rank: many tensors in one block, cut to what ranks own; and plans that are kept."""
+"""Rows on their way out of a trainer rank: many tensors in one block, cut to what ranks own; plans that are kept."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class DeviceWriter(RingWriter):
         self._memory[at : at + packet.payload_bytes].copy_(joined)
         if joined.is_cuda:
             torch.cuda.current_stream(joined.device).synchronize()
-        return packet.in_ring(at, on_device=True)
+        return packet.in_ring(at)
 
 
 def _tensor(piece: memoryview) -> Tensor:
