@@ -87,7 +87,8 @@ class Packet:
     @cached_property
     def message(self) -> bytes:
         """A serialized StageRequest with the payload in it."""
-        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, _checksum([*self._columns, *self._on_host]))
+        checksum = _checksum([*self._columns, *self._on_host])
+        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, checksum)
         return b"".join([head, *self._on_host])
 
     def in_ring(self, at: int) -> bytes:

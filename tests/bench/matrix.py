@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -142,12 +141,11 @@ def page(rows: list[Row]) -> str:
         [
             "# M trainer ranks, replicas of N ranks",
             "",
-            "Written by `python -m tests.bench.matrix --markdown`: a Llama of 40 million weights in NVFP4 and TRT-LLM's",
-            "layout, plain processes on one machine, control over gRPC and bytes through shared memory. Full pushes,",
-            f"and deltas that change {100 * CHANGED:g} % of all elements; medians of {PUSHES}. The ranks take turns on",
-            f"{os.cpu_count()} cores of {platform.machine()}, so what more ranks cost here they would not cost on machines"
-            " of their own.",
-            "Peak memory is a process's, the Python interpreter and torch (about 0.5 GB) included.",
+            "Written by `python -m tests.bench.matrix --markdown`: a Llama of 40 million weights in NVFP4, laid out for",
+            "TRT-LLM; plain processes on one machine, control over gRPC and bytes through shared memory. Full pushes, and",
+            f"deltas that change {100 * CHANGED:g} % of all elements; medians of {PUSHES}. The ranks take turns on",
+            f"{os.cpu_count()} cores: what more ranks cost here they would not cost on machines of their own. Peak memory",
+            "is a process's, with about 0.5 GB of Python and torch in it.",
             "",
             f"One to one: full {first.full_s:.2f} s, delta {first.delta_s:.2f} s, {first.needed_bytes / 1e6:.1f} MB.",
             "",
