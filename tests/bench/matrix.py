@@ -144,7 +144,7 @@ def page(rows: list[Row]) -> str:
             "Written by `python -m tests.bench.matrix --markdown`: a Llama of 40 million weights in NVFP4, laid out for",
             "TRT-LLM; plain processes on one machine, control over gRPC and bytes through shared memory. Full pushes, and",
             f"deltas that change {100 * CHANGED:g} % of all elements; medians of {PUSHES}. The ranks take turns on",
-            f"{os.cpu_count()} cores: what more ranks cost here they would not cost on machines of their own. Peak memory",
+            f"{len(os.sched_getaffinity(0))} cores: what more ranks cost here they would not cost on machines of their own. Peak memory",
             "is a process's, with about 0.5 GB of Python and torch in it.",
             "",
             f"One to one: full {first.full_s:.2f} s, delta {first.delta_s:.2f} s, {first.needed_bytes / 1e6:.1f} MB.",
@@ -174,7 +174,7 @@ def main() -> None:
                     told = f"{m} to {count} x {n}: full {rows[-1].full_s:.2f} s, delta {rows[-1].delta_s:.2f} s"
                     print(f"{len(rows)} of {len(cells)}, {time.monotonic() - start_s:.0f} s: {told}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"cores": len(os.sched_getaffinity(0)), "rows": [asdict(row) for row in rows]}))
     else:
         print(page(rows) if options.markdown else markdown([shown(row, rows[0]) for row in rows]))
 
