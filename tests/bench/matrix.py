@@ -1,13 +1,14 @@
 """Full and delta pushes from M trainer ranks to replicas of N ranks: plain processes of one machine, gRPC and shared
 memory as in production.
 
-    python -m tests.bench.matrix [--json | --markdown] [--ranks 1,2,4] [--replicas 1,2,3]
+    python -m tests.bench.matrix [--json | --markdown] [--ranks 1,2,4] [--replicas 1,2,3] [--seconds 900]
 
 Prints a table, the page docs/ranks.md with --markdown: bytes sent over bytes needed, streams opened over pairs of
 ranks, seconds against the push of one rank to one rank in the same run, the coordinator's CPU seconds, and peak memory
 of a process. The ranks share the machine's cores, so more of them take turns: what this shows is that the bytes stay
-the same and that nobody does more than a part. All cells take 10 to 15 minutes on two cores, most of it for starting
-processes; what is done is told meanwhile.
+the same and that nobody does more than a part. All cells take 10 to 15 minutes on two idle cores, most of it for
+starting processes: smaller services come first, what is done is told meanwhile, and no other is begun after so many
+seconds.
 """
 
 from __future__ import annotations
@@ -160,19 +161,23 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print docs/ranks.md")
     parser.add_argument("--ranks", default="1,2,4", help="of either side")
     parser.add_argument("--replicas", default="1,2,3")
+    parser.add_argument("--seconds", type=float, default=900.0)
     options = parser.parse_args()
     ranks, replicas = ([int(each) for each in given.split(",")] for given in (options.ranks, options.replicas))
-    cells = [(count, n, m) for count in replicas for n in ranks for m in ranks]
+    services = sorted(((count, n) for count in replicas for n in ranks), key=lambda each: each[0] * each[1])
     rows: list[Row] = []
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = save_model(Path(scratch))
-        for count, n in dict.fromkeys((count, n) for count, n, _ in cells):
+        for count, n in services:
+            if time.monotonic() - start_s > options.seconds:
+                print(f"no time for {count} x {n}", file=sys.stderr)
+                continue
             with fleet(model_dir, replicas=count, ranks=n) as service:
                 for m in ranks:
                     rows.append(measure(service, model_dir, m, n, count))
                     told = f"{m} to {count} x {n}: full {rows[-1].full_s:.2f} s, delta {rows[-1].delta_s:.2f} s"
-                    print(f"{len(rows)} of {len(cells)}, {time.monotonic() - start_s:.0f} s: {told}", file=sys.stderr)
+                    print(f"{len(rows)} cells, {time.monotonic() - start_s:.0f} s: {told}", file=sys.stderr)
     if options.json:
         print(json.dumps({"cores": len(os.sched_getaffinity(0)), "rows": [asdict(row) for row in rows]}))
     else:
