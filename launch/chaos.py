@@ -88,6 +88,8 @@ def _play(drill: Drill, chance: random.Random, number: int, names: Sequence[str]
 def _broken(drill: Drill, name: str, chance: random.Random) -> str:
     try:
         return BREAKAGES[name](drill, chance)
+    except ray.exceptions.RayTaskError as error:
+        return f"not done, in its victim: {error.cause!r}"
     except LookupError as error:
         return f"not done, {error}"
     except ray.exceptions.RayError:

@@ -1,5 +1,4 @@
-"""The Ray actors: one a rank, one for the coordinator. Ray places, starts and restarts them; nothing else goes through
-Ray."""
+"""The Ray actor of a rank. Ray places, starts and restarts it; nothing else goes through Ray."""
 
 from __future__ import annotations
 
@@ -7,40 +6,41 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from quant.checkpoint import open_checkpoint
-from quant.models import build_model, owners_of
-from quant.modules import layouts_of, mark_all_applied, quantized_modules
-from sharding.fsdp import reshard_all, shard_model
-from weight_update.channels import PLAINTEXT
-from weight_update.inplace import seal
-from weight_update.receiver import Receiver
-from weight_update.security import Security, is_loopback
-from weight_update.store import Store, StoredVersion
+from .garbage import uncollected
 
-from .control_server import ControlServer
-from .coordinator import CoordinatorShell
-from .engine import Engine
-from .faults import Faults
-from .keeper import StoreConfig, keep_versions
-from .loading import cold_load
-from .logs import Seeing, set_up
-from .rank import SCRUB_S, RankIdentity, RankServer
-from .refresh import Refresher
-from .witness import Witness
-from .work import Worker
-from .workers import Serving, make_worker, offload_of
+with uncollected():
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    from quant.checkpoint import open_checkpoint
+    from quant.models import build_model, owners_of
+    from quant.modules import layouts_of, mark_all_applied, quantized_modules
+    from sharding.fsdp import reshard_all, shard_model
+    from weight_update.channels import PLAINTEXT
+    from weight_update.inplace import seal
+    from weight_update.receiver import Receiver
+    from weight_update.security import Security, is_loopback
+    from weight_update.store import Store
+
+    from .engine import Engine
+    from .faults import Faults
+    from .loading import cold_load
+    from .logs import Seeing, set_up
+    from .rank import SCRUB_S, RankIdentity, RankServer
+    from .refresh import Refresher
+    from .witness import Witness
+    from .work import Worker
+    from .workers import Serving, make_worker, offload_of
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +107,7 @@ class RankActor:
         with open_checkpoint(config.model, components=config.components) as checkpoint:
             # One rank alone holds the whole model as it is: nothing to gather, and no gathered copy beside it.
             sharded = config.world > 1
-            device = "meta" if sharded else device_type
-            model = build_model(
-                checkpoint.config_dir, config.format, config.layout, device=device, components=config.components
-            )
+            model = self._model(checkpoint.config_dir, "meta" if sharded else device_type)
             if sharded:
                 shard_model(model, mesh, quantized=quantized_modules(model))
             receiver = Receiver.from_module(model, memory_budget_bytes=config.memory_budget_bytes)
@@ -143,6 +140,12 @@ class RankActor:
                 config.store_dir, config_dir=config_dir, manifest=receiver.manifest, read_only=True
             )
         return self._server.address
+
+    def _model(self, config_dir: Path, device: str) -> nn.Module:
+        """The quantized model, empty."""
+        config = self._config
+        with uncollected():  # the model's library is imported
+            return build_model(config_dir, config.format, config.layout, device=device, components=config.components)
 
     def _identity(self, model: nn.Module) -> RankIdentity:
         config, layout = self._config, ", ".join(layouts_of(model))
@@ -226,72 +229,5 @@ class RankActor:
             self._server.stop()
 
 
-class CoordinatorActor:
-    """The coordinator. Ray restarts it on the same port; its state file tells it what was decided."""
-
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        state_file: str,
-        listen: str,
-        model: str,
-        config_dir: str,
-        *,
-        min_replicas: int,
-        loaded: StoredVersion | None,
-        store: StoreConfig | None,
-        security: Security = PLAINTEXT,
-        seeing: Seeing = Seeing(),  # noqa: B008 - it is frozen
-    ) -> None:
-        set_up(seeing.log_format)
-        self._shell = CoordinatorShell(
-            addresses=addresses,
-            state_file=Path(state_file),
-            source=model,
-            loaded=loaded,
-            min_replicas=min_replicas,
-            security=security,
-        )
-        self._keeper = keep_versions(self._shell, Path(config_dir), store) if store is not None else None
-        self._server = ControlServer(
-            self._shell,
-            listen=listen,
-            tokenizer_dir=Path(config_dir),
-            keeper=self._keeper,
-            security=security,
-            pages=seeing.pages,
-            record_dir=seeing.record_dir,
-        )
-
-    def address(self) -> str:
-        """host:port of Control and Generation."""
-        return self._server.address
-
-    def arm(self, point: str, action: str, skip: int = 0) -> None:
-        """Plan a failure where the coordinator asks for a step, or around its decision; see service.faults."""
-        self._shell.faults.arm(point, action, skip)
-
-    def stalled(self) -> str:
-        """The point where an armed stall holds the coordinator; "" where none does."""
-        return self._shell.faults.stalled
-
-    def release(self) -> None:
-        """End a stall, disarm all points."""
-        self._shell.faults.release()
-
-    def pid(self) -> int:
-        """This process."""
-        return os.getpid()
-
-    def stop(self) -> None:
-        """End the server and the loop; the ranks go on serving."""
-        self._server.stop()
-        if self._keeper is not None:
-            self._keeper.stop()
-        self._shell.stop()
-
-
-# Calls may overlap: `arm` must get through while `build` runs. The coordinator is restarted for as long as the cluster
-# lives. Ray's stubs know neither option of an actor class.
+# Calls may overlap: `arm` must get through while `build` runs. Ray's stubs do not know the option of an actor class.
 REMOTE_RANK: Any = ray.remote(max_concurrency=4)(RankActor)  # type: ignore[call-overload]
-REMOTE_COORDINATOR: Any = ray.remote(max_restarts=-1, max_concurrency=4)(CoordinatorActor)  # type: ignore[call-overload]

@@ -27,7 +27,8 @@ from weight_update.channels import PLAINTEXT
 from weight_update.errors import MemberError, PlanError
 from weight_update.security import Security
 
-from .actor import REMOTE_COORDINATOR, RankConfig
+from .actor import RankConfig
+from .coordinator_actor import REMOTE_COORDINATOR
 from .engine import CommitBetween
 from .keeper import StoreConfig
 from .logs import Seeing

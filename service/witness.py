@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ from quant.probe import (
     Verdict,
     check,
 )
-from weight_update.receiver import Receiver
+
+if TYPE_CHECKING:  # who only asks of_replica loads no receiver
+    from weight_update.receiver import Receiver
 
 log = logging.getLogger(__name__)
 

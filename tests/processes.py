@@ -114,7 +114,7 @@ class _Rank:
 
 class _Coordinator:
     def __init__(self, place: Place, addresses: Sequence[str], state: str, model: str) -> None:
-        from service.actor import CoordinatorActor
+        from service.coordinator_actor import CoordinatorActor
 
         self._actor = CoordinatorActor(
             addresses, state, f"{place.host}:0", model, model, min_replicas=0, loaded=None, store=None, security=OPEN

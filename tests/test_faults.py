@@ -15,10 +15,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RESOLVED_S = 15.0
 
-# From which step on the push is committed whoever of these dies: a rank that dies before the durable decision takes the
-# push with it, a trainer that has asked for the commit is not needed any more, and with the coordinator that comes
-# after a killed one the trainer begins anew.
-COMMITTED_FROM = {"trainer": "install", "rank": "decide", "coordinator": "open"}
+# From which step on the push is committed whoever of these dies: a trainer that has asked for the commit is not needed
+# any more; without a rank's replica, and with the coordinator that comes after a killed one, the trainer begins anew.
+COMMITTED_FROM = {"trainer": "install", "rank": "open", "coordinator": "open"}
 
 
 def require_healthy(drill: Drill) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.2
 OUTCOME_POLL_S = 0.5
+MAX_BEGUN = 5  # a fleet whose replicas come and go all the time fails the push in the end
 RENEW_RETRY_S = 1.0  # after a renewal that was not heard
 END_S = 1.0  # for the thread that renews to end: one that outlives the trainer's main thread can abort its process
 RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
@@ -71,7 +72,6 @@ class Attempt:
     channel: Callable[[str], Any]
     on_progress: Progress
     unknown: bool = False  # the commit was asked for, and whether it happened is not known
-    transaction: int = 0  # that was opened for it
     num_begun: int = 0
     num_changed: int = 0
     links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
@@ -91,21 +91,20 @@ class Attempt:
 
     def begin(self) -> pb.BeginReply:
         """Open the transaction; where another is open, do as on_busy says."""
-        self.transaction, self._deciding, self.num_begun = 0, False, self.num_begun + 1
+        self._deciding, self.num_begun = False, self.num_begun + 1
         delta = self._delta()
         self.num_changed = len(self.plan.specs) if delta is None else len(delta.changed)
         reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
-        self.transaction = reply.transaction
         self.clock.stop("begin")
         return reply
 
     def meets_another_service(self, described: pb.DescribeReply) -> bool:
-        """Whether what failed has a chance now: another coordinator came, which knows nothing of the transaction, or
-        other ranks had come before it could be opened."""
+        """Whether what failed has a chance now: another coordinator came, which knows nothing of the transaction, or a
+        replica came or went."""
         known = self.described
-        if described.fingerprint != known.fingerprint:
+        if described.fingerprint != known.fingerprint or self.num_begun >= MAX_BEGUN:
             return False
-        return described.epoch != known.epoch or (not self.transaction and keys_of(described) != keys_of(known))
+        return described.epoch != known.epoch or keys_of(described) != keys_of(known)
 
     def transfer(self, begun: pb.BeginReply) -> int:
         """Stream this rank's bytes; returns the wire bytes of all trainer ranks. Every rank has prepared then."""

@@ -20,7 +20,7 @@ from quant.kernels import byte_view, put_bytes
 from quant.placements import Words, invert_rows, locate_bytes, swapped
 
 from .delta import BlobSize, Patch, Positions, check_apart, unpack
-from .digest import MASK, Digests, Lanes, digest_rows, digest_words, word_patcher, words_of
+from .digest import Digests, Lanes, digest_rows, digest_words, word_patcher, words_of
 from .errors import TransferError, raise_all
 from .install import (
     SLACK_BYTES,
@@ -91,8 +91,7 @@ class Sparse:
 
     def apply(self) -> Lanes:
         if self._patcher is not None:
-            lane0, lane1 = self._patcher()
-            return int(lane0), int(lane1)
+            return self._patcher()
         put_bytes(self.write.local, self._at, self._new)
         return self._digest(self._live.read())
 
@@ -130,6 +129,11 @@ class Dense:
         return whole_rows(self.index, self.write, self._old)
 
 
+def _lanes(digests: Sequence[Lanes]) -> Digests:
+    """Digests as an array, [n, 2] uint64."""
+    return np.array(digests, np.uint64).reshape(-1, 2)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Planned:
     """What a prepare makes of the patches."""
@@ -163,6 +167,7 @@ class DeltaInstall:
         self.transaction, self.version, self.indices = transaction, version, indices
         self._live, self._base, self._blobs, self._patches = live, base, blobs, list(patches)
         self._writes = [live.writes[i] for i in indices]
+        self._positions = {index: i for i, index in enumerate(indices)}
         self._planned: _Planned | None = None
         specs = [
             TensorSpec(name=f"delta of trainer rank {i}", dtype="U8", shape=(blob.num_bytes,))
@@ -216,12 +221,10 @@ class DeltaInstall:
         return Dense(index, write, patch, self._scratch) if patch.positions is None else Sparse(index, write, patch)
 
     def _moved(self, parts: Sequence[Part], into: Sequence[Lanes]) -> Digests:
-        """The base digests with what the parts take out and what they put in."""
-        position = {index: i for i, index in enumerate(self.indices)}
+        """The base digests with what the parts take out and what they put in, mod 2^64."""
         digests = self._base.copy()
-        for part, lanes in zip(parts, into, strict=True):
-            moved = [(new - old) & MASK for new, old in zip(lanes, part.out, strict=True)]
-            digests[position[part.index]] += np.array(moved, np.uint64)
+        at = np.array([self._positions[part.index] for part in parts], np.int64)
+        np.add.at(digests, at, _lanes(into) - _lanes([part.out for part in parts]))
         return digests
 
     def arrived(self) -> dict[str, Tensor]:

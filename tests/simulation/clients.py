@@ -71,6 +71,7 @@ class Trainer(Client):
         self.version: int | None = None
         self.error: WeightUpdateError | None = None
         self.transaction = self.epoch = self.num_begun = 0
+        self.replicas: set[int] = set()
         self.unacked: set[tuple[MemberId, int]] = set()
         self.ended = False
         self.waits = 0
@@ -102,6 +103,7 @@ class Trainer(Client):
         self.epoch = self.transaction >> 32
         open_ = self.world.host.protocol.transaction
         members = open_.members if open_ is not None and open_.id == self.transaction else ()
+        self.replicas = {member.replica for member in members}
         self.unacked = {(member, position) for member in members for position in range(len(self.tensors))}
         return self._stream(0) if self.unacked else self._give_up()
 
@@ -164,12 +166,14 @@ class Trainer(Client):
         self._give_up()
 
     def _give_up(self) -> None:
-        """Begin anew where another coordinator came meanwhile, which knows nothing of this push."""
-        if self.transaction and self.world.host.epoch != self.epoch and self.num_begun < MAX_BEGUN and not self.ended:
-            self.transaction, self.waits = 0, 0
-            return self.begin()
+        """Begin anew where another coordinator came meanwhile, which knows nothing of this push, or replicas did."""
+        host = self.world.host
+        changed = host.epoch != self.epoch or set(host.protocol.membership.serving()) != self.replicas
         if self.transaction:
             self.ask("abort", {"transaction": self.transaction, "reason": "gave up"}, lambda result, error: None)
+        if self.transaction and changed and self.num_begun < MAX_BEGUN and not self.ended:
+            self.transaction, self.waits = 0, 0
+            return self.begin()
         return self.end(None, None)
 
     def end(self, version: int | None, error: WeightUpdateError | None) -> None:
