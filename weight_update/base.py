@@ -22,7 +22,7 @@ from .columns import Block, Part, blocks_of
 from .delta import DENSE, Patch, changed_bytes, is_relative, is_sparse
 from .digest import MASK, Digests, Lanes, digest_rows, digest_words, name_key, words_of
 from .encoder import BLOCK_BYTES, encoded
-from .source import PushPlan, Source
+from .source import PushPlan
 
 Scales = Mapping[str, Tensor]
 
@@ -93,32 +93,16 @@ class Whole:
             return
         self.digests[:] = 0
         self.held = {}
-        for block in blocks_of(self._parts()):
+        for block in blocks_of(_small_parts(self.plan, self._scales)):
             yield from self._passed(block, self.held)
         for number, source in enumerate(self.plan.sources):
             if source.rows.nbytes > SOURCE_BYTES:
                 parts: dict[str, list[Held]] = {}
-                for part in self._encoded(number, source):
+                for part in _encoded(self.plan, self._scales, number):
                     yield from self._passed(Block.of(part), parts)
                 for name, pieces in parts.items():
                     self.held.setdefault(name, []).extend(map(_stacked, _stacks(pieces)))
         self._taken = self._keep is not None
-
-    def _parts(self) -> Iterator[Part]:
-        """The rows of sources of which nothing is encoded in several blocks."""
-        columns = self.plan.columns
-        positions = columns.position.tolist()
-        for number, source in enumerate(self.plan.sources):
-            if number in columns.as_is:
-                yield positions[number], source.first, source.rows
-            elif source.rows.nbytes <= SOURCE_BYTES:
-                yield from self._encoded(number, source)
-
-    def _encoded(self, number: int, source: Source) -> Iterator[Part]:
-        position = int(self.plan.columns.position[number])
-        place = {spec.name: position + i for i, spec in enumerate(source.specs)}
-        for spec, first, data in encoded(source, self._scales.get(source.name)):
-            yield place[spec.name], first, data
 
     def _passed(self, block: Block, held: dict[str, list[Held]]) -> Iterator[Block]:
         """The block, its digests counted; afterwards a copy of its rows is held, where they are kept."""
@@ -128,11 +112,10 @@ class Whole:
         yield block
         if self._keep is None:
             return
-        parts = block.data.to(self._keep, copy=True).split_with_sizes(block.sizes(columns).tolist())
-        entries = (block.position.tolist(), block.first.tolist(), block.num_rows.tolist(), digests.tolist(), parts)
-        for position, first, num_rows, (lane0, lane1), part in zip(*entries, strict=True):
-            rows = (part.clone() if part.storage_offset() % 8 else part).view(num_rows, -1)  # read by words later
-            each = Held(first=first, rows=rows, digest=(lane0, lane1))
+        kept = replace(block, data=block.data.to(self._keep, copy=True))
+        for (position, first, rows), (lane0, lane1) in zip(kept.parts(columns), digests.tolist(), strict=True):
+            own = rows.clone() if rows.storage_offset() % 8 else rows  # it is read by words later
+            each = Held(first=first, rows=own, digest=(lane0, lane1))
             held.setdefault(self.plan.specs[position].name, []).append(each)
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base | None:
@@ -185,25 +168,77 @@ class Changes:
         return Base(version=version, digest=digest, held={**self.base.held, **self.applied()})
 
 
+def _small_parts(plan: PushPlan, scales: Scales) -> Iterator[Part]:
+    """The rows of sources of which nothing is encoded in several blocks."""
+    positions = plan.columns.position.tolist()
+    for number, source in enumerate(plan.sources):
+        if number in plan.columns.as_is:
+            yield positions[number], source.first, source.rows
+        elif source.rows.nbytes <= SOURCE_BYTES:
+            yield from _encoded(plan, scales, number)
+
+
+def _encoded(plan: PushPlan, scales: Scales, number: int) -> Iterator[Part]:
+    position, source = int(plan.columns.position[number]), plan.sources[number]
+    place = {spec.name: position + i for i, spec in enumerate(source.specs)}
+    for spec, first, data in encoded(source, scales.get(source.name)):
+        yield place[spec.name], first, data
+
+
 def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:
-    """Encode everything and compare it with the base, a source at a time."""
+    """Encode everything and compare it with the base, a source at a time, and those of a few bytes many at a time."""
     digests = np.zeros((len(plan.specs), 2), np.uint64)
     patches: list[Patch] = []
     everything: dict[str, list[Held]] = {}
-    for position, source in zip(plan.columns.position.tolist(), plan.sources, strict=True):
-        parts: dict[str, list[Held]] = {}
-        places = {spec.name: (position + i, spec) for i, spec in enumerate(source.specs)}
-        for spec, first, data in encoded(source, scales.get(source.name)):
-            parts.setdefault(spec.name, []).append(Held(first=first, rows=data, digest=(0, 0)))
-        for name, blocks in parts.items():
-            at, spec = places[name]
-            for below in _stacks(blocks):
-                first, new = below[0].first, torch.cat([each.rows for each in below])
-                patch, held = _compared(at, spec, base.rows_at(name, first), first, new)
-                patches += [patch] if patch is not None else []
-                digests[at] += np.array(held.digest, np.uint64)
-                everything.setdefault(name, []).append(held)
+    for (position, first, rows), old, is_same in _beside(plan, scales, base):
+        spec = plan.specs[position]
+        patch, held = None, old
+        if held is None or not is_same:
+            patch, held = _compared(position, spec, old, first, rows)
+        patches += [patch] if patch is not None else []
+        digests[position] += np.array(held.digest, np.uint64)
+        everything.setdefault(spec.name, []).append(held)
     return Changes(plan=plan, base=base, patches=tuple(patches), digests=digests, held=everything)
+
+
+def _beside(plan: PushPlan, scales: Scales, base: Base) -> Iterator[tuple[Part, Held | None, bool]]:
+    """All rows, in memory of their own unless they are known to be as in the base; what it has in their place; and
+    whether they are known to be."""
+
+    def old_of(position: int, first: int) -> Held | None:
+        return base.rows_at(plan.specs[position].name, first)
+
+    for block in blocks_of(_small_parts(plan, scales)):
+        parts = block.parts(plan.columns)
+        olds = [old_of(position, first) for position, first, _ in parts]
+        for (position, first, rows), old, is_same in zip(parts, olds, _are_same(parts, olds), strict=True):
+            yield (position, first, rows if is_same else rows.clone()), old, is_same
+    for number, source in enumerate(plan.sources):
+        if source.rows.nbytes > SOURCE_BYTES:
+            found: dict[int, list[Held]] = {}
+            for position, first, rows in _encoded(plan, scales, number):
+                found.setdefault(position, []).append(Held(first=first, rows=rows, digest=(0, 0)))
+            for position, held in found.items():
+                for below in _stacks(held):
+                    rows, first = torch.cat([each.rows for each in below]), below[0].first
+                    yield (position, first, rows), old_of(position, first), False
+
+
+def _are_same(parts: Sequence[Part], olds: Sequence[Held | None]) -> list[bool]:
+    """Which rows are those of the base, of many that are looked at together; of one alone it is not asked."""
+    alike = [
+        (i, rows.view(-1), old.rows.view(-1))
+        for i, ((_, _, rows), old) in enumerate(zip(parts, olds, strict=True))
+        if old is not None and old.rows.device == rows.device and old.rows.shape == rows.shape
+    ]
+    same = [False] * len(parts)
+    if len(parts) > 1 and alike:
+        new, old = torch.cat([each for _, each, _ in alike]), torch.cat([each for _, _, each in alike])
+        ends = np.cumsum([each.numel() for _, each, _ in alike])
+        changed = np.searchsorted(ends, (new != old).nonzero().flatten().numpy(), "right")
+        for at in set(range(len(alike))).difference(changed.tolist()):
+            same[alike[at][0]] = True
+    return same
 
 
 def _stacks(held: Iterable[Held]) -> Iterator[list[Held]]:

@@ -175,7 +175,7 @@ def check(chunk: Chunk) -> None:
         )
 
 
-def _checksum(parts: Iterable[bytes | memoryview]) -> int:
+def _checksum(parts: Iterable[Any]) -> int:
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)

@@ -90,6 +90,12 @@ class Block:
         """Bytes of each tensor's rows."""
         return self.num_rows * columns.row_bytes[self.position]
 
+    def parts(self, columns: Columns) -> list[Part]:
+        """The rows of each, uint8 [n, bytes of a row], views."""
+        entries = zip(self.position.tolist(), self.first.tolist(), self.num_rows.tolist(), strict=True)
+        flats = self.data.split_with_sizes(self.sizes(columns).tolist())
+        return [(at, first, flat.view(n, -1)) for (at, first, n), flat in zip(entries, flats, strict=True)]
+
     def digests(self, columns: Columns) -> Digests:
         """What each of its rows adds to a tensor's digest, [n, 2]."""
         row_bytes, keys = columns.row_bytes[self.position], columns.keys[self.position]
