@@ -143,7 +143,7 @@ def page(rows: list[Row]) -> str:
             "# M trainer ranks, replicas of N ranks",
             "",
             "Written by `python -m tests.bench.matrix --markdown`: a Llama of 40 million weights in NVFP4,",
-            "laid out for TRT-LLM; plain processes on one machine, control over gRPC, bytes through shared memory. Full",
+            "laid out for TRT-LLM; plain processes on one machine, control over gRPC, bytes in shared memory. Full",
             f"pushes, and deltas that change {100 * CHANGED:g} % of all elements; medians of {PUSHES}. The ranks take",
             f"turns on {len(os.sched_getaffinity(0))} cores: what more ranks cost here they would not cost on machines",
             "of their own. Peak memory is a process's, with about 0.5 GB of Python and torch in it.",
