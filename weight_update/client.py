@@ -269,8 +269,7 @@ class Pusher:
         ranks, given = self._ranks, named_items(model)
         key = manifest.fingerprint, scope if isinstance(scope, str) else tuple(scope)
         again = None if self._last is None else self._last.again(key, given)
-        if all(ranks.gather(again is not None)):
-            assert again is not None
+        if all(ranks.gather(again is not None)) and again is not None:
             return again
         offer = offer_of(manifest, given, scope, names=self._names)
         shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
