@@ -1,6 +1,6 @@
 """People: the `transfuse` command, the demo and its report.
 
-cli.py         every command, one function each
+cli.py         the table of commands; running.py, admin.py and others have them, one function each
 conformance.py what other libraries wrote, against our rows; cases_*.py say what is compared, fixtures.py reads it
 exits.py       exit codes and what each stands for
 demo.py        the main job on one machine
@@ -14,4 +14,5 @@ progress.py    bars on stderr
 planning.py    what a push would send and take: plan, simulate
 scenario.py    a trainer and a service that need not exist; scenarios/*.toml come with the release
 picture.py     who sends what to whom
+*_page.py      pages of docs that are written from tables
 """

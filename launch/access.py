@@ -14,7 +14,7 @@ from weight_update.security import ROLES, Security, Tokens, token_line
 
 from .options import Json, emit
 
-app = typer.Typer(help="Who may do what.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Who may do what.", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
 
 FIRST = (("read", "reader"), ("push", "trainer"), ("admin", "operator"), ("service", "fleet"))
 

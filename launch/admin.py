@@ -31,6 +31,20 @@ def status(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     emit(reply, status_text(reply), as_json)
 
 
+def describe(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Parameters that a push brings, and the ranks.
+
+    With --json also every tensor, and which of its rows each rank holds.
+    """
+    from protos import transfuse_pb2 as pb
+
+    from .rpc import ask, values
+    from .tables import describe_text
+
+    reply = values(ask(target, "Describe", pb.DescribeRequest(), timeout_s=60.0))
+    emit(reply, describe_text(reply), as_json)
+
+
 def versions(last: Last = 0, target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
     """Committed versions, oldest first."""
     from protos import transfuse_pb2 as pb

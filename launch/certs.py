@@ -12,7 +12,9 @@ from .options import Json, emit
 if TYPE_CHECKING:
     from .authority import Issued
 
-app = typer.Typer(help="Certificates for TLS between nodes.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Certificates for TLS between nodes.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+)
 
 NODES = "HOST, or HOST=NAME,... with further names and addresses that it is dialed by; repeatable."
 Folder = Annotated[Path, typer.Argument(help="Folder of the authority.")]

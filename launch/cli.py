@@ -1,58 +1,90 @@
-"""The `transfuse` command. Each command imports what it needs when it runs: `--help` loads neither torch nor ray."""
+"""The `transfuse` command: a table of commands.
+
+A command is loaded when it is asked for, and imports what it needs when it runs: neither the help nor the commands of
+administrators load torch or ray.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
-from weight_update.errors import PlanError, WeightUpdateError
+from weight_update.errors import WeightUpdateError
 
-from . import access, admin, certs, exits, planning, proofs, replicas, settings, tools
-from . import node as nodes
-from . import store as stores
-from .compare import compare
-from .denoise import denoise
-from .explain import explain
-from .options import (
-    DEFAULT_TARGET,
-    CommitBetween,
-    Compile,
-    Components,
-    Format,
-    Grace,
-    Json,
-    Keep,
-    KeepBytes,
-    Layout,
-    Listen,
-    LogFormat,
-    MetricsPort,
-    MinReplicas,
-    Offload,
-    OnCommit,
-    Record,
-    Scrub,
-    StateFolder,
-    StoreFolder,
-    Target,
-    emit,
-)
-from .replay import replay
-from .top import top
+from . import access, exits, settings
 
-CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
+# module -> its commands, in the order of the help; "name=app" is a group of commands
+MODULES = {
+    "running": "demo demo-diffusion serve push probe",
+    "node": "node doctor",
+    "admin": "status describe versions verify pause resume drain abort watch events",
+    "top": "top",
+    "explain": "explain",
+    "replay": "replay",
+    "store": "rollback reset export",
+    "planning": "plan simulate",
+    "denoise": "denoise",
+    "compare": "compare",
+    "tools": "calibrate build-mixed convert-fp8",
+    "proofs": "formats conformance chaos",
+    "replicas": "replica=app",
+    "certs": "certs=app",
+    "access": "tokens=app",
+}
+# command -> module, function
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    name: (module, attribute or name.replace("-", "_"))
+    for module, names in MODULES.items()
+    for name, _, attribute in (each.partition("=") for each in names.split())
+}
+
+
+class Loaded(Mapping[str, Any]):
+    """Commands by name, each loaded at its first use: to prepare all of them takes longer than most of them run."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            module, attribute = COMMANDS[name]
+            found = getattr(import_module(f"{__package__}.{module}"), attribute)
+            self._made[name] = made = get_command(found if isinstance(found, typer.Typer) else _app_of(found))
+            made.name = name
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Commands(TyperGroup):
+    """The group of them all."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands: Any = Loaded()
+
+
+def _app_of(function: Any) -> typer.Typer:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(function)
+    return app
+
 
 app = typer.Typer(
     name="transfuse",
+    cls=Commands,
     help="Puts new weights into running, quantized, FSDP-sharded models.",
     epilog=f"\b\nExit codes:\n{exits.as_text()}\n\nOptions with an environment variable come from {settings.WHERE}.",
     no_args_is_help=True,
@@ -61,271 +93,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-# ---------------------------------------------------------------- what runs processes
-
-
-@app.command()
-def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Policy-gradient steps, each with a push.")] = 4,
-    out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("transfuse-demo"),
-    as_json: Json = False,
-) -> None:
-    """Run the main job on this machine.
-
-    2 replicas of 2 ranks serve SmolLM2-135M in NVFP4; a trainer learns from their samples and pushes its weights after
-    each step. With --json one object a step: version, reward, logical_bytes, wire_bytes, seconds, pause_s,
-    digest_verified (true only if every rank's installed digest equals the trainer's), phases, timings and more.
-    """
-    with _loading():
-        from .demo import run, to_people, to_scripts
-        from .demo_text import TEXT
-
-    run(TEXT, steps, out, to_scripts() if as_json else to_people())
-
-
-@app.command("demo-diffusion")
-def demo_diffusion(
-    steps: Annotated[int, typer.Option(min=1, help="Reward-weighted steps, each with a push.")] = 4,
-    out: Annotated[Path, typer.Option(help="Folder of report.html.")] = Path("transfuse-demo-diffusion"),
-    as_json: Json = False,
-) -> None:
-    """Run the main job with a diffusion transformer.
-
-    A tiny FLUX.1 transformer is taught to paint discs; 2 replicas of 2 ranks serve it in NVFP4, a trainer learns from
-    their pictures which colour is liked, and pushes after each step.
-    """
-    with _loading():
-        from .demo import run, to_people, to_scripts
-        from .demo_pictures import PICTURES
-
-    run(PICTURES, steps, out, to_scripts() if as_json else to_people())
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Option(help=CHECKPOINT)],
-    format: Format = "nvfp4",
-    layout: Layout = "auto",
-    replicas: Annotated[int, typer.Option(min=1, help="Full copies of the model.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that share one copy.")] = 1,
-    listen: Listen = DEFAULT_TARGET,
-    min_replicas: MinReplicas = 0,
-    state: StateFolder = None,
-    store: StoreFolder = None,
-    keep: Keep = 4,
-    keep_bytes: KeepBytes = None,
-    scrub: Scrub = 600.0,
-    component: Components = [],  # noqa: B006 - typer copies it
-    commit_between: CommitBetween = "steps",
-    on_commit: OnCommit = "continue",
-    offload: Offload = "none",
-    compile: Compile = False,
-    grace: Grace = 30.0,
-    metrics_port: MetricsPort = 0,
-    log_format: LogFormat = "text",
-    record: Record = None,
-    as_json: Json = False,
-) -> None:
-    """Serve a model or a diffusion pipeline until Ctrl-C or SIGTERM.
-
-    Prints the address once it serves, with --json as an object. A stop lets running requests end, for --grace seconds.
-    """
-    with _loading():
-        from .serve import configured, kept, run, seen
-
-    how = {"commit_between": commit_between, "on_commit": on_commit, "offload": offload, "compile": compile}
-    how |= {"replicas": replicas, "ranks": ranks, "listen": listen}
-    with _reading_checkpoints(), TemporaryDirectory(prefix="transfuse-serve-") as scratch:
-        config = configured(
-            component,
-            model=model,
-            format=format,
-            layout=layout,
-            state_dir=Path(scratch) if state is None else state,
-            min_replicas=min_replicas,
-            store=kept(store, keep, keep_bytes),
-            scrub_s=scrub,
-            security=access.security(),
-            seeing=seen(metrics_port, log_format, record),
-            **how,
-        )
-        run(config, lambda at: emit({"address": at}, f"serving {model} at {at}; Ctrl-C stops it", as_json), grace)
-
-
-@app.command()
-def push(
-    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT)],
-    target: Target = DEFAULT_TARGET,
-    scope: Annotated[
-        list[str], typer.Option(help="'all', or a name pattern, repeatable; the rest is carried over.")
-    ] = ["all"],  # noqa: B006 - typer copies it
-    base_version: Annotated[int | None, typer.Option(help="Refuse unless this version is current.")] = None,
-    push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
-    durable: Annotated[bool, typer.Option("--durable", help="Return once the version is stored, too.")] = False,
-    transport: Annotated[
-        str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
-    ] = "auto",
-    as_json: Json = False,
-) -> None:
-    """Push a checkpoint as the next version."""
-    from dataclasses import asdict
-
-    with _loading():
-        from quant.checkpoint import open_checkpoint
-        from weight_update.client import Pusher
-
-    from .progress import Bars
-    from .tables import mebibytes
-
-    bars = Bars()
-
-    def on_progress(phase: str, done: int, total: int) -> None:
-        bars.update("push", done, total)
-
-    pusher = Pusher(target, mode="full", transport=transport, on_progress=on_progress, security=access.security())
-    with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
-        items = ((name, opened.rows(name)) for name in opened.names())
-        one = scope[0] if len(scope) == 1 else scope
-        report = pusher.push(items, one, base_version=base_version, push_id=push_id, durable=durable)
-    verified = "digest verified" if report.digest_verified else "digest not verified"
-    emit(
-        asdict(report),
-        f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
-        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s (predicted"
-        f" {sum(report.predicted.values()):.2f} s, {report.bottleneck}), pause {1e3 * report.pause_s:.0f} ms,"
-        f" {report.carried_over} parameters carried over, {', '.join(report.transports)}",
-        as_json,
-    )
-
-
-# ---------------------------------------------------------------- what asks a running service
-
-
-@app.command()
-def probe(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    target: Target = DEFAULT_TARGET,
-    as_json: Json = False,
-) -> None:
-    """Stream text with the version of its tokens.
-
-    [v3] marks where version 3 of the weights takes over. With --json one object a token.
-    """
-    from collections import Counter
-
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import generate, values
-
-    request = pb.GenerateRequest(
-        prompts=[pb.Prompt(text=prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
-    counts: Counter[int] = Counter()
-    previous, printed = None, 0
-    for token in generate(target, request):
-        mark = f"[v{token.version}]" if token.version != previous else ""
-        previous = token.version
-        counts[token.version] += 1
-        mark = f"\n[begins again]{mark}" if token.position < printed else mark
-        printed = token.position + 1
-        sys.stdout.write(json.dumps(values(token)) + "\n" if as_json else mark + token.text)
-        sys.stdout.flush()
-    if not as_json:
-        sys.stdout.write("\n" + ", ".join(f"{n} tokens of version {version}" for version, n in counts.items()) + "\n")
-
-
-@app.command()
-def describe(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Parameters that a push brings, and the ranks.
-
-    With --json also every tensor, and which of its rows each rank holds.
-    """
-    from protos import transfuse_pb2 as pb
-
-    from .rpc import ask, values
-    from .tables import describe_text
-
-    reply = values(ask(target, "Describe", pb.DescribeRequest(), timeout_s=60.0))
-    emit(reply, describe_text(reply), as_json)
-
-
-@app.command()
-def formats(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Formats and layouts that this release knows."""
-    from . import tables
-
-    rows = {"formats": tables.formats(), "layouts": tables.layouts()}
-    render = tables.markdown if as_markdown else tables.aligned
-    emit(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
-
-
-# ---------------------------------------------------------------- what has a module of its own
-
-
-for command in (
-    nodes.node,
-    nodes.doctor,
-    admin.status,
-    admin.versions,
-    admin.verify,
-    admin.pause,
-    admin.resume,
-    admin.drain,
-    admin.abort,
-    admin.watch,
-    admin.events,
-    top,
-    explain,
-    replay,
-    stores.rollback,
-    stores.reset,
-    stores.export,
-    planning.plan,
-    planning.simulate,
-    denoise,
-    compare,
-    tools.calibrate,
-    tools.build_mixed,
-    tools.convert_fp8,
-    proofs.conformance,
-    proofs.chaos,
-):
-    app.command()(command)
-app.add_typer(replicas.app, name="replica")
-app.add_typer(certs.app, name="certs")
-app.add_typer(access.app, name="tokens")
 app.callback()(access.take)
-
-
-# ---------------------------------------------------------------- around a command
-
-
-def _loading() -> AbstractContextManager[None]:
-    """Progress of imports: torch, transformers and ray take seconds."""
-    from .progress import Bars
-
-    return Bars().show("load libraries")
-
-
-@contextmanager
-def _reading_checkpoints() -> Iterator[None]:
-    """A checkpoint that cannot be read is bad input, like any other plan that does not fit."""
-    from quant.checkpoint import CheckpointError
-    from quant.families import FamilyError
-    from quant.pipelines import PipelineError
-
-    try:
-        yield
-    except (CheckpointError, FamilyError, PipelineError) as error:
-        raise PlanError(str(error)) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -19,15 +19,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weight_update.errors import MemberError, PlanError, raise_all
 
 from . import access
-from .deployment import Deployment, Role, environment, fleet_config, ray_command, read
 from .options import Json, emit
+
+if TYPE_CHECKING:  # deployment loads pydantic, which takes longer than most commands
+    from .deployment import Deployment, Role
 
 POLL_S = 0.5
 STOP_S = 30.0  # for Ray's processes to end
@@ -92,6 +94,8 @@ def doctor(
 
 def _chosen(file: Path | None, **roles: bool) -> tuple[Deployment, Role]:
     """The deployment, and the one role that was named."""
+    from .deployment import read
+
     named = [name for name, is_set in roles.items() if is_set]
     if file is None or len(named) != 1:
         raise typer.BadParameter("expected FILE and one of --head, --join and --attach")
@@ -148,6 +152,7 @@ ROLES: dict[Role, Callable[[Deployment, Callable[[str], None]], None]] = {
 
 
 def _serve(deployment: Deployment, ray_address: str, ready: Callable[[str], None]) -> None:
+    from .deployment import fleet_config
     from .serve import run
 
     run(fleet_config(deployment, ray_address), ready, grace_s=deployment.cluster.grace_s)
@@ -156,6 +161,7 @@ def _serve(deployment: Deployment, ray_address: str, ready: Callable[[str], None
 @contextmanager
 def _ray_node(deployment: Deployment, role: Role) -> Iterator[str]:
     """Ray's processes of this node while entered; this node's address. They stay out of the terminal's signals."""
+    from .deployment import environment, ray_command
     from .doctor import examine, node_address, require
 
     findings = examine(deployment, role)

@@ -88,7 +88,15 @@ MetricsPort = Annotated[
         min=0,
         max=65535,
         metavar="PORT",
-        help="Metrics and a status page on loopback; the ranks' metrics on the ports after it. 0 is none.",
+        help="Metrics and a status page; the ranks' metrics on the ports after it. 0 is none.",
+    ),
+]
+MetricsAt = Annotated[
+    str,
+    typer.Option(
+        "--metrics-at",
+        metavar="loopback|node",
+        help="'node': at the addresses of --listen and of the ranks, with their certificates and tokens.",
     ),
 ]
 Record = Annotated[

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:  # rich is loaded by the commands that show bars
+    from rich.progress import Progress, TaskID
 
 
 class Bars:
@@ -16,6 +17,8 @@ class Bars:
     """
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -23,6 +26,8 @@ class Bars:
     @contextmanager
     def show(self, what: str = "") -> Iterator[None]:
         """Show bars; the first one is for `what`, where it is given."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         disable = not self._console.is_terminal
         with Progress(*columns, console=self._console, transient=True, disable=disable) as self._progress:

@@ -1,4 +1,4 @@
-"""`transfuse conformance` and `chaos`: what this machine can prove of a release."""
+"""`transfuse formats`, `conformance` and `chaos`: what a release knows, and what this machine can prove of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Annotated
 import typer
 
 from .options import Json, emit
+
+
+def formats(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Formats and layouts that this release knows."""
+    from . import tables
+
+    rows = {"formats": tables.formats(), "layouts": tables.layouts()}
+    render = tables.markdown if as_markdown else tables.aligned
+    emit(rows, "\n\n".join(render(table) for table in rows.values()), as_json)
 
 
 def conformance(

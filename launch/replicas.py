@@ -12,7 +12,12 @@ from .options import DEFAULT_TARGET, Json, Target, emit
 
 POLL_S = 0.5
 
-app = typer.Typer(help="Add or remove a replica of a running service.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Add or remove a replica of a running service.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
 
 Wait = Annotated[float, typer.Option("--timeout", metavar="S", min=1.0, help="Seconds to wait for it.")]
 

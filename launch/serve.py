@@ -13,7 +13,7 @@ from quant.layouts import LAYOUTS
 from service.fleet import FleetConfig
 from service.keeper import StoreConfig
 from service.logs import FORMATS as FORMATS_OF_LOGS
-from service.logs import Seeing
+from service.logs import PLACES, Seeing
 from weight_update.errors import PlanError, WeightUpdateError, raise_all
 
 from .interrupts import ForegroundFleet, hold_interrupts, raise_interrupts
@@ -36,13 +36,15 @@ def kept(store: Path | None, keep: int, keep_bytes: int | None) -> StoreConfig |
     return None if store is None else StoreConfig(directory=store.resolve(), keep=keep, keep_bytes=keep_bytes)
 
 
-def seen(metrics_port: int, log_format: str, record: Path | None) -> Seeing:
+def seen(metrics_port: int, metrics_at: str, log_format: str, record: Path | None) -> Seeing:
     """What the processes show of themselves, from the command line."""
-    found = [each for each in FORMATS_OF_LOGS if each == log_format]
-    if not found:
-        raise PlanError(f"--log-format {log_format}: expected one of {', '.join(FORMATS_OF_LOGS)}")
-    record_dir = None if record is None else record.resolve()
-    return Seeing(metrics_port=metrics_port, log_format=found[0], record_dir=record_dir)
+    given = (("--log-format", log_format, FORMATS_OF_LOGS), ("--metrics-at", metrics_at, PLACES))
+    problems = [
+        f"{option} {value}: expected one of {', '.join(known)}" for option, value, known in given if value not in known
+    ]
+    raise_all(PlanError, "serve refused", problems)
+    where: Any = {"metrics_at": metrics_at, "log_format": log_format}
+    return Seeing(metrics_port=metrics_port, record_dir=None if record is None else record.resolve(), **where)
 
 
 def run(config: FleetConfig, ready: Callable[[str], None], grace_s: float) -> None:

@@ -50,6 +50,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def defaults(command: Any, values: dict[str, Any], path: Path) -> dict[str, Any]:
     """click's default_map of a command and of those below it. PlanError where a key is no option of any of them."""
+    if not values:  # nor is any command loaded then
+        return {}
     known = {name for each in _below(command) for name in _options(each)}
     unknown = [f"{key}: expected one of {', '.join(sorted(known))}" for key in values if key not in known]
     raise_all(PlanError, f"config file {path}", unknown)

@@ -48,7 +48,8 @@ def page() -> str:
         "# What is supported, and what of it was run\n\nWritten by `python -m launch.support_page` from the tables of"
         " formats, layouts and families.\nA model takes every format and layout of the kinds of modules that it is made"
         " of. `run`: the tests do it, on a CPU.\nA kernel that is `not run` gets bytes that equal those of the library"
-        " named in README.md; nobody here has started it.\n\n"
+        " named in formats.md; nobody here has started it.\n`UNTESTED`: forward calls it where the device has it, with"
+        " arguments that are tested; the call was never made.\n\n"
         f"{markdown(MODELS)}\n\n{markdown(pairs())}\n"
     )
 

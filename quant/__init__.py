@@ -14,6 +14,8 @@ derived     rows of the table of derived scalars
 backends    rows of the layout table
 layouts     what a row means for one module: storages, placements, derived scalars, and which row it gets
 whole       all tensors of a module at once, with a tag that says in which order their bytes are
+gemms       rows of the table of matrix products that forward calls where the device has them
+gemms_fp*   their calls: torch's on FP8, flashinfer's on FP4 (untested); activation_loops: Triton before the first
 modules     quantized Linear and experts that compute from kernel-layout bytes
 parameters  one weight as a trainer names it
 names       trainer names to parameter names

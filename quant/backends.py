@@ -46,7 +46,8 @@ class Layout:
     linear, tiles of 128 rows or nothing. kernel_rows, transposed: the view of the storage that a kernel is fed, rows
     padded to a multiple, or [elements, rows]. swap_nibbles: the checkpoint has the first element in the high nibble.
     scratch_rows: how many rows apply and invert hold at most. seam: what comes between these bytes and the kernel and
-    is not done here. kernel: whether the kernel itself has run on these bytes.
+    is not done here. kernel: whether the kernel itself has run on these bytes. gemm: the row of `quant.gemms.GEMMS`
+    that forward calls where the device has it, "" where forward decodes everywhere.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Layout:
     seam: str = ""
     oracle: str = ""
     kernel: str = "not run"
+    gemm: str = ""
 
     @property
     def family(self) -> str:
@@ -105,6 +107,9 @@ _NZ_CAST = "torch_npu.npu_format_cast(weight, 29) to FRACTAL_NZ, in place: descr
 
 _NPU: tuple[tuple[str, LayoutKind], ...] = (("npu_linear", "linear"), ("npu_moe", "experts"))
 
+_UNTESTED = "never run; forward calls flashinfer's {} where it is: UNTESTED"
+_MM_FP4, _MOE_FP4 = _UNTESTED.format("mm_fp4"), _UNTESTED.format("trtllm_fp4_block_scale_routed_moe")
+
 _DIT = "sglang 0.5.23 multimodal_gen _process_backend_weights"
 _TRTLLM_MOE = "flashinfer 0.7.2 fused_moe.prepare"
 
@@ -122,6 +127,8 @@ LAYOUTS: dict[str, Layout] = {
             kernel_rows=128,
             derived=LINEAR_SCALARS,
             oracle=f"{_DIT} (trtllm) on flashinfer index functions",
+            kernel=_MM_FP4,
+            gemm="mm_fp4_trtllm",
         ),
         Layout(
             name="cutlass_linear",
@@ -132,6 +139,8 @@ LAYOUTS: dict[str, Layout] = {
             kernel_rows=32,
             derived=LINEAR_SCALARS,
             oracle=f"{_DIT} (cutlass)",
+            kernel=_MM_FP4,
+            gemm="mm_fp4_cutlass",
         ),
         Layout(
             name="trtllm_linear_mxfp8",
@@ -160,6 +169,8 @@ LAYOUTS: dict[str, Layout] = {
             transposed=True,  # a view [elements, rows] of strides (1, elements): the storage stays as it is
             derived=LINEAR_SCALARS,
             oracle="torch.Tensor.t of the checkpoint's weight",
+            kernel="torch._scaled_mm, run on sm_90",
+            gemm="scaled_mm",
         ),
         Layout(
             name="trtllm_linear_fp8",
@@ -186,6 +197,8 @@ LAYOUTS: dict[str, Layout] = {
             multiples={"hidden": 64, "inter": 64},
             derived=_TRTLLM_SCALARS,
             oracle="sglang 0.5.23 prepare_static_weights_for_trtllm_fp4_moe on flashinfer index functions",
+            kernel=_MOE_FP4,
+            gemm="trtllm_fp4_moe",
         ),
         Layout(
             name="cutlass_moe",
@@ -254,6 +267,8 @@ LAYOUTS: dict[str, Layout] = {
                 swap_nibbles=swapped,
                 derived=LINEAR_SCALARS,
                 oracle=f"{_DIT} ({backend}), _prepare_nvfp4_weight_bytes",
+                kernel=_MM_FP4,
+                gemm=f"mm_fp4_{backend}",
             )
             for backend, archs, maps, orders, kernel_rows in (
                 ("trtllm", BLACKWELL, (ShuffleRows(128),), _PADDED_SCALES, 128),

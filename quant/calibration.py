@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import read_object
 from .excludes import Excludes
 from .families import FAMILIES, family_of, is_served
 from .output import ToolError, require
-from .rewriting import CONFIG, Shards, beside, read_json, unmatched
+from .rewriting import CONFIG, Shards, beside, unmatched
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,13 @@ def load_model(model_dir: Path, device: str = "cpu") -> nn.Module:
 
 
 def _is_diffusers(model_dir: Path) -> bool:
-    return CLASS_NAME in read_json(model_dir / CONFIG)
+    return CLASS_NAME in read_object(model_dir / CONFIG)
 
 
 def _diffusers_model(model_dir: Path, device: str) -> nn.Module:
     import diffusers
 
-    name = read_json(model_dir / CONFIG)[CLASS_NAME]
+    name = read_object(model_dir / CONFIG)[CLASS_NAME]
     if not is_served(name):
         raise ToolError(f"{model_dir}: {name}; known: {', '.join(row.class_name for row in FAMILIES.values())}")
     kind: Any = getattr(diffusers, name)

@@ -40,6 +40,7 @@ __all__ = [
     "apply_rows",
     "choose_layout",
     "device_arch",
+    "device_name",
     "invert_bytes",
     "invert_rows",
     "misfits",
@@ -87,9 +88,10 @@ class StorageSpec:
 
     def kernel_view(self, storage: Tensor) -> Tensor:
         """What a kernel is fed: the same memory, whole, units as one matrix, cut to its rows, transposed by strides."""
-        view = storage.view(self.kernel_dtype).view(self.shape)
+        view = storage.view(self.kernel_dtype)
+        view = view if view.shape == self.shape else view.view(self.shape)
         view = view.flatten(0, 1) if self.flat else view
-        view = view[: self.kernel_rows]
+        view = view if self.kernel_rows in (None, len(view)) else view[: self.kernel_rows]
         return view.t() if self.transposed else view
 
 
@@ -301,7 +303,7 @@ def choose_layout(
 
     arch: compute capability of the device (100), None without one. A row of another kind stands for its family.
     """
-    device = _device_name(arch)
+    device = device_name(arch)
     if wanted == "auto":
         able = next((row for row in _fitting(kind, fmt, shape) if row.serves(arch)), LAYOUTS["plain"])
         _require_fit(able, kind, fmt, kind, shape)
@@ -312,16 +314,19 @@ def choose_layout(
     return row, f"asked for {wanted}" + ("" if row.serves(arch) else f"; no kernel for {device}, forward decodes")
 
 
-def device_arch() -> Arch | None:
-    """What kernels of this process run on: the CUDA device it uses, an Ascend, or None."""
+def device_arch(device: torch.device | None = None) -> Arch | None:
+    """What kernels run on: this device, by default the one that this process uses. None for a CPU."""
+    if device is not None and device.type not in ("cuda", "npu"):
+        return None
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
     npu = getattr(torch, "npu", None)  # there once torch-npu is imported
     return "ascend" if npu is not None and npu.is_available() else None
 
 
-def _device_name(arch: Arch | None) -> str:
+def device_name(arch: Arch | None) -> str:
+    """An architecture for people."""
     if arch is None:
         return "a device of no compute capability"
     return f"sm_{arch}" if isinstance(arch, int) else arch

@@ -1,15 +1,17 @@
 """Quantized modules: parameters in kernel layout, forward from those very bytes.
 
-Where no kernel for the layout exists, `decode_` reads the installed bytes through the inverse index into BF16 buffers,
-once a version, at addresses that stay. The buffers hold code times block scale, which BF16 holds exactly; the global
-scales reach the output through the derived scalars, as they would in the kernel's epilogue.
+Where the device has a kernel for the layout (quant.gemms), forward feeds it the parameters themselves. Elsewhere
+`decode_` reads the installed bytes through the inverse index into BF16 buffers, once a version, at addresses that stay.
+The buffers hold code times block scale, which BF16 holds exactly; the global scales reach the output through the
+derived scalars, as they would in the kernel's epilogue.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from .cells import Changed, Refresh, needed_of, touched_cells
 from .formats import Format, decode_unscaled
+from .gemms import Gemm, choose_gemm
 from .layouts import (
     Layout,
     LayoutPlan,
@@ -27,6 +30,8 @@ from .layouts import (
     plan_linear,
     quantized_names,
 )
+
+log = logging.getLogger(__name__)
 
 # Scratch of a decode: the packed rows of a piece of this many decoded bytes, small enough to stay in the cache.
 PIECE_BYTES = 1 << 20
@@ -53,6 +58,8 @@ class QuantModule(nn.Module):
         super().__init__()
         self.plan, self.fmt, self.layout, self.name = plan, fmt, layout, name
         self.layout_tag: str | None = None
+        self.gemm: Gemm | None = None  # chosen where the parameters are, once a version
+        self._views: dict[str, Tensor] = {}  # see kernel_operands
         # Zeros, not empty: padding bytes belong to no tensor, and nobody writes them again.
         for storage in plan.storages:
             self._register(storage.leaf, torch.zeros(storage.shape, dtype=storage.dtype, device=device))
@@ -100,8 +107,33 @@ class QuantModule(nn.Module):
         )
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a layout's multiples are of, by name."""
+        raise NotImplementedError
+
+    def kernel_operands(self) -> dict[str, Tensor]:
+        """What a kernel is fed, by leaf: the view of every storage that it wants, the derived scalars, and a bias.
+
+        No copies. Look again in every forward: what FSDP gathers does not stay where it was. Views are kept as long as
+        they show the parameter's memory, since making one takes as long as a launch; a compiler keeps none.
+        """
+        found: dict[str, Tensor] = {name: each for name, each in self._parameters.items() if each is not None}
+        views = {} if torch.compiler.is_compiling() else self._views
+        for storage in self.plan.storages:
+            whole, view = found[storage.leaf], views.get(storage.leaf)
+            if view is None or view.data_ptr() != whole.data_ptr():
+                view = views[storage.leaf] = storage.kernel_view(whole.detach())
+            found[storage.leaf] = view
+        return found
+
+    def _choose_gemm(self) -> tuple[Gemm | None, str]:
+        return choose_gemm(self.layout, self.sizes, next(self.parameters()).device, getattr(self, "act_fn", None))
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes of the decoded buffers, whether they are allocated yet or not."""
+        if self._choose_gemm()[0] is not None:
+            return 0
         return sum(2 * torch.Size(shape).numel() for shape in self.decoded_shapes.values())
 
     @torch.no_grad()
@@ -119,6 +151,12 @@ class QuantModule(nn.Module):
         self._require(self.layout_tag is not None, "its layout was not applied; load weights, then mark_applied()")
         sharded = [name for name, parameter in self.storage_parameters() if hasattr(parameter, "to_local")]
         self._require(not sharded, f"{', '.join(sharded)} hold a shard only; unshard the model before decode_()")
+        self.gemm, why = self._choose_gemm()
+        if self.gemm is not None:
+            _say(self.layout.name, why, self.gemm.tested)
+            for name in self.decoded_shapes:
+                setattr(self, name, None)
+            return
         bytes_of = {name: value.view(-1).view(torch.uint8) for name, value in self.storage_parameters()}
         changed = None if self._allocate() else changed
         for matrix in self.matrices:
@@ -152,6 +190,12 @@ class QuantModule(nn.Module):
             raise LayoutTagError(f"{self.name} ({type(self).__name__}, layout {self.layout.name}): {problem}")
 
 
+@cache
+def _say(layout: str, why: str, tested: bool) -> None:
+    """Once for all modules and versions."""
+    log.log(logging.INFO if tested else logging.WARNING, "layout %s: forward calls %s", layout, why)
+
+
 def _decode_rows(fmt: Format, placements: Sequence[Placement], bytes_of: Mapping[str, Tensor], out: Tensor) -> None:
     parts = list(zip(fmt.components, placements, strict=True))
     needed = needed_of(fmt, placements, bytes_of)
@@ -172,7 +216,7 @@ def _low_nibble_first(at: Placement, row0: int, n: int, storage: Tensor) -> Tens
 
 
 class QuantLinear(QuantModule):
-    """y = (x @ decoded.T) * (alpha * input_scale_inv) + bias."""
+    """y = (x @ decoded.T) * (alpha * input_scale_inv) + bias, or what the layout's kernel makes of the same bytes."""
 
     def __init__(
         self,
@@ -192,6 +236,10 @@ class QuantLinear(QuantModule):
         self.register_buffer("decoded", None, persistent=False)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"rows": self.out_features, "elements": self.in_features}
+
+    @property
     def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"decoded": (self.out_features, self.in_features)}
 
@@ -199,6 +247,8 @@ class QuantLinear(QuantModule):
         yield self.name, "decoded", (slice(None),)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gemm is not None:
+            return self.gemm.run(x, self.kernel_operands(), self.out_features)
         y = F.linear(x, self._decoded("decoded", x))
         if hasattr(self, "alpha"):  # formats without a global scale have all of it in the decoded weight
             # The kernel quantizes x * input_scale_inv and multiplies the sum by alpha; here x stays as it is.
@@ -230,6 +280,10 @@ class QuantExperts(QuantModule):
         self.register_buffer("decoded_w2", None, persistent=False)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"experts": self.num_experts, "hidden": self.hidden, "inter": self.inter}
+
+    @property
     def decoded_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
             "decoded_w13": (self.num_experts, 2 * self.inter, self.hidden),  # gate first, whatever the layout's order
@@ -245,6 +299,8 @@ class QuantExperts(QuantModule):
             yield f"{prefix}.down_proj", "decoded_w2", (expert,)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.gemm is not None:
+            return self.gemm.run(hidden_states, top_k_index, top_k_weights, self.kernel_operands())
         w13, w2 = (self._decoded(name, hidden_states) for name in self.decoded_shapes)
         out = torch.zeros_like(hidden_states)
         # An index past the last expert is transformers' mark of a token that is routed elsewhere.

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import tensor_files
+from .checkpoint import read_object, tensor_files
 from .configs import Quantization, agreed, parse
 from .excludes import ConfigError, Dialect, Excludes
 from .output import REPORT, ToolError
@@ -134,16 +134,6 @@ def weights_folder(path: Path, component: str) -> Path:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ToolError(f"{path}: cannot be read as a JSON object: {error}") from error
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
     """What a folder says of its quantization: the flat form in config.json, the nested one in hf_quant_config.json."""
@@ -186,7 +176,7 @@ class Declared:
 
 def read_declared(directory: Path) -> Declared:
     """The quantization that the folder's JSON files declare."""
-    return Declared(config=read_json(directory / CONFIG), nested=read_json(directory / NESTED_CONFIG))
+    return Declared(config=read_object(directory / CONFIG), nested=read_object(directory / NESTED_CONFIG))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

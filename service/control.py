@@ -278,7 +278,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         shell = self._shell
         with self._recorded("add replica", context, ", ".join(request.addresses)):
             if not request.addresses:  # whoever runs the ranks sees it in the status, and names them
-                return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.replicas))
+                return pb.ReplicaAddReply(replica=shell.roster.ask(shell.protocol.membership.taken()))
             return pb.ReplicaAddReply(replica=shell.add(request.addresses, dead=request.dead))
 
     @refusing

@@ -57,7 +57,7 @@ class ControlServer:
         pb_grpc.add_ControlServicer_to_server(servicer, self._server)
         metrics = CoordinatorMetrics(shell, servicer.status)
         shown = {"/": servicer.page, "/metrics": metrics.text, "/targets": servicer.targets}
-        self.pages = Pages(pages, shown) if pages else None
+        self.pages = Pages(pages, shown, self.guard) if pages else None
         pb_grpc.add_GenerationServicer_to_server(GenerationRouter(shell, codec, security.as_service()), self._server)
         self.address = bind(self._server, listen, security)
         shell.roster.coordinator = self.address

@@ -106,8 +106,7 @@ class CoordinatorShell:
         replies = self.roster.meet(list(recorded.values()) or addresses, self._pool, all_of_them=is_new)
         self.manifest = from_manifest_proto(replies[0].manifest)
         if is_new:
-            for replica in {member.replica for member in self.index.members()}:
-                self.index.dismiss(replica)
+            self.index.disband()
             self.index.enroll({member: spec.address for member, spec in self.roster.specs.items()})
             self._number(loaded)
             self.index.set_fleet(fleet)  # only now: a start that was cut short begins anew
@@ -126,6 +125,7 @@ class CoordinatorShell:
             decided={each.transaction: each.version for each in decisions if each.transaction},
             min_replicas=min_replicas,
             keys={member.replica: key_of(members, member.replica) for member in members},
+            dismissed=self.index.dismissed(),
         )
         self._thread.start()
         self._ticker.start()
@@ -307,6 +307,7 @@ class CoordinatorShell:
         require_one_manifest([self.members[0], *specs], fingerprints)
 
         def enroll() -> None:
+            self.protocol.membership.require_open(specs[0].id.replica)
             self.index.enroll({spec.id: spec.address for spec in specs})
             for address, reply in zip(addresses, replies, strict=True):
                 self.roster.learn(address, reply)

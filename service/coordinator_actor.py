@@ -55,7 +55,7 @@ class CoordinatorActor:
             tokenizer_dir=Path(config_dir),
             keeper=self._keeper,
             security=security,
-            pages=seeing.pages,
+            pages=seeing.pages(listen),
             record_dir=seeing.record_dir,
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quant.checkpoint import read_object
 from quant.pipelines import pipeline_folder
-from sharding.fsdp import layers_of
+from sharding.fsdp import check_capturable, layers_of
 from weight_update.errors import PlanError
 
 from .residence import Offload, Residence
@@ -331,8 +331,11 @@ def compile_blocks(component: nn.Module, backend: str = "inductor") -> None:
     """Compile the forward of every block. What FSDP hooks around it stays as it is.
 
     A graph takes parameters and buffers as inputs, so it computes with what is in them. One graph a shape and no
-    dynamic ones: which kernels a sample meets must not depend on the shapes that came before.
+    dynamic ones: which kernels a sample meets must not depend on the shapes that came before. A backend that replays
+    CUDA graphs keeps addresses, so it is refused over sharded blocks.
     """
+    if backend == "cudagraphs":
+        check_capturable(component)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1 << 16)
     for block in layers_of(component):
         compiled: Any = torch.compile(block.forward, backend=backend, dynamic=False)

@@ -142,6 +142,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, security: Security = PLAINTEXT, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+        self.security = security
         self._tokens = None if security.token_file is None else Tokens(security.token_file)
         self._lock = threading.Lock()  # guards all below; nothing blocks under it
         self._calls: set[_Call] = set()
@@ -202,7 +203,13 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
         if role == OPEN:
             return None
         shown = dict(details.invocation_metadata).get(AUTHORIZATION, "")
-        if not isinstance(shown, str) or not shown.startswith(SCHEME):
+        return self.find(shown if isinstance(shown, str) else "", role)
+
+    def find(self, shown: str, role: str) -> Principal:
+        """Whose authorization this is; DeniedError unless it includes the role."""
+        if self._tokens is None:
+            return ANYBODY
+        if not shown.startswith(SCHEME):
             raise DeniedError(f"a token of role {role} is needed; name its file with --token-file")
         who = self._tokens.find(shown[len(SCHEME) :])
         if who is None:
@@ -212,20 +219,23 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
         return who
 
     def _deny(self, context: grpc.ServicerContext, method: str, why: str) -> NoReturn:
-        host = _host(context)
+        self.failed(_host(context), method, why)
+        refuse(context, DeniedError(f"{method.rpartition('/')[2]}: {why}"))
+
+    def failed(self, host: str, what: str, why: str) -> None:
+        """Somebody at `host` asked without the right to: count it, log it, and let it wait."""
         with self._lock:
             self.num_failed += 1
             count = self._failed[host] = self._failed.pop(host, 0) + 1
             while len(self._failed) > MAX_PEERS:
                 self._failed.popitem(last=False)
         if not count & (count - 1):  # the 1st, 2nd, 4th, 8th: a flood of attempts is no flood of lines
-            log.warning("denied %s to %s: %s (attempt %d from there)", method, host, why, count)
+            log.warning("denied %s to %s: %s (attempt %d from there)", what, host, why, count)
         if self._slowed.acquire(blocking=False):
             try:
                 self._stopped.wait(self.limits.slow_s)
             finally:
                 self._slowed.release()
-        refuse(context, DeniedError(f"{method.rpartition('/')[2]}: {why}"))
 
     def _serve(
         self, handler: Any, requests: Iterator[Any], context: grpc.ServicerContext, who: Principal | None

@@ -17,6 +17,8 @@ from typing import Literal
 
 LogFormat = Literal["text", "json"]
 FORMATS: tuple[LogFormat, ...] = ("text", "json")
+MetricsAt = Literal["loopback", "node"]
+PLACES: tuple[MetricsAt, ...] = ("loopback", "node")
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 FIELDS = ("event", "version", "transaction", "rank", "bytes", "seconds")
 
@@ -27,18 +29,19 @@ log = logging.getLogger(__name__)
 class Seeing:
     """What a process shows of itself.
 
-    metrics_port: of its metrics on loopback, 0 for none; the coordinator's has the status page too. record_dir: of the
-    flight recorder, None for none.
+    metrics_port: of its metrics, 0 for none; the coordinator's has the status page too. metrics_at: on loopback, or at
+    the address of the node at which the process listens for calls. record_dir: of the flight recorder, None for none.
     """
 
     metrics_port: int = 0
+    metrics_at: MetricsAt = "loopback"
     log_format: LogFormat = "text"
     record_dir: Path | None = None
 
-    @property
-    def pages(self) -> str:
-        """host:port of its pages, "" for none."""
-        return f"127.0.0.1:{self.metrics_port}" if self.metrics_port else ""
+    def pages(self, listen: str) -> str:
+        """host:port of the pages of a process that takes calls at `listen`; "" for none."""
+        host = listen.rpartition(":")[0] if self.metrics_at == "node" else "127.0.0.1"
+        return f"{host}:{self.metrics_port}" if self.metrics_port else ""
 
     def after(self, number: int) -> Seeing:
         """That of the rank of this number, counted from 0, where this is the coordinator's."""

@@ -158,7 +158,8 @@ class RankServer:
         if seeing.record_dir is not None:
             self.recorder = Recorder(seeing.record_dir, f"{self.identity.replica}.{self.identity.rank}")
         try:
-            self.pages = Pages(seeing.pages, {"/metrics": self.metrics.text}) if seeing.pages else None
+            listen = seeing.pages(self.address)
+            self.pages = Pages(listen, {"/metrics": self.metrics.text}, self.guard) if listen else None
         except MemberError as error:
             log.warning("rank %s.%s shows no metrics: %s", self.identity.replica, self.identity.rank, error)
 

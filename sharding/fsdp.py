@@ -11,6 +11,7 @@ the gathered ones are other tensors, and their addresses move.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, quantized: Mapping[nn.Mod
         fully_shard(layer, mesh=mesh)
     for root in roots_of(model):
         fully_shard(root, mesh=mesh)
+    for module in _fsdp_modules(model):
+        # Before FSDP's own hook, which gathers. Any nn.Module may be an FSDPModule, which mypy does not know.
+        cast(nn.Module, module).register_forward_pre_hook(_refuse_capture, prepend=True)
     _materialize(model, torch.device(mesh.device_type))
 
 
@@ -115,6 +119,8 @@ def local_bytes(parameter: Tensor) -> Tensor:
 
 def unshard_all(model: nn.Module) -> None:
     """Gather every FSDP module; forwards issue no collective until reshard_all. Collective: every rank calls it."""
+    if is_capturing():
+        check_capturable(model)
     for module in _fsdp_modules(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -131,11 +137,23 @@ def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph records what this thread launches now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(module: nn.Module, args: object) -> None:
+    """Forward pre-hook of every sharded module."""
+    if is_capturing():
+        check_capturable(module)
+
+
 def check_capturable(model: nn.Module) -> None:
     """Raise ShardingError where a CUDA graph of this model's forward would hold addresses that move.
 
     What FSDP gathers lies elsewhere after every forward (and a capture over the gather raises nothing), so only modules
-    that it does not shard may be captured.
+    that it does not shard may be captured. A forward of a sharded module asks by itself while a graph is captured; ask
+    before a capture that does not go through it (a compiler's).
     """
     sharded = [path or type(model).__name__ for path, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:

@@ -164,7 +164,7 @@ def local_service(
     )
     for rank in ranks:
         rank.show(Seeing(record_dir=record_dir))
-        rank.pages = Pages(shown, {"/metrics": rank.metrics.text}) if pages else None
+        rank.pages = Pages(shown, {"/metrics": rank.metrics.text}, rank.guard) if pages else None
     models = [model for _, model in started]
     at = "" if server.pages is None else server.pages.address
     try:

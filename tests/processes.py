@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from service.workers import Serving
 from sharding.cost import Rates
 from weight_update.security import Security
 
@@ -28,7 +29,9 @@ CLONE_NEWNET = 0x40000000
 TIMEOUT_S = 120.0
 
 context = mp.get_context("forkserver")
-context.set_forkserver_preload(["service.actor", "weight_update.client", "transformers.models.llama.modeling_llama"])
+context.set_forkserver_preload(
+    ["service.actor", "service.coordinator_actor", "weight_update.client", "transformers.models.llama.modeling_llama"]
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Place:
 
 HERE = Place()
 OPEN = Security(insecure_plaintext=True)  # nobody else is on the networks of a test
+DEFAULT = Serving()
 
 
 class Remote:
@@ -145,6 +149,8 @@ def fleet(
     ranks: int,
     format: str = "nvfp4",
     layout: str = "trtllm",
+    serving: Serving = DEFAULT,
+    memory_budget_bytes: int | None = None,
     places: Sequence[Place] = (),
     at: Place = HERE,
 ) -> Iterator[Fleet]:
@@ -160,6 +166,8 @@ def fleet(
                 "model": str(model_dir),
                 "format": format,
                 "layout": layout,
+                "serving": serving,
+                "memory_budget_bytes": memory_budget_bytes,
             }
             started.append(Remote(_Rank, places[number] if places else HERE, settings))
             stack.callback(started[-1].stop)

@@ -21,11 +21,12 @@ from types import ModuleType, SimpleNamespace
 import grpc
 import pytest
 
-from launch import errors_page, settings, support_page
+from launch import errors_page, formats_page, settings, support_page
 from launch.top import bars, rates, replica_digest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import scrubbing
+from tests.bench import gpu_table
 from tests.local import LocalService, local_service
 from tests.test_cli import Shell, byte_tokenizer, eventually
 from tests.tiny import save, tiny_llama
@@ -162,10 +163,11 @@ def test_any_rank_leads_to_the_coordinator(live: Shell, service: LocalService) -
 
 
 def test_a_rank_that_knows_no_coordinator_says_so(live: Shell, service: LocalService) -> None:
-    rank = service.ranks[0]
-    known, rank.coordinator = rank.coordinator, ""
+    rank, roster = service.ranks[0], service.shell.roster
+    known, roster.coordinator = roster.coordinator, ""  # greetings do not say it either
+    rank.coordinator = ""
     code, _, err = live("status", "--to", rank.address)
-    rank.coordinator = known
+    rank.coordinator = roster.coordinator = known
     assert code == 3 and "rank 0.0" in err
 
 
@@ -384,9 +386,15 @@ def test_top_adds_digests_and_takes_rates_between_two_looks() -> None:
     assert [ord(each) - 0x2580 for each in bars([1.0, 8.0, 4.0])] == [1, 8, 4] and bars([0.0]) == " "
 
 
-@pytest.mark.parametrize("module", [errors_page, support_page])
+@pytest.mark.parametrize("module", [errors_page, formats_page, support_page])
 def test_generated_pages_are_current(module: ModuleType) -> None:
     assert module.PAGE.read_text() == module.page(), f"run 'python -m {module.__name__}'"
+
+
+def test_the_tables_of_what_a_gpu_measured_are_those_of_the_figures() -> None:
+    text = gpu_table.PAGE.read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 0
+    assert text == gpu_table.page(text, gpu_table.read()), "run 'python -m tests.bench.gpu_table'"
 
 
 def test_the_runbook_has_a_section_for_each_error_code() -> None:

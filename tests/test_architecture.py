@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import MODULES
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "protos", "quant", "service", "sharding", "weight_update")
 # Loaded only where numba is installed, and where a CUDA device is used.
 COMPILED = {f"{folder}.{name}" for folder in ("quant", "weight_update") for name in ("loops", "cuda_loops")}
+COMPILED |= {"quant.activation_loops"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
 
@@ -63,14 +66,14 @@ def test_everything_but_the_door_needs_no_grpc() -> None:
         f"weight_update.{name}"
         for name in ("channels", "transport", "stream", "fetch", "client", "attempt", "sending", "door")
     }
-    apart = through_transport | {name for name in COMPILED if name.endswith("cuda_loops")}
+    apart = through_transport | {name for name in COMPILED if name.endswith(("cuda_loops", "activation_loops"))}
     names = [name for name in modules("quant", "sharding", "weight_update") if name not in apart]
     assert import_without(("ray", "grpc"), names) == ""
 
 
 def test_the_command_starts_without_loading_torch_or_ray() -> None:
     heavy = ("torch", "ray", "grpc", "numpy", "transformers", "matplotlib")
-    assert import_without(heavy, ["launch.cli"]) == ""
+    assert import_without(heavy, ["launch.cli", *(f"launch.{module}" for module in MODULES)]) == ""
 
 
 def test_every_benchmark_loads() -> None:

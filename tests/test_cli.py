@@ -18,8 +18,7 @@ from weight_update.errors import ERRORS
 from weight_update.transport import ControlClient
 from weight_update.values import from_manifest_proto
 
-COMMANDS = sorted(each.callback.__name__.replace("_", "-") for each in cli.app.registered_commands if each.callback)
-README = Path(__file__).parents[1] / "README.md"
+COMMANDS = sorted(name for name, (_, attribute) in cli.COMMANDS.items() if attribute != "app")
 
 
 class Shell:
@@ -138,13 +137,6 @@ def test_serve_refuses_names_that_it_does_not_know_at_once(shell: Shell) -> None
     code, out, err = shell("serve", "--model", "smollm2", "--format", "fp3", "--layout", "trtllm,nonsense")
     assert (code, out) == (4, "")
     assert "format 'fp3'" in err and "layout 'nonsense'" in err and "nvfp4" in err and "cutlass_moe" in err
-
-
-def test_readme_shows_the_registries_as_the_command_prints_them(shell: Shell) -> None:
-    _, out, _ = shell("formats", "--markdown")
-    readme = README.read_text()
-    for table in out.strip().split("\n\n"):
-        assert table in readme, "paste the output of 'transfuse formats --markdown' into README.md"
 
 
 # ---------------------------------------------------------------- with a service

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.fleet import Fleet, FleetConfig
-from tests.test_fleet import _free_port, cold_shards, live_bytes
+from tests import processes
+from tests.test_fleet import _free_port, cold_shards
 from tests.tiny import save, tiny_llama
 
 TRAINER = """
@@ -57,18 +57,14 @@ def nudge(model: nn.Module, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Fleet]:
     """One replica of two ranks."""
-    model_dir = save(tiny_llama(seed=0), tmp_path_factory.mktemp("model"))
-    config = FleetConfig(
-        model=str(model_dir), layout="trtllm", replicas=1, ranks=2, state_dir=tmp_path_factory.mktemp("state")
-    )
-    with Fleet(config) as running:
+    with processes.fleet(save(tiny_llama(seed=0), tmp_path_factory.mktemp("model")), replicas=1, ranks=2) as running:
         yield running
 
 
 @pytest.mark.slow
-def test_deltas_of_two_trainer_ranks_land_on_two_actor_ranks(fleet: Fleet, tmp_path: Path) -> None:
+def test_deltas_of_two_trainer_ranks_land_on_two_actor_ranks(fleet: processes.Fleet, tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
     trainers = [
@@ -87,4 +83,4 @@ def test_deltas_of_two_trainer_ranks_land_on_two_actor_ranks(fleet: Fleet, tmp_p
     model = tiny_llama(seed=9)
     nudge(model, 1)
     nudge(model, 2)
-    assert live_bytes(fleet) == cold_shards(model, tmp_path)[:2]
+    assert [rank("stored_bytes") for rank in fleet.ranks] == cold_shards(model, tmp_path)[:2]

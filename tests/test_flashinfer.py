@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from quant import kernels
+from quant import gemms_fp4, kernels
 from quant.backends import LAYOUTS
 from quant.formats import FORMATS
 from quant.layouts import plan_experts, plan_linear
+from quant.modules import QuantExperts, QuantLinear
 from quant.steps import BlockMajor, GatedInterleave, Order, RowMajor, RowMap, ShuffleRows, locate
 from tests.plans import apply_all, random_tensors, rows_of
 
@@ -29,12 +32,13 @@ PACKAGES = (
 
 # Runs where flashinfer is and this project is not. argv: where to write, seed.
 SCRIPT = """
-import sys
-import torch
+import inspect, json, sys
+import flashinfer, torch
 from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
 from flashinfer.fused_moe import convert_to_block_layout
 from flashinfer.fused_moe.core import _maybe_get_cached_w3_w1_permute_indices, get_w2_permute_indices_with_cache
 from flashinfer.fused_moe.prepare import prepare_trtllm_bf16_weights
+from flashinfer.tllm_enums import ActivationType, RoutingMethodType, SfLayout
 from safetensors.torch import save_file
 
 random = torch.Generator().manual_seed(int(sys.argv[2]))
@@ -57,7 +61,21 @@ for case in range(12):
     w2 = torch.randn(experts, hidden, inter, generator=random).bfloat16()
     fed = prepare_trtllm_bf16_weights(w13, w2, num_local_experts=experts, hidden_size=hidden, intermediate_size=inter)
     found |= {f"{case}.moe.{name}": tensor for name, tensor in {"in13": w13, "in2": w2, **fed}.items()}
-save_file({name: tensor.clone().contiguous() for name, tensor in found.items()}, sys.argv[1])
+calls = {
+    "fp4_quantize": flashinfer.fp4_quantize,
+    "mm_fp4": flashinfer.mm_fp4,
+    **{name: getattr(flashinfer.fused_moe, f"trtllm_fp4_block_scale_{name}") for name in ("moe", "routed_moe")},
+}
+stated = {
+    "calls": {name: list(inspect.signature(call).parameters) for name, call in calls.items()},
+    "required": {
+        name: [each.name for each in inspect.signature(call).parameters.values() if each.default is each.empty]
+        for name, call in calls.items()
+    },
+    "enums": [ActivationType.Swiglu.value, RoutingMethodType.Renormalize.value, SfLayout.layout_linear.name],
+}
+tensors = {name: tensor.clone().contiguous() for name, tensor in found.items()}
+save_file(tensors, sys.argv[1], metadata={"stated": json.dumps(stated)})
 """
 
 STEPS: dict[str, tuple[tuple[RowMap, ...], Order]] = {
@@ -71,7 +89,7 @@ STEPS: dict[str, tuple[tuple[RowMap, ...], Order]] = {
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
     """What flashinfer gives, by case, on shapes that no fixture has."""
     site, out = tmp_path_factory.mktemp("flashinfer"), tmp_path_factory.mktemp("out") / "out.safetensors"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *PACKAGES]
@@ -80,7 +98,33 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
     subprocess.run([sys.executable, "-c", SCRIPT, str(out), str(seed)], env=_environment(site), check=True)
-    return load_file(out)
+    return Theirs(load_file(out), out)
+
+
+class Theirs(dict[str, Tensor]):
+    """Tensors by name, and what the library says of its calls."""
+
+    def __init__(self, tensors: dict[str, Tensor], path: Path) -> None:
+        super().__init__(tensors)
+        with safe_open(path, "pt") as file:
+            self.stated = json.loads(file.metadata()["stated"])
+
+
+def test_the_calls_are_made_with_the_names_that_the_library_has(theirs: Theirs) -> None:
+    """The kernels cannot run here; their signatures are there."""
+    calls, required = theirs.stated["calls"], theirs.stated["required"]
+    linear = QuantLinear(64, 128, False, FORMATS["nvfp4"], LAYOUTS["trtllm_linear"], "a")
+    experts = QuantExperts(4, 128, 128, nn.SiLU(), FORMATS["nvfp4"], LAYOUTS["trtllm_moe"], "m")
+    codes, scales = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(128, 4, dtype=torch.uint8)
+    made = gemms_fp4.linear_arguments(codes, scales, linear.kernel_operands(), "trtllm")
+    assert set(required["mm_fp4"]) <= made.keys() <= set(calls["mm_fp4"])
+    choice = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    given = (torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.uint8), *choice)
+    routed = {*gemms_fp4.experts_arguments(*given, experts.kernel_operands()), "hidden_states_scale_layout"}
+    assert set(required["routed_moe"]) <= routed <= set(calls["routed_moe"])
+    assert set(required["moe"]) - {"routing_logits"} <= routed - {"topk_ids"} <= set(calls["moe"])
+    assert calls["fp4_quantize"][:2] == ["input", "global_scale"] and "is_sf_swizzled_layout" in calls["fp4_quantize"]
+    assert theirs.stated["enums"] == [gemms_fp4.SWIGLU, gemms_fp4.RENORMALIZE, "layout_linear"]
 
 
 def _environment(site: Path) -> dict[str, str]:

@@ -3,8 +3,6 @@ over links that are as slow as tc makes them."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +13,13 @@ from typing import Any
 import pytest
 
 from tests.bench.matrix import needed_bytes, save_model
+from tests.namespaces import namespaces, needs_namespaces, run
 from tests.processes import Place, fleet, trainer
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None,
-    reason="network namespaces with limited links need root and iproute2 (ip, tc)",
-)
 
 BRIDGE = "tf-links"
 MBIT = 40
@@ -38,31 +33,23 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-
-
 @contextmanager
-def namespaces(count: int) -> Iterator[Sequence[Place]]:
+def bridged(count: int) -> Iterator[Sequence[Place]]:
     """Places on one bridge, each with a network of its own."""
     places = [Place(host=f"10.231.9.{i + 1}", namespace=f"tflink{i}") for i in range(count)]
     run("ip", "link", "add", BRIDGE, "type", "bridge")
     try:
         run("ip", "addr", "add", "10.231.9.254/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
-        for place in places:
-            inside, outside = f"{place.namespace}-0", f"{place.namespace}-1"
-            run("ip", "netns", "add", place.namespace)
-            run("ip", "link", "add", outside, "type", "veth", "peer", "name", inside, "netns", place.namespace)
-            run("ip", "link", "set", outside, "master", BRIDGE, "up")
-            run("ip", "-n", place.namespace, "addr", "add", f"{place.host}/24", "dev", inside)
-            run("ip", "-n", place.namespace, "link", "set", inside, "up")
-            run("ip", "-n", place.namespace, "link", "set", "lo", "up")
-        yield places
+        with namespaces([place.namespace for place in places]):
+            for place in places:
+                inside, outside = f"{place.namespace}-0", f"{place.namespace}-1"
+                run("ip", "link", "add", outside, "type", "veth", "peer", "name", inside, "netns", place.namespace)
+                run("ip", "link", "set", outside, "master", BRIDGE, "up")
+                run("ip", "-n", place.namespace, "addr", "add", f"{place.host}/24", "dev", inside)
+                run("ip", "-n", place.namespace, "link", "set", inside, "up")
+            yield places
     finally:
-        for place in places:
-            subprocess.run(["ip", "netns", "del", place.namespace], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
@@ -79,13 +66,13 @@ def share_of_link(report: dict[str, Any], gather_s: float) -> float:
     return gather_s / max(report["phases"]["commit"] - host_s, gather_s) if gather_s else 1.0
 
 
-@needs_namespaces
+@needs_namespaces("ip", "tc")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_prediction_and_measurement_agree_over_limited_links(model_dir: Path, ranks: int) -> None:
     """2 and 4 ranks, half of them the trainer's. The host rates come from a push before the links are limited, and what
     gloo reaches of a link from one over links four times as fast. Both are printed; what else runs on these cores makes
     the measured time longer, never shorter."""
-    with namespaces(2 * ranks) as places:
+    with bridged(2 * ranks) as places:
         ours, theirs = places[:ranks], places[ranks:]
         with (
             fleet(model_dir, replicas=1, ranks=ranks, places=theirs, at=theirs[0]) as service,

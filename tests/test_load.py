@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,7 @@ import pytest
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service.guard import Limits
+from tests.bench.growth import Holds, grown
 from tests.local import LocalService, cold, local_service
 from tests.tiny import save, tiny_llama
 from weight_update.channels import connect
@@ -148,3 +150,18 @@ def test_a_push_completes_among_idle_and_misbehaving_connections(files: Path, ma
         assert service.bytes() == [cold(files / "cold", "trtllm")[1].storage_bytes()]
         print(f"a push took {quiet_s:.2f} s alone, {max(loaded_s):.2f} s among them")
         assert max(loaded_s) < 20.0
+
+
+@pytest.mark.parametrize("kind", ["memory_bytes", "descriptors", "threads", "segments", "files"])
+def test_what_grows_with_the_pushes_is_named(kind: str) -> None:
+    """The verdict of the soak's pushes in a row, tests.bench.growth."""
+    first = Holds(
+        pushes=500, memory_bytes=400 << 20, descriptors=20, threads=26, segments=1, files=6, state_bytes=5 << 20
+    )
+    middle = replace(first, pushes=2500, state_bytes=9 << 20)  # decisions and events are meant to be kept
+    last = replace(middle, pushes=5000, state_bytes=13 << 20)
+    assert grown(first, middle, last) == []
+    more = {kind: getattr(first, kind) + (50 << 20 if kind == "memory_bytes" else 1)}
+    (found,) = grown(first, middle, replace(last, **more))
+    assert found.startswith(kind.partition("_")[0])
+    assert grown(first, replace(middle, **more), last) == []  # it went away again

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from launch.authority import create, issue
+from tests.namespaces import cabled, needs_namespaces
 from tests.tiny import save, tiny_llama
 from weight_update.security import token_line
 
@@ -27,9 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and the ip command"
-    ),
+    needs_namespaces("ip"),
 ]
 
 DEPLOYMENT = """
@@ -54,6 +53,7 @@ rebuild_after_s = 600.0
 TRAINER = """
 import sys
 from launch.access import from_environment
+from tests.namespaces import cabled, needs_namespaces
 from tests.tiny import tiny_llama
 from weight_update.client import Pusher
 
@@ -63,26 +63,10 @@ pusher.close()
 """
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
 @pytest.fixture
 def hosts() -> Iterator[None]:
-    """Two namespaces and one cable."""
-    head, node = HOSTS
-    try:
-        for name in HOSTS:
-            run("ip", "netns", "add", name)
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "link", "add", CABLE, "netns", head, "type", "veth", "peer", "name", CABLE, "netns", node)
-        for name, address in HOSTS.items():
-            run("ip", "-n", name, "address", "add", f"{address}/24", "dev", CABLE)
-            run("ip", "-n", name, "link", "set", CABLE, "up")
+    with cabled(HOSTS, CABLE):
         yield
-    finally:
-        for name in HOSTS:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 class Host:

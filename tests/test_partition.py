@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import cabled, needs_namespaces, run
 from tests.tiny import save, tiny_llama
 
 NODES = {"tf-here": "10.231.7.1", "tf-there": "10.231.7.2"}
@@ -21,9 +22,7 @@ ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}  # nobody else is on th
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and the ip command"
-    ),
+    needs_namespaces("ip"),
 ]
 
 # Runs on the first node. Ray itself must not give the other node up before the partition is over.
@@ -81,27 +80,10 @@ with Fleet(config) as fleet, connect(fleet.address, OPEN) as channel:
 """
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
 @pytest.fixture
 def nodes() -> Iterator[None]:
-    """Two namespaces, one cable, their own loopback."""
-    try:
-        for name in NODES:
-            run("ip", "netns", "add", name)
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        ends = dict(zip(NODES, (CABLE, f"{CABLE}2"), strict=True))
-        run("ip", "link", "add", CABLE, "type", "veth", "peer", "name", f"{CABLE}2")
-        for name, end in ends.items():
-            run("ip", "link", "set", end, "netns", name)
-            run("ip", "-n", name, "address", "add", f"{NODES[name]}/24", "dev", end)
-            run("ip", "-n", name, "link", "set", end, "up")
+    with cabled(NODES, CABLE):
         yield
-    finally:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 @pytest.fixture

@@ -394,6 +394,11 @@ def test_a_replica_that_is_removed_serves_no_more_and_the_next_push_does_without
     assert not leader.serves(world.now_s)
     assert {member.replica for member in world.ranks} == {0}
     assert isinstance(ask(world, "remove", replica=0).error, MemberError)
+    # The news of processes that were built for it before comes too late, even to another coordinator.
+    world.kill(world.host)
+    assert world.run(lambda: world.is_healthy)
+    late = ask(world, "add", members=[m for m in MEMBERS if m.replica == 1], key="late", dead=True)
+    assert isinstance(late.error, MemberError) and not world.host.protocol.fenced
     assert push(world).version == 2
 
 

@@ -18,7 +18,7 @@ from launch.breakage import cut_streams
 from launch.cli import main
 from launch.drill import RANKS, Drill, end
 from protos import transfuse_pb2 as pb
-from service.fleet import Fleet, FleetConfig
+from tests import processes
 from tests.local import local_service
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
@@ -133,13 +133,14 @@ def test_a_commit_that_no_replica_survived_is_said_to_be_lost_and_the_next_full_
 @pytest.mark.slow
 def test_a_memory_budget_that_is_too_small_refuses_the_push_and_changes_nothing(tmp_path: Path) -> None:
     model = save(tiny_llama(seed=0), tmp_path / "model")
-    with Fleet(FleetConfig(model=str(model), memory_budget_bytes=32 << 20)) as fleet:
-        before = ray.get([rank.stored_bytes.remote() for rank in fleet.ranks])
+    with processes.fleet(model, replicas=1, ranks=1, memory_budget_bytes=32 << 20) as fleet:
+        [rank] = fleet.ranks
+        before = rank("stored_bytes")
         pusher = Pusher(fleet.address)
         with pytest.raises(PlanError, match="budget"):
             pusher.push(tiny_llama(seed=1))
         pusher.close()
-        assert ray.get([rank.stored_bytes.remote() for rank in fleet.ranks]) == before
+        assert rank("stored_bytes") == before
 
 
 class JumpingClock:

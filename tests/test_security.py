@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +24,10 @@ from launch import access, authority, cli
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from service import guard
+from service import pages as pages_module
 from service.fleet import Fleet, FleetConfig
 from service.guard import Limits
+from service.pages import Pages
 from service.wire import bind, make_server
 from tests.local import LocalService, local_service
 from tests.tiny import save, tiny_llama
@@ -59,7 +66,7 @@ def service(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     scratch = tmp_path_factory.mktemp("service")
     model_dir = save(tiny_llama(seed=0), scratch / "model")
     security = of(files, "all", "service")
-    with local_service(model_dir, scratch, security=security, limits=LIMITS) as running:
+    with local_service(model_dir, scratch, security=security, limits=LIMITS, pages=True) as running:
         yield running
 
 
@@ -336,6 +343,9 @@ def test_no_public_address_without_certificates_and_tokens(
             caplog.clear()
             bind(server, "0.0.0.0:0", replace(lacking, insecure_plaintext=True))
             assert "--insecure-plaintext" in caplog.text
+            for listen in ("0.0.0.0:0", "[::]:0", "example.org:0"):
+                with guarding(lacking) as watching, pytest.raises(PlanError, match=r"pages on .* not loopback, needs"):
+                    Pages(listen, {}, watching)
         finally:
             server.stop(None).wait()
             watched.stop()
@@ -349,16 +359,18 @@ def test_a_renewed_certificate_is_taken_up_without_a_restart(files: Path, tmp_pa
     security = Security(tls_dir=tmp_path / "node")
     watched = guard.Guard(security)
     server, _ = make_server([], max_message_bytes=1 << 20, guard=watched)
-    address = bind(server, "127.0.0.1:0", security)
+    pages = Pages("127.0.0.1:0", {}, watched)
+    doors = (bind(server, "127.0.0.1:0", security), pages.address)
     try:
-        old = shown_by(address, files / "trainer")
+        old = {shown_by(address, files / "trainer") for address in doors}
         key = (tmp_path / "node" / "node.key").read_bytes()
         authority.issue(tmp_path, ["node"], renew=True)
-        new = shown_by(address, files / "trainer")
-        assert new != old
+        new = {shown_by(address, files / "trainer") for address in doors}
+        assert len(old) == len(new) == 1 and new != old
         (tmp_path / "node" / "node.key").write_bytes(key)  # half of a pair: the last whole one stays
-        assert shown_by(address, files / "trainer") == new
+        assert {shown_by(address, files / "trainer") for address in doors} == new
     finally:
+        pages.stop()
         server.stop(None).wait()
         watched.stop()
     with pytest.raises(PlanError, match="must be the key"):
@@ -366,8 +378,6 @@ def test_a_renewed_certificate_is_taken_up_without_a_restart(files: Path, tmp_pa
 
 
 def shown_by(address: str, folder: Path) -> bytes:
-    import ssl
-
     context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
     context.load_cert_chain(folder / "node.pem", folder / "node.key")
     host, _, port = address.rpartition(":")
@@ -387,6 +397,72 @@ def test_a_client_connects_anew_with_new_files_and_only_then(tmp_path: Path) -> 
     path.write_text(token_line("read", "longer"))
     assert channels("127.0.0.1:1") is not first
     channels.close()
+
+
+# ---------------------------------------------------------------- pages
+
+
+@contextmanager
+def guarding(security: Security) -> Iterator[guard.Guard]:
+    watched = guard.Guard(security, LIMITS)
+    try:
+        yield watched
+    finally:
+        watched.stop()
+
+
+def page(address: str, files: Path, authorization: str = "", path: str = "/metrics") -> tuple[int, str]:
+    """Status and body over HTTPS, as a browser without a certificate of its own reads it."""
+    headers = {"Authorization": authorization} if authorization else {}
+    request = urllib.request.Request(f"https://{address}{path}", headers=headers)
+    context = ssl.create_default_context(cafile=str(files / "ca.pem"))
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        with refused:
+            assert refused.headers["WWW-Authenticate"].startswith("Basic ")
+            return refused.code, refused.read().decode()
+
+
+def test_pages_are_https_and_for_whoever_may_read(
+    service: LocalService, files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = {name: (files / f"{name}.token").read_text().split()[2] for name in ("eve", "stranger")}
+    browser = {name: f"Basic {base64.b64encode(f'me:{token[name]}'.encode()).decode()}" for name in token}
+    rank = service.ranks[0].pages
+    assert rank is not None
+    for address, served in ((service.pages, service.server.guard), (rank.address, service.ranks[0].guard)):
+        counted = served.num_failed
+        assert page(address, files)[0] == 401  # how a browser asks first: no attempt
+        assert served.num_failed == counted
+        for wrong in (f"Bearer {token['stranger']}", browser["stranger"], "Basic !", "Bearer ", f"{browser['eve']}x"):
+            assert page(address, files, wrong)[0] == 401
+        assert served.num_failed >= counted + 3
+        for right in (f"Bearer {token['eve']}", browser["eve"]):
+            status, text = page(address, files, right)
+            assert status == 200 and "transfuse_" in text
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read()
+    assert "Transfuse, version" in page(service.pages, files, browser["eve"], "/")[1]
+    assert not any(each in caplog.text for each in token.values())
+
+
+def test_a_page_is_not_kept_from_others_by_clients_that_dawdle(monkeypatch: pytest.MonkeyPatch, files: Path) -> None:
+    monkeypatch.setattr(pages_module, "REQUEST_S", 0.5)
+    monkeypatch.setattr(pages_module, "MAX_REQUESTS", 3)
+    with guarding(Security(tls_dir=files / "service")) as watched, ExitStack() as stack:
+        shown = Pages("127.0.0.1:0", {"/metrics": lambda: ("text/plain", b"x")}, watched)
+        stack.callback(shown.stop)
+        host, _, port = shown.address.rpartition(":")
+        slow = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3)]
+        slow[0].sendall(b"\x16")  # the first byte of a handshake
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            page(shown.address, files)
+        for each in slow:
+            each.settimeout(5)
+            assert each.recv(100) == b""
+        assert page(shown.address, files) == (200, "x")
 
 
 # ---------------------------------------------------------------- the command

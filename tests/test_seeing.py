@@ -22,13 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos import transfuse_pb2 as pb
 from service.logs import FIELDS, JsonLines
 from service.metrics import METRICS
-from service.pages import Pages
 from service.status_page import render
 from tests.local import LocalService, local_service
 from tests.test_cli import byte_tokenizer
 from tests.tiny import save, tiny_llama
 from weight_update.client import Pusher
-from weight_update.errors import ManifestError, PlanError
+from weight_update.errors import ManifestError
 
 OPERATIONS = Path(__file__).parents[1] / "docs" / "operations"
 RUNBOOK = (OPERATIONS.parent / "operations.md").read_text()
@@ -142,6 +141,16 @@ def expressions(value: Any) -> Iterator[str]:
         yield from (found for each in value for found in expressions(each))
 
 
+def test_prometheus_is_told_of_paths_that_exist_and_shows_a_token_at_each(service: LocalService) -> None:
+    found = yaml.safe_load((OPERATIONS / "prometheus.yaml").read_text())
+    assert all((OPERATIONS / name).is_file() for name in found["rule_files"])
+    (job,) = found["scrape_configs"]
+    (ranks,) = job["http_sd_configs"]
+    assert job["scheme"] == "https" and ranks["url"].startswith("https://")
+    assert job["authorization"] == ranks["authorization"] and job["tls_config"] == ranks["tls_config"]
+    read(service.pages, ranks["url"].partition(job["static_configs"][0]["targets"][0])[2])
+
+
 @pytest.mark.parametrize("name", ["dashboard.json", "alerts.yaml"])
 def test_dashboard_and_alerts_name_metrics_that_exist(name: str) -> None:
     found = list(expressions(yaml.safe_load((OPERATIONS / name).read_text())))
@@ -224,22 +233,6 @@ def test_pages_take_no_other_path_and_no_other_method(service: LocalService) -> 
             urllib.request.urlopen(request, timeout=10)
         assert refused.value.code == code
         refused.value.close()
-
-
-def test_off_loopback_pages_need_certificates_and_tokens() -> None:
-    for listen in ("0.0.0.0:0", "[::]:0", "example.org:0"):
-        with pytest.raises(PlanError, match="certificates and tokens"):
-            Pages(listen, {})
-    pages = Pages("127.0.0.1:0", {"/": lambda: ("text/plain", b"x")}, allowed=lambda given: given == "Bearer right")
-    try:
-        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
-            read(pages.address, "/")
-        refused.value.close()
-        request = urllib.request.Request(f"http://{pages.address}/", headers={"Authorization": "Bearer right"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            assert answer.read() == b"x"
-    finally:
-        pages.stop()
 
 
 def many() -> str:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -119,39 +119,60 @@ def _stamp(security: Security) -> tuple[int, ...]:
 # ---------------------------------------------------------------- servers
 
 
+T = TypeVar("T")
+
+
+class Renewed(Generic[T]):
+    """What `make` makes of the certificates, made anew once they have changed; what does not fit is not taken up."""
+
+    def __init__(self, security: Security, make: Callable[[Identity], T]) -> None:
+        self._security, self._make = security, make
+        self._guard = threading.Lock()  # guards the rest
+        self._stamp = _stamp(security)
+        self._made = self._fresh()
+
+    def __call__(self) -> tuple[T, bool]:
+        """As it is now, and whether it is another one than at the call before."""
+        with self._guard:
+            stamp = _stamp(self._security)
+            if stamp == self._stamp:
+                return self._made, False
+            try:
+                self._made, self._stamp = self._fresh(), stamp
+            except PlanError as error:  # a copy under way: the key is of one, the certificate of the other
+                self._stamp = ()
+                log.warning("certificates kept as they were: %s", error)
+                return self._made, False
+            log.info("certificates taken up from %s", self._security.folder)
+            return self._made, True
+
+    def _fresh(self) -> T:
+        identity = self._security.identity()
+        assert identity is not None, "there are certificates"
+        tls_context(identity)
+        return self._make(identity)
+
+
 def server_credentials(security: Security) -> grpc.ServerCredentials | None:
     """TLS that asks the other end for its certificate, and takes up new files at the next handshake; None without."""
-    identity = security.identity()
-    if identity is None:
+    if security.tls_dir is None:
         return None
-    _require_pair(identity)
-    last = [_stamp(security)]
+    latest = Renewed(security, _configuration)
 
     def changed() -> Any:
-        stamp = _stamp(security)
-        if stamp == last[0]:
-            return None
-        last[0] = stamp
-        try:
-            fresh = security.identity()
-            assert fresh is not None
-            _require_pair(fresh)
-        except PlanError as error:  # a copy under way: the key is of one, the certificate of the other
-            last[0] = ()
-            log.warning("certificates kept as they were: %s", error)
-            return None
-        log.info("certificates taken up from %s", security.folder)
-        return _configuration(fresh)
+        configuration, is_new = latest()
+        return configuration if is_new else None
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(identity), changed, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(latest()[0], changed, require_client_authentication=True)
 
 
 def _configuration(identity: Identity) -> Any:
     return grpc.ssl_server_certificate_configuration([(identity.key, identity.certificate)], identity.ca)
 
 
-def _require_pair(identity: Identity) -> None:
-    """PlanError unless the key is the certificate's; gRPC itself would only refuse every handshake."""
+def tls_context(identity: Identity) -> ssl.SSLContext:
+    """For a server that asks for no certificate. PlanError unless the key is the certificate's; gRPC itself would only
+    refuse every handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.TemporaryDirectory(prefix="transfuse-") as scratch:  # ssl reads files only; 0700
         path = Path(scratch) / "pair.pem"
@@ -162,3 +183,4 @@ def _require_pair(identity: Identity) -> None:
             context.load_verify_locations(cadata=identity.ca.decode("ascii", "replace"))
         except (ssl.SSLError, ValueError) as error:
             raise PlanError(f"certificates: {error}; node.key must be the key of node.pem") from None
+    return context

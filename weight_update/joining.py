@@ -56,6 +56,7 @@ def add(coordinator: Coordinator, request: Request) -> list[Action]:
     ranks: Sequence[MemberId] = request.args["members"]  # type: ignore[assignment]
     number, key = ranks[0].replica, str(request.args["key"])
     membership = coordinator.membership
+    membership.require_open(number)
     known = membership.replicas.get(number)
     if known is not None and known.key == key:
         return [Reply(id=request.id, result={})]

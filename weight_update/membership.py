@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .digest import Digests
+from .errors import MemberError
 from .member import SERVING_LEASE_S
 from .messages import MemberId, MemberReply, MemberState
 
@@ -65,10 +66,14 @@ class Replica:
 
 
 class Membership:
-    """The replicas of a service, and what is known of each."""
+    """The replicas of a service, and what is known of each. dismissed: numbers that never come back, however late
+    somebody announces new processes of theirs."""
 
-    def __init__(self, members: Iterable[MemberId], now_s: float, keys: Mapping[int, str]) -> None:
+    def __init__(
+        self, members: Iterable[MemberId], now_s: float, keys: Mapping[int, str], dismissed: Iterable[int] = ()
+    ) -> None:
         self.replicas: dict[int, Replica] = {}
+        self.dismissed = set(dismissed)
         self.contacts: dict[MemberId, Contact] = {}
         by_replica: dict[int, list[MemberId]] = {}
         for member in members:
@@ -83,12 +88,22 @@ class Membership:
         self.replicas[members[0].replica] = Replica(members=members, key=key, silent_s=silent_s, round=round)
         self.contacts |= {member: Contact() for member in members}
 
+    def require_open(self, replica: int) -> None:
+        """MemberError for a number that was dismissed."""
+        if replica in self.dismissed:
+            raise MemberError(f"replica {replica} was removed; 'transfuse replica add' starts one of another number")
+
     def drop(self, replica: int) -> list[int]:
-        """Forget a replica; returns the calls that wait for that."""
+        """Forget a replica, for good; returns the calls that wait for that."""
         gone = self.replicas.pop(replica)
+        self.dismissed.add(replica)
         for member in gone.members:
             del self.contacts[member]
         return gone.leaving
+
+    def taken(self) -> set[int]:
+        """Numbers that no new replica may have."""
+        return self.replicas.keys() | self.dismissed
 
     @property
     def members(self) -> list[MemberId]:

@@ -12,7 +12,7 @@ means abort.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ class Coordinator:
     members: every rank. manifest: what the service holds. version, digests: the last committed version and its digests
     ([num_tensors, 2] uint64, sums over the ranks of one replica). epoch: grows with each start, fences older
     coordinators. committed: push ids already decided, with their versions. decided: the same by transaction.
-    min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add.
+    min_replicas: replicas that a push needs, 0 for all. keys: of the replicas' processes, see joining.add. dismissed:
+    numbers of replicas that were removed.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Coordinator:
         decided: Mapping[int, int] | None = None,
         min_replicas: int = 0,
         keys: Mapping[int, str] | None = None,
+        dismissed: Iterable[int] = (),
     ) -> None:
-        self.membership = Membership(members, now_s, keys or {})
+        self.membership = Membership(members, now_s, keys or {}, dismissed)
         self.manifest = manifest
         self.now_s = now_s  # of the last event
         self.version = version

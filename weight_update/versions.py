@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS versions (
     NULL, seconds REAL NOT NULL, pause_s REAL NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS members (
     replica INTEGER NOT NULL, rank INTEGER NOT NULL, address TEXT NOT NULL, PRIMARY KEY (replica, rank));
+CREATE TABLE IF NOT EXISTS dismissed (replica INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS events (
     time_s REAL NOT NULL, kind TEXT NOT NULL, version INTEGER NOT NULL, txn INTEGER NOT NULL, text TEXT NOT NULL);
 CREATE TRIGGER IF NOT EXISTS events_stay BEFORE DELETE ON events
@@ -171,9 +172,20 @@ class VersionIndex:
             db.executemany("INSERT INTO members VALUES (?,?,?)", rows)
 
     def dismiss(self, replica: int) -> None:
-        """A replica is no member any more."""
+        """A replica is no member any more, and its number never comes back to this fleet."""
         with self._writing() as db:
             db.execute("DELETE FROM members WHERE replica = ?", (replica,))
+            db.execute("INSERT OR IGNORE INTO dismissed VALUES (?)", (replica,))
+
+    def dismissed(self) -> set[int]:
+        """Numbers of replicas that were dismissed."""
+        return {replica for (replica,) in self._rows("SELECT replica FROM dismissed")}
+
+    def disband(self) -> None:
+        """No replica is a member any more, or ever was: another fleet comes."""
+        with self._writing() as db:
+            db.execute("DELETE FROM members")
+            db.execute("DELETE FROM dismissed")
 
     def is_fleet(self, key: str) -> bool:
         """Whether the file was last used by the processes of this key: a restart of the coordinator alone."""

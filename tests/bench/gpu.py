@@ -1,47 +1,40 @@
-"""What the CUDA kernels cost, over a device copy of the same bytes in the same run, as a Markdown table.
+"""Everything here that needs a GPU, measured as ratios within one run and printed as one Markdown table.
 
-    python -m tests.bench.gpu [--json FILE]
+    python -m tests.bench.gpu [--only qwen3] [--write] [--json FILE]
 
-Layers of Qwen3-30B-A3B (four in a call, 128 experts, 2048/768) and one share of 32 experts of DeepSeek-V3 (7168/2048),
-NVFP4 in the trtllm_moe layout. Medians by events. Beside them the call sequence of today's engines, written here in
-torch: quantize each expert, gather its rows, swizzle its scales, stack, copy. Says so and exits where there is no GPU.
+--only: sections whose names begin so. --write: put the figures into docs/performance_gpu.json and its tables into
+docs/performance.md. Sections: the CUDA kernels over a device copy of the same bytes (this file), linears and denoise
+steps in FP8 over BF16 (`dit`), and, where there are two GPUs, what the links carry (`links`).
+
+Kernels: layers of Qwen3-30B-A3B (four in a call, 128 experts, 2048/768) and one share of 32 experts of DeepSeek-V3
+(7168/2048), NVFP4 in the trtllm_moe layout. Medians by events. Beside them the call sequence of today's engines,
+written here in torch: quantize each expert, gather its rows, swizzle its scales, stack, copy. Says so and exits where
+there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from quant import cuda
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS, plan_experts
+from tests.bench import dit
+from tests.bench.gpu_table import HEAD, Measured, Section, line, milliseconds, row_of, write
 from weight_update import cuda as rows_of
 from weight_update.live import plan_live
 
 LAYERS = {"qwen3-30b-a3b, 4 layers": (4, 128, 2048, 768), "deepseek-v3, 32 experts": (1, 32, 7168, 2048)}
 SHARE = 1000  # one byte of codes in this many differs in the diff
-
-
-def milliseconds(work: Callable[[], object], runs: int = 15) -> float:
-    """The median by events; caches are flushed before each run."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(runs + 3):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return float(np.median(times[3:]))
 
 
 def copy_ms(num_bytes: float) -> float:
@@ -101,7 +94,7 @@ class Layer:
         return found
 
 
-def measured(layer: Layer) -> Iterator[tuple[str, float, str, float]]:
+def measured(layer: Layer) -> Iterator[Measured]:
     """(what, milliseconds, over what, milliseconds of that)."""
     plain, direct, tables, amaxes = [], [], [], []
     for matrix in ("w13", "w2"):
@@ -163,7 +156,7 @@ def measured(layer: Layer) -> Iterator[tuple[str, float, str, float]]:
     yield from sequence(layer, install, both)
 
 
-def sequence(layer: Layer, install: float, direct: float) -> Iterator[tuple[str, float, str, float]]:
+def sequence(layer: Layer, install: float, direct: float) -> Iterator[Measured]:
     """Today's calls an expert: for the layout alone, and with quantizing."""
     num, hidden, inter = layer.sizes
     out = {name: torch.empty_like(each) for name, each in layer.form.items()}
@@ -217,28 +210,56 @@ def source_rows(num_rows: int, *, gated: bool) -> Tensor:
     return row.cuda()
 
 
+def kernels(*sizes: int) -> Iterator[Measured]:
+    yield from measured(Layer(*sizes))
+    torch.cuda.empty_cache()
+
+
+def links() -> Iterator[Measured]:
+    """From one GPU to another, in two processes; `python -m tests.bench.links` says more."""
+    command = [sys.executable, "-m", "tests.bench.links", "--from", "cuda:0", "--to", "cuda:1", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for row in json.loads(done.stdout):
+        copied = 1e3 * row["gb"] / row["copy_gb_s"]
+        yield f"{row['tensors']} tensors over {row['transport']}", 1e3 * row["send_s"], "a plain copy", copied
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Measured]]] = {
+    **{name: partial(kernels, *sizes) for name, sizes in LAYERS.items()},
+    **dit.SECTIONS,
+    "links, one layer of qwen3-30b-a3b": links,
+}
+GPUS_OF = {"links, one layer of qwen3-30b-a3b": 2}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--only", action="append", default=[], help="how the names of sections begin, repeatable")
+    parser.add_argument("--write", action="store_true", help="renew docs/performance_gpu.json and docs/performance.md")
+    parser.add_argument("--json", type=Path, help="where to write the figures besides")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         return
-    device = torch.cuda.get_device_name()
-    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "layers": {}}
-    print(f"{device}, torch {torch.__version__}\n")
-    print("| layers | what | ms | ratio | over |\n| --- | --- | --- | --- | --- |")
-    for name, sizes in LAYERS.items():
-        layer, rows = Layer(*sizes), []
-        for what, took, over, other in measured(layer):
-            ratio = (took / other if over.startswith("our") else other / took) if over else took
-            rows.append({"what": what, "ms": took if over else None, "ratio": ratio, "over": over})
-            print(f"| {name} | {what} | {f'{took:.3f}' if over else ''} | **{ratio:.2f}** | {over} |", flush=True)
-        results["layers"][name] = rows
-        del layer
-        torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    count = torch.cuda.device_count()
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    sections: dict[str, Section] = {}
+    print(f"{device}\n\n{HEAD}")
+    for name, measure in SECTIONS.items():
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
+        if count < GPUS_OF.get(name, 1):
+            print(f"{name}: skipped, needs {GPUS_OF[name]} GPUs, found {count}", file=sys.stderr)
+            continue
+        print(f"measuring {name} ...", file=sys.stderr)
+        sections[name] = {"device": device, "rows": []}
+        for each in measure():
+            sections[name]["rows"].append(row_of(each))
+            print(line(name, sections[name]["rows"][-1]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(sections, indent=1) + "\n")
+    if options.write:
+        write(sections)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What takes long: a million simulated schedules of the protocol, hundreds of random pushes into one service, hundreds
-of random failures of real processes, a million broken inputs.
+"""What takes long: a million simulated schedules of the protocol, hundreds of random pushes into one service, thousands
+of pushes in a row, hundreds of random failures of real processes, a million broken inputs.
 
-    python -m tests.bench.soak [--schedules N] [--pushes N] [--chaos N] [--inputs N] [--seed S]
+    python -m tests.bench.soak [--only PART]... [--count N] [--first N]
 
-Prints what was done and what was lost, and exits 1 on the first byte that is not what a cold load would give.
+Prints a paragraph a part, what was done and what was lost, and exits 1 on the first byte that is not what a cold load
+would give. `--first` is where seeds and inputs begin, so that several runs of a part are of different ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from launch.chaos import Round, rounds, summary
 from launch.drill import Drill
+from tests.bench import growth
 from tests.fuzz import targets
 from tests.local import LocalService, cold, local_service
 from tests.rig import LAYOUT_PAIRS, Rig
@@ -34,7 +36,7 @@ POINTS = ("open", "stage", "prepare", "install", "installed")
 SCOPES = ("all", "model.layers.0.*", "*.mlp.down_proj.weight", "*norm*")
 
 
-def push_randomly(service: LocalService, scratch: Path, pushes: int, chance: random.Random) -> Counter[str]:
+def compared_pushes(service: LocalService, scratch: Path, pushes: int, chance: random.Random) -> Counter[str]:
     """Random pushes; after each, every storage equals a cold load of what was last committed, at its old address."""
     outcomes: Counter[str] = Counter()
     pusher = Pusher(service.address)
@@ -72,32 +74,36 @@ def carry_over(committed: torch.nn.Module, candidate: torch.nn.Module, scope: st
                 parameter.copy_(pushed[name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", type=int, default=1_000_000)
-    parser.add_argument("--pushes", type=int, default=300)
-    parser.add_argument("--chaos", type=int, default=200)
-    parser.add_argument("--inputs", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    simulation = ["--first", f"{options.seed}", "--schedules", f"{options.schedules}"]
+# ---------------------------------------------------------------- the parts: how many, and from which seed or input on
+
+
+def simulate(count: int, first: int) -> None:
+    """Schedules of the protocol without I/O."""
+    simulation = ["--first", f"{first}", "--schedules", f"{count}"]
     if subprocess.run([sys.executable, "-m", "tests.simulation", *simulation]).returncode:
         raise SystemExit(1)
+
+
+def push_randomly(count: int, first: int) -> None:
+    """Random scopes and failures, three layouts at once."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         model_dir = save(tiny_llama(seed=0), scratch / "model")
         with local_service(model_dir, scratch / "state", LAYOUTS) as service:
-            outcomes = push_randomly(service, scratch / "cold", options.pushes, random.Random(options.seed))
-    print(f"{options.pushes} random pushes into replicas of layouts {', '.join(LAYOUTS)}: every byte as a cold load")
-    for outcome, count in sorted(outcomes.items()):
-        print(f"  {count:4d} {outcome}")
+            outcomes = compared_pushes(service, scratch / "cold", count, random.Random(first))
+    print(f"{count} random pushes into replicas of layouts {', '.join(LAYOUTS)}: every byte as a cold load")
+    for outcome, times in sorted(outcomes.items()):
+        print(f"  {times:4d} {outcome}")
     print(f"  {time.monotonic() - start:.0f} s")
-    break_randomly(options.chaos, options.seed)
-    feed_broken(options.inputs)
 
 
-def feed_broken(count: int) -> None:
+def push_in_a_row(count: int, first: int) -> None:
+    """Pushes of one service, and whether anything of it grows."""
+    growth.run(count)
+
+
+def feed_broken(count: int, first: int) -> None:
     """Inputs of tests.fuzz, a fifth for each decoder, then what the ranks hold; AssertionError names the first one
     that is not refused as it should be."""
     logging.disable(logging.WARNING)  # the decoders' own words on a million inputs
@@ -106,25 +112,45 @@ def feed_broken(count: int) -> None:
     rig.begin(range(len(rig.specs)))
     with tempfile.TemporaryDirectory() as directory:
         found = targets(Path(directory), rig)
-        taken = {target.name: target.run(range(count // len(found))) for target in found}
+        numbers = range(first, first + count // len(found))
+        taken = {target.name: target.run(numbers) for target in found}
     assert rig.wrong() == []
+    logging.disable(logging.NOTSET)
     print(f"{count} broken inputs refused by name, none with more memory than its bound, no served byte changed")
     for name, still_valid in taken.items():
-        print(f"  {count // len(taken):7d} {name}, {still_valid} of them still valid")
+        print(f"  inputs {numbers[0]} to {numbers[-1]} of {name}, {still_valid} of them still valid")
     print(f"  {time.monotonic() - start:.0f} s")
 
 
-def break_randomly(count: int, seed: int) -> None:
+def break_randomly(count: int, first: int) -> None:
     """Random schedules of failures of real processes; the first byte that is lost ends it."""
-    if not count:
-        return
     start, played = time.monotonic(), list[Round]()
     with tempfile.TemporaryDirectory() as directory, Drill(Path(directory)) as drill:
-        played += rounds(drill, seed, count)
-    print(summary(seed, played))
+        played += rounds(drill, first, count)
+    print(summary(first, played))
     print(f"  {time.monotonic() - start:.0f} s")
     if any(each.problems for each in played):
         raise SystemExit(1)
+
+
+PARTS = {
+    "schedules": (simulate, 1_000_000),
+    "random": (push_randomly, 300),
+    "row": (push_in_a_row, growth.PUSHES),
+    "chaos": (break_randomly, 200),
+    "fuzz": (feed_broken, 1_000_000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="default: all of them")
+    parser.add_argument("--count", type=int, help="in place of the part's own")
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_args()
+    for name in options.only or PARTS:
+        part, count = PARTS[name]
+        part(options.count or count, options.first)
 
 
 if __name__ == "__main__":

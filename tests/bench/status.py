@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from protos import transfuse_pb2_grpc as pb_grpc
 from quant.formats import TensorSpec
 from service.control_server import ControlServer
 from service.coordinator import CoordinatorShell
+from service.guard import Guard
 from service.wire import bind, make_server
 from tests.test_cli import byte_tokenizer
 from weight_update.manifest import Manifest
@@ -73,10 +75,13 @@ class SimulatedRank(pb_grpc.MemberServicer):
 def simulated(replicas: int, ranks: int, tensors: int) -> Iterator[str]:
     """A coordinator over so many ranks; its address."""
     specs = tuple(TensorSpec(name=f"layer.{i}.weight", dtype="BF16", shape=(8, 8)) for i in range(tensors))
-    manifest, servers, addresses = Manifest(tensors=specs, parameters=()), [], []
+    manifest, servers, addresses = Manifest(tensors=specs, parameters=()), [], list[str]()
+    guards: list[Guard] = []
     for replica in range(replicas):
         for rank in range(ranks):
-            server, _ = make_server([pb.DESCRIPTOR.services_by_name["Member"]], max_message_bytes=CONTROL_MESSAGE_BYTES)
+            guards.append(Guard())
+            services = [pb.DESCRIPTOR.services_by_name["Member"]]
+            server, _ = make_server(services, max_message_bytes=CONTROL_MESSAGE_BYTES, guard=guards[-1])
             pb_grpc.add_MemberServicer_to_server(SimulatedRank(manifest, replica, rank), server)
             addresses.append(bind(server, "127.0.0.1:0"))
             servers.append(server)
@@ -91,6 +96,8 @@ def simulated(replicas: int, ranks: int, tensors: int) -> Iterator[str]:
             shell.stop()
             for server in servers:
                 server.stop(None)
+            for each in guards:
+                each.stop()
 
 
 def measure(address: str, calls: int) -> dict[str, float]:
@@ -104,20 +111,28 @@ def measure(address: str, calls: int) -> dict[str, float]:
             start_s = time.perf_counter()
             stub.Status(pb.StatusRequest(), timeout=10)
             took.append(time.perf_counter() - start_s)
-    commands = []
+    commands, cpu = [], []
     for _ in range(5):
-        start_s = time.perf_counter()
+        start_s, used_s = time.perf_counter(), _children_s()
         subprocess.run(
             [sys.executable, "-c", "from launch.cli import main; main()", "status", "--json", "--to", address],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         commands.append(time.perf_counter() - start_s)
+        cpu.append(_children_s() - used_s)
     return {
         "call_median_ms": 1e3 * float(np.median(took)),
         "call_p99_ms": 1e3 * float(np.quantile(took, 0.99)),
         "reply_bytes": float(replies[0].ByteSize()),
         "command_best_s": min(commands),
+        "command_cpu_s": min(cpu),
     }
+
+
+def _children_s() -> float:
+    """CPU seconds of all processes that were started here and have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ RESEND_S = 2.0
 MAX_TRIES = 4
 MAX_WAITS = 5  # for somebody else's transaction to end
 MAX_BEGUN = 3
+
+Service = tuple[int, frozenset[tuple[int, str]]]  # epoch of the coordinator; replicas, and the keys of their processes
 
 
 class Client:
@@ -70,8 +72,8 @@ class Trainer(Client):
         self.content = world.new_content()
         self.version: int | None = None
         self.error: WeightUpdateError | None = None
-        self.transaction = self.epoch = self.num_begun = 0
-        self.replicas: set[int] = set()
+        self.transaction = self.num_begun = 0
+        self.met: Service = (0, frozenset())
         self.unacked: set[tuple[MemberId, int]] = set()
         self.ended = False
         self.waits = 0
@@ -100,10 +102,9 @@ class Trainer(Client):
         if result is None or result["already_committed"]:
             return self.end(result["version"] if result else None, error)
         self.transaction = result["transaction"]
-        self.epoch = self.transaction >> 32
         open_ = self.world.host.protocol.transaction
         members = open_.members if open_ is not None and open_.id == self.transaction else ()
-        self.replicas = {member.replica for member in members}
+        self.met = self._service({member.replica for member in members})
         self.unacked = {(member, position) for member in members for position in range(len(self.tensors))}
         return self._stream(0) if self.unacked else self._give_up()
 
@@ -162,19 +163,26 @@ class Trainer(Client):
         if known:
             return self.end(result["version"], None)
         if result is not None:
-            self.transaction = result["transaction"]
-        self._give_up()
+            self.transaction = result["transaction"]  # that the question opened, where the push was over
+        return self._give_up()
+
+    def _service(self, replicas: Iterable[int]) -> Service:
+        host = self.world.host
+        held = host.protocol.membership.replicas
+        return host.epoch, frozenset((number, held[number].key) for number in replicas)
 
     def _give_up(self) -> None:
         """Begin anew where another coordinator came meanwhile, which knows nothing of this push, or replicas did."""
-        host = self.world.host
-        changed = host.epoch != self.epoch or set(host.protocol.membership.serving()) != self.replicas
-        if self.transaction:
-            self.ask("abort", {"transaction": self.transaction, "reason": "gave up"}, lambda result, error: None)
-        if self.transaction and changed and self.num_begun < MAX_BEGUN and not self.ended:
-            self.transaction, self.waits = 0, 0
-            return self.begin()
-        return self.end(None, None)
+        changed = self.met != self._service(self.world.host.protocol.membership.serving())
+        transaction, anew = self.transaction, changed and self.num_begun < MAX_BEGUN and not self.ended
+        if not transaction:
+            return self.end(None, None)
+        args = {"transaction": transaction, "reason": "gave up"}
+        if not anew:
+            self.ask("abort", args, lambda result, error: None)
+            return self.end(None, None)
+        self.transaction, self.waits = 0, 0
+        return self.ask("abort", args, lambda result, error: self.begin())
 
     def end(self, version: int | None, error: WeightUpdateError | None) -> None:
         if self.ended:

@@ -28,6 +28,7 @@ class Disk:
     contents: dict[int, Content] = field(default_factory=dict)
     stored: dict[int, Content] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
+    dismissed: set[int] = field(default_factory=set)
     failing_writes: int = 0
     epoch_is_ignored: bool = False
 

@@ -69,7 +69,8 @@ class Schedule:
         if self.draw.random() < 0.5 and len(numbers) > 1:
             Operator(world, "remove", replica=max(numbers)).go()
             return
-        members = [MemberId(replica=max(numbers) + 1, rank=i) for i in range(world.num_ranks)]
+        number = max(numbers | world.disk.dismissed) + 1
+        members = [MemberId(replica=number, rank=i) for i in range(world.num_ranks)]
         for member in members:
             world.ranks[member] = world.new_rank(member)
         world.announce(members)

@@ -91,6 +91,7 @@ class Host:
             decided={each.transaction: each.version for each in disk.decisions if each.transaction},
             min_replicas=world.min_replicas,
             keys=disk.keys,
+            dismissed=disk.dismissed,
         )
         self.calls: dict[int, tuple[Node, OnReply]] = {}
         self.pending: dict[tuple[int, MemberId], int] = {}  # round, member -> attempts
@@ -215,6 +216,7 @@ class Host:
             self.alive = False
             return
         disk.members = [member for member in disk.members if member.replica != dismiss.replica]
+        disk.dismissed.add(dismiss.replica)
         for member in [member for member in self.world.ranks if member.replica == dismiss.replica]:
             self.world.ranks.pop(member).alive = False
 
@@ -407,12 +409,18 @@ class World:
     def announce(self, members: list[MemberId]) -> None:
         """Tell the coordinator of new ranks until one has heard it."""
 
-        def ask() -> None:
+        def are_there() -> bool:
             ranks = [self.ranks.get(member) for member in members]
-            if not heard and all(rank is born for rank, born in zip(ranks, first, strict=True)):
-                host = self.host
-                args = {"members": members, "key": key, "dead": True}
-                self.send(OUTSIDE, host, host.request, OUTSIDE, "add", args, done, name="add")
+            return all(rank is born for rank, born in zip(ranks, first, strict=True))
+
+        def greeted(host: Host) -> None:
+            # The coordinator greets them before it takes them in: news of processes that others replaced say nothing.
+            if are_there():
+                host.request(OUTSIDE, "add", {"members": members, "key": key, "dead": True}, done)
+
+        def ask() -> None:
+            if not heard and are_there():
+                self.send(OUTSIDE, self.host, greeted, self.host, name="add")
                 self.after(3.0, OUTSIDE, ask, name="announce", is_event=False)
 
         def done(result: object, error: WeightUpdateError | None) -> None:
