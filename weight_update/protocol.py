@@ -80,8 +80,7 @@ class Coordinator:
         self.asked: tuple[object, Any] | None = None  # tensors of the last push, and where they are in the manifest
         self.waiting: list[Request] = []  # requests that wait for a join to end, or for enough replicas
         self._round: Round | None = None
-        self._num_transactions = 0
-        self._num_rounds = 0
+        self._num_transactions = self._num_rounds = 0
 
     @property
     def fenced(self) -> dict[int, str]:
