@@ -77,7 +77,7 @@ def chunks_of(blobs: Sequence[tuple[bytes, BlobSize]], seed: int) -> list[Chunk]
     rng = np.random.default_rng(seed)
     pieces = []
     for trainer, (blob, _) in enumerate(blobs):
-        middle = int(rng.integers(0, len(blob)))
+        middle = int(rng.integers(0, len(blob) + 1))  # of a trainer rank in whose rows nothing changed it is empty
         pieces += [(trainer, 0, blob[:middle]), (trainer, middle, blob[middle:])]
     order = [*rng.permutation(len(pieces)), *rng.integers(0, len(pieces), 2)]
     return [chunk_of([pieces[i]]) for i in order]

@@ -189,7 +189,15 @@ class _Trainer:
     """One trainer rank with FSDP2 shards of a Llama."""
 
     def __init__(
-        self, place: Place, rank: int, world: int, met: str, model_dir: str, address: str, sharded: bool
+        self,
+        place: Place,
+        rank: int,
+        world: int,
+        met: str,
+        model_dir: str,
+        address: str,
+        sharded: bool,
+        transport: str,
     ) -> None:
         import torch
         import torch.distributed as dist
@@ -206,7 +214,7 @@ class _Trainer:
             for layer in self._model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self._model, mesh=mesh)
-        self._pusher = Pusher(address, transport="grpc", security=OPEN)  # what the links carry is measured
+        self._pusher = Pusher(address, transport=transport, security=OPEN)
 
     def push(self, share: float, full: bool) -> dict[str, Any]:
         """Change a share of the layers' elements, then push; what the report says and this rank's peak memory."""
@@ -265,9 +273,16 @@ class Trainer:
 
 @contextmanager
 def trainer(
-    address: str, model_dir: Path, *, ranks: int, places: Sequence[Place] = (), sharded: bool = True
+    address: str,
+    model_dir: Path,
+    *,
+    ranks: int,
+    places: Sequence[Place] = (),
+    sharded: bool = True,
+    transport: str = "grpc",
 ) -> Iterator[Trainer]:
-    """places: of the ranks. sharded: by FSDP2; else every rank holds the whole model."""
+    """places: of the ranks. sharded: by FSDP2; else every rank holds the whole model. transport: by default what goes
+    over links."""
     host = places[0].host if places else HERE.host
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -276,6 +291,7 @@ def trainer(
         started = []
         for rank in range(ranks):
             place = places[rank] if places else HERE
-            started.append(Remote(_Trainer, place, rank, ranks, met, str(model_dir), address, sharded and ranks > 1))
+            given = (rank, ranks, met, str(model_dir), address, sharded and ranks > 1, transport)
+            started.append(Remote(_Trainer, place, *given))
             stack.callback(started[-1].stop)
         yield Trainer(ranks=started)

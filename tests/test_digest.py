@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weight_update.digest import digest_rows, name_key, total
+from weight_update.digest import digest_many, digest_rows, name_key, total
 
 M = 2**64 - 1
 KEY = name_key("model.layers.0.mlp.down_proj.weight")
@@ -57,6 +57,24 @@ def specified(name: str, rows: Tensor, row0: int) -> tuple[int, int]:
 def test_the_kernel_follows_the_written_specification(shape: tuple[int, int], seed: int, row0: int) -> None:
     rows = random_rows(shape, seed)
     assert digest_rows(name_key("a.b"), rows, row0) == specified("a.b", rows, row0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(shapes, st.integers(0, 9), st.integers(0, 2**40)), min_size=1, max_size=5), seeds)
+def test_many_tensors_of_one_memory_follow_it_wherever_they_lie(
+    tensors: list[tuple[tuple[int, int], int, int]], seed: int
+) -> None:
+    memory, at, end = random_rows((1, 5000), seed)[0], [], 0
+    for (num_rows, row_bytes), gap, _ in tensors:
+        at.append(end + gap)
+        end = at[-1] + num_rows * row_bytes
+    columns = [np.array(each, np.int64) for each in (at, *zip(*(shape for shape, _, _ in tensors), strict=True))]
+    keys = np.array([name_key(f"t{i}") for i in range(len(tensors))], np.uint64)
+    row0 = np.array([first for _, _, first in tensors], np.int64)
+    found = digest_many(memory, *columns, row0, keys)
+    for i, ((num_rows, row_bytes), _, first) in enumerate(tensors):
+        rows = memory[at[i] : at[i] + num_rows * row_bytes].view(num_rows, row_bytes)
+        assert tuple(found[i].tolist()) == specified(f"t{i}", rows, first)
 
 
 def test_large_tensors_follow_it_across_blocks() -> None:

@@ -8,11 +8,13 @@ import torch
 
 from quant.formats import FORMATS, TensorSpec, global_scale
 from quant.parameters import ParameterRow
+from weight_update.columns import Columns
 from weight_update.delta import BlobSize, DeviceDelta, patches_of
 from weight_update.digest import lane_keys, lanes_of, name_key
 from weight_update.encoder import Grouping
 from weight_update.errors import TransferError
 from weight_update.gathering import Located
+from weight_update.manifest import Manifest
 from weight_update.packing import CHUNK_PIECES
 from weight_update.source import PushPlan, Source
 
@@ -37,7 +39,10 @@ def test_scales_of_a_table_are_those_of_each_group() -> None:
         for row in (*rows, rows[1])
     )
     order = tuple((row.name, row) for row in rows)
-    plan = PushPlan(sources=sources, specs=(), logical_bytes=0, carried_over=0, widened=(), order=order)
+    columns = Columns.of(Manifest(tensors=(), parameters=()), (), order, (), (), ())
+    plan = PushPlan(
+        sources=sources, specs=(), logical_bytes=0, carried_over=0, widened=(), order=order, columns=columns
+    )
     grouping = Grouping(plan)
     largest = grouping.largest(np.array([0x3C00, 0x3C81, 0x4000, 0x3F80, 0, 0x3D03]))
     assert largest.tolist() == [0x3C00, 0x3D03, 0x4000, 0x3F80, 0]

@@ -234,7 +234,7 @@ class Attempt:
         with Streams(self._open_streams(begun, total), destinations_of(self.described.ranks)) as self._streams:
             self._raise_cancelled()
             if isinstance(self.content, Whole):
-                send_whole(self.content, self.manifest, self._streams.doors, self._counted(total))
+                send_whole(self.content, self._streams.doors, self._counted(total))
             else:
                 send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
         return self._streams.wire_bytes

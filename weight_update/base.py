@@ -9,7 +9,7 @@ The bytes that are kept are those of the checkpoint form, so the next push compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from quant.formats import TensorSpec
 
+from .columns import Block, Part, blocks_of
 from .delta import DENSE, Patch, changed_bytes, is_relative, is_sparse
 from .digest import MASK, Digests, Lanes, digest_rows, digest_words, name_key, words_of
-from .encoder import encoded
+from .encoder import BLOCK_BYTES, encoded
 from .source import PushPlan
 
 Scales = Mapping[str, Tensor]
-Block = tuple[int, TensorSpec, int, Tensor]  # position in the push, tensor, first row, uint8 [rows, row_bytes]
-Blocks = list[tuple[int, Tensor]]  # first row, uint8 [rows, row_bytes]
+
+# Of the rows of a source that is encoded in one piece, whatever its format; the pieces of a larger one are held as one.
+SOURCE_BYTES = BLOCK_BYTES // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +65,7 @@ class Whole:
     mode = "full"
 
     def __init__(self, plan: PushPlan, scales: Scales, *, keep: torch.device | None) -> None:
-        self._plan, self._scales, self._kept = plan, scales, keep is not None
+        self.plan, self._scales, self._kept = plan, scales, keep is not None
         self._keep = keep
         self.digests = np.zeros((len(plan.specs), 2), np.uint64)
         self.held: dict[str, list[Held]] = {}
@@ -72,7 +74,7 @@ class Whole:
     @property
     def device(self) -> torch.device | None:
         """The GPU that the weights are on, None where they are on the host."""
-        return _gpu_of(self._plan)
+        return _gpu_of(self.plan)
 
     @classmethod
     def of(cls, changes: Changes) -> Whole:
@@ -91,33 +93,35 @@ class Whole:
     def blocks(self) -> Iterator[Block]:
         """All rows, encoded as they are asked for unless they were taken before."""
         if self._taken:
-            for i, spec in enumerate(self._plan.specs):
-                yield from ((i, spec, each.first, each.rows.cpu()) for each in self.held.get(spec.name, ()))
+            held = ((i, each) for i, spec in enumerate(self.plan.specs) for each in self.held.get(spec.name, ()))
+            yield from blocks_of((i, each.first, each.rows.cpu()) for i, each in held)
             return
         self.digests[:] = 0
         self.held = {}
-        positions = {spec.name: i for i, spec in enumerate(self._plan.specs)}
-        for source in self._plan.sources:
-            parts: dict[str, Blocks] = {}
-            digests: dict[tuple[str, int], Lanes] = {}
-            for spec, first, data in encoded(source, self._scales.get(source.name)):
-                lanes = digest_rows(name_key(spec.name), data, first)
-                self.digests[positions[spec.name]] += np.array(lanes, np.uint64)
-                yield positions[spec.name], spec, first, data
-                if self._keep is not None:
-                    parts.setdefault(spec.name, []).append((first, data))
-                    digests[spec.name, first] = lanes
-            self._hold(parts, digests)
+        for block in blocks_of(_small_parts(self.plan, self._scales)):
+            yield from self._passed(block, self.held)
+        for number, source in enumerate(self.plan.sources):
+            if source.rows.nbytes > SOURCE_BYTES:
+                parts: dict[str, list[Held]] = {}
+                for part in _encoded(self.plan, self._scales, number):
+                    yield from self._passed(Block.of(part), parts)
+                for name, pieces in parts.items():
+                    self.held.setdefault(name, []).extend(map(_stacked, _stacks(pieces)))
         self._taken = self._keep is not None
 
-    def _hold(self, parts: Mapping[str, Blocks], digests: Mapping[tuple[str, int], Lanes]) -> None:
-        for name, blocks in parts.items():
-            for below in _stacks(blocks):
-                rows = torch.cat([data for _, data in below]).to(self._keep)  # a copy, even of one block
-                lanes = (0, 0)
-                for first, _ in below:
-                    lanes = _sum(lanes, digests[name, first])
-                self.held.setdefault(name, []).append(Held(first=below[0][0], rows=rows, digest=lanes))
+    def _passed(self, block: Block, held: dict[str, list[Held]]) -> Iterator[Block]:
+        """The block, its digests counted; afterwards a copy of its rows is held, where they are kept."""
+        columns = self.plan.columns
+        digests = block.digests(columns)
+        np.add.at(self.digests, block.position, digests)
+        yield block
+        if self._keep is None:
+            return
+        kept = replace(block, data=block.data.to(self._keep, copy=True))
+        for (position, first, rows), (lane0, lane1) in zip(kept.parts(columns), digests.tolist(), strict=True):
+            own = rows.clone() if rows.storage_offset() % 8 else rows  # it is read by words later
+            each = Held(first=first, rows=own, digest=(lane0, lane1))
+            held.setdefault(self.plan.specs[position].name, []).append(each)
 
     def confirmed(self, base: Base | None, version: int, digest: str) -> Base | None:
         """What is known once this push is that version; base: what was known of the version before."""
@@ -182,39 +186,97 @@ def _gpu_of(plan: PushPlan) -> torch.device | None:
     return next((source.rows.device for source in plan.sources if source.rows.is_cuda), None)
 
 
+def _small_parts(plan: PushPlan, scales: Scales) -> Iterator[Part]:
+    """The rows of sources of which nothing is encoded in several blocks."""
+    positions = plan.columns.position.tolist()
+    for number, source in enumerate(plan.sources):
+        if number in plan.columns.as_is:
+            yield positions[number], source.first, source.rows
+        elif source.rows.nbytes <= SOURCE_BYTES:
+            yield from _encoded(plan, scales, number)
+
+
+def _encoded(plan: PushPlan, scales: Scales, number: int) -> Iterator[Part]:
+    position, source = int(plan.columns.position[number]), plan.sources[number]
+    place = {spec.name: position + i for i, spec in enumerate(source.specs)}
+    for spec, first, data in encoded(source, scales.get(source.name)):
+        yield place[spec.name], first, data.cpu()
+
+
 def compare(plan: PushPlan, scales: Scales, base: Base) -> Changes:
-    """Encode everything and compare it with the base, a source at a time."""
-    positions = {spec.name: i for i, spec in enumerate(plan.specs)}
+    """Encode everything and compare it with the base, a source at a time, and those of a few bytes many at a time."""
     digests = np.zeros((len(plan.specs), 2), np.uint64)
     patches: list[Patch] = []
     everything: dict[str, list[Held]] = {}
-    for source in plan.sources:
-        parts: dict[str, Blocks] = {}
-        specs = {spec.name: spec for spec in source.specs}
-        for spec, first, data in encoded(source, scales.get(source.name)):
-            parts.setdefault(spec.name, []).append((first, data))
-        for name, blocks in parts.items():
-            at = positions[name]
-            for below in _stacks(blocks):
-                new = torch.cat([data for _, data in below]).cpu()
-                first = below[0][0]
-                patch, held = _compared(at, specs[name], base.rows_at(name, first), first, new)
-                patches += [patch] if patch is not None else []
-                digests[at] += np.array(held.digest, np.uint64)
-                everything.setdefault(name, []).append(held)
+    for (position, first, rows), old, is_same in _beside(plan, scales, base):
+        spec = plan.specs[position]
+        patch, held = None, old
+        if held is None or not is_same:
+            patch, held = _compared(position, spec, old, first, rows)
+        patches += [patch] if patch is not None else []
+        digests[position] += np.array(held.digest, np.uint64)
+        everything.setdefault(spec.name, []).append(held)
     return Changes(plan=plan, base=base, patches=tuple(patches), digests=digests, held=everything)
 
 
-def _stacks(blocks: Blocks) -> Iterator[Blocks]:
-    """Blocks that lie one below the other."""
-    stack: Blocks = []
-    for first, data in blocks:
-        if stack and first != stack[-1][0] + len(stack[-1][1]):
+def _beside(plan: PushPlan, scales: Scales, base: Base) -> Iterator[tuple[Part, Held | None, bool]]:
+    """All rows, in memory of their own unless they are known to be as in the base; what it has in their place; and
+    whether they are known to be."""
+
+    def old_of(position: int, first: int) -> Held | None:
+        return base.rows_at(plan.specs[position].name, first)
+
+    for block in blocks_of(_small_parts(plan, scales)):
+        parts = block.parts(plan.columns)
+        olds = [old_of(position, first) for position, first, _ in parts]
+        for (position, first, rows), old, is_same in zip(parts, olds, _are_same(parts, olds), strict=True):
+            yield (position, first, rows if is_same else rows.clone()), old, is_same
+    for number, source in enumerate(plan.sources):
+        if source.rows.nbytes > SOURCE_BYTES:
+            found: dict[int, list[Held]] = {}
+            for position, first, rows in _encoded(plan, scales, number):
+                found.setdefault(position, []).append(Held(first=first, rows=rows, digest=(0, 0)))
+            for position, held in found.items():
+                for below in _stacks(held):
+                    rows, first = torch.cat([each.rows for each in below]), below[0].first
+                    yield (position, first, rows), old_of(position, first), False
+
+
+def _are_same(parts: Sequence[Part], olds: Sequence[Held | None]) -> list[bool]:
+    """Which rows are those of the base, of many that are looked at together; of one alone it is not asked."""
+    alike = [
+        (i, rows.view(-1), old.rows.view(-1))
+        for i, ((_, _, rows), old) in enumerate(zip(parts, olds, strict=True))
+        if old is not None and old.rows.device == rows.device and old.rows.shape == rows.shape
+    ]
+    same = [False] * len(parts)
+    if len(parts) > 1 and alike:
+        new, old = torch.cat([each for _, each, _ in alike]), torch.cat([each for _, _, each in alike])
+        ends = np.cumsum([each.numel() for _, each, _ in alike])
+        changed = np.searchsorted(ends, (new != old).nonzero().flatten().numpy(), "right")
+        for at in set(range(len(alike))).difference(changed.tolist()):
+            same[alike[at][0]] = True
+    return same
+
+
+def _stacks(held: Iterable[Held]) -> Iterator[list[Held]]:
+    """Rows that lie one below the other."""
+    stack: list[Held] = []
+    for each in held:
+        if stack and each.first != stack[-1].first + len(stack[-1].rows):
             yield stack
             stack = []
-        stack.append((first, data))
+        stack.append(each)
     if stack:
         yield stack
+
+
+def _stacked(stack: Sequence[Held]) -> Held:
+    lanes = (0, 0)
+    for each in stack:
+        lanes = _sum(lanes, each.digest)
+    rows = stack[0].rows if len(stack) == 1 else torch.cat([each.rows for each in stack])
+    return Held(first=stack[0].first, rows=rows, digest=lanes)
 
 
 def _compared(at: int, spec: TensorSpec, old: Held | None, first: int, new: Tensor) -> tuple[Patch | None, Held]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ CHUNK_BYTES = 2 << 20  # payload; 1 to 4 MiB measured best, 16 MiB is worse
 RING_LESS_BYTES = 8 << 20  # payload of a chunk that finds no room in a ring
 MAX_MESSAGE_BYTES = 16 << 20  # a chunk of small pieces is mostly index: 16 bytes a piece
 MAX_TICKET_BYTES = 64
-BLOCK_BYTES = 256 << 10  # that stay in a core's cache between being hashed and being copied
 SMALL_PIECE_BYTES = 4 << 10  # on average: below, joining the pieces first is faster than copying each by itself
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
@@ -54,7 +53,8 @@ class StageOpen:
 class Chunk:
     """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push.
 
-    payload: in host memory, or uint8 [n] in that of a GPU.
+    payload: in host memory, or uint8 [n] in that of a GPU. in_ring: it lies in the stream's ring, and the checksum is
+    of all but the payload.
     """
 
     sequence: int
@@ -63,6 +63,7 @@ class Chunk:
     length: npt.NDArray[np.uint32]
     checksum: int
     payload: memoryview | Tensor
+    in_ring: bool = False
 
 
 class Packet:
@@ -87,7 +88,8 @@ class Packet:
     @cached_property
     def message(self) -> bytes:
         """A serialized StageRequest with the payload in it."""
-        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, self._checksum)
+        checksum = _checksum([*self._columns, *self._on_host])
+        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, checksum)
         return b"".join([head, *self._on_host])
 
     @cached_property
@@ -110,28 +112,19 @@ class Packet:
             found.append(encode_chunk(number, *columns, [payload[start:stop]]))
         return found
 
-    def in_ring(self, at: int, *, on_device: bool = False) -> bytes:
-        """A serialized StageRequest whose payload was put into the stream's ring; on_device: one of a GPU's memory."""
-        checksum = _checksum(self._columns) if on_device else self._checksum
-        return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0, checksum)
+    def in_ring(self, at: int) -> bytes:
+        """A serialized StageRequest whose payload was put into the stream's ring. Its checksum is of what it says, not
+        of the payload: nothing lies between the two ends but memory, and the digests are compared of all bytes."""
+        return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0, _checksum(self._columns))
 
     def put(self, target: npt.NDArray[np.uint8]) -> None:
-        """Copy the payload, uint8 [payload_bytes]. Its checksum is taken on the way, of what is in the cache then."""
-        pieces = self._on_host
+        """Copy the payload, uint8 [payload_bytes]."""
+        pieces, at = self._on_host, 0
         if self.payload_bytes < len(pieces) * SMALL_PIECE_BYTES:
             pieces = [memoryview(b"".join(pieces))]
-        checksum, at = xxhash.xxh3_64(b"".join(self._columns)), 0
         for piece in pieces:
-            for first in range(0, len(piece), BLOCK_BYTES):
-                block = piece[first : first + BLOCK_BYTES]
-                checksum.update(block)
-                target[at : at + len(block)] = np.frombuffer(block, np.uint8)
-                at += len(block)
-        self._checksum = checksum.intdigest()
-
-    @cached_property
-    def _checksum(self) -> int:
-        return _checksum([*self._columns, *self._on_host])
+            target[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
 
     @cached_property
     def _on_host(self) -> list[memoryview]:
@@ -194,8 +187,8 @@ def check(chunk: Chunk) -> None:
         raise TransferError(
             f"chunk {chunk.sequence}: {len(chunk.payload)} payload bytes, its pieces declare {declared}; send it again"
         )
-    parts: list[bytes | memoryview] = [column.tobytes() for column in columns]
-    checksum = _checksum(parts if isinstance(chunk.payload, Tensor) else [*parts, chunk.payload])
+    parts: list[Any] = [column.tobytes() for column in columns]
+    checksum = _checksum(parts if chunk.in_ring else [*parts, chunk.payload])
     if checksum != chunk.checksum:
         raise TransferError(
             f"chunk {chunk.sequence}: checksum {checksum:016x}, the sender's is {chunk.checksum:016x};"
@@ -203,7 +196,7 @@ def check(chunk: Chunk) -> None:
         )
 
 
-def _checksum(parts: Iterable[bytes | memoryview]) -> int:
+def _checksum(parts: Iterable[Any]) -> int:
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
@@ -303,6 +296,7 @@ def _read_chunk(body: memoryview, ring: Piece | None) -> Chunk:
         length=_column(columns.get(4), np.dtype("<u4")),
         checksum=int.from_bytes(parts[5][-1], "little") if 5 in parts else 0,
         payload=payload,
+        in_ring=bool(numbers.get(8)),
     )
 
 

@@ -131,7 +131,7 @@ class CudaFull(FullInstall):
         self.cuda, self._chosen = cuda, chosen
 
     def reserve(self, arena: Arena) -> None:
-        plan, staged, block = self.plan, self.plan.layout.num_bytes, self.plan.block_bytes
+        plan, staged, block = self.plan, self.plan.layout.num_bytes, self.plan.writes.block_bytes
         memory = arena.reserve(staged + block + self.memory.undo_bytes)
         self.staging = DeviceStaging(plan.layout, memory[:staged], self.cuda.side, self.cuda.pinned)
         self._scratch = memory[staged : staged + block]

@@ -147,6 +147,9 @@ class BlobSize:
         return self.num_segments * SEGMENT.itemsize + self.num_changes * CHANGE_BYTES + 2 * self.dense_bytes
 
 
+NOTHING = BlobSize(num_bytes=0, num_segments=0, num_changes=0, dense_bytes=0)  # for a rank in whose rows none changed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankDelta:
     """What one actor rank gets in a delta push: a blob from every trainer rank, in their order."""
@@ -240,7 +243,9 @@ def cut(patch: Patch, first: int, stop: int) -> Patch | None:
 
 
 def pack(patches: Sequence[Patch]) -> tuple[bytes, BlobSize]:
-    """One blob of these patches, and what is announced of it."""
+    """One blob of these patches, and what is announced of it; no byte of no patches."""
+    if not patches:
+        return b"", NOTHING
     sparse = [patch for patch in patches if patch.positions is not None]
     dense = [patch for patch in patches if patch.positions is None]
     table = np.array(
@@ -287,6 +292,8 @@ def unpack(
 ) -> list[Patch]:
     """The patches in a blob for a rank that holds these rows of the pushed tensors; TransferError unless it is whole,
     of the announced size, and names nothing but increasing positions in those rows. Allocates what was announced."""
+    if size == NOTHING and not len(blob):
+        return []
     segments, differences, dense, gaps = _columns(blob, size)
     _check_segments(segments, size, specs, row_start, row_stop)
     patches, change, byte = [], 0, 0

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import Base, Block, Held, Whole
+from .base import Base, Held, Whole
+from .columns import Block
 from .delta import DeviceDelta
 from .digest import Digests, Lanes
 from .filling import Form
@@ -129,14 +130,14 @@ class FormWhole(Whole):
 
     def blocks(self) -> Iterator[Block]:
         """Tensor by tensor, as `Whole` has them."""
-        plan, specs = self.form.plan, self.form.plan.push.specs
+        plan = self.form.plan
         for parts, event in self.steps():
             if event is not None:
                 event.synchronize()
             for i in range(parts.start, parts.stop):
                 tensor, first, at = (int(each[i]) for each in (plan.parts.tensor, plan.parts.row0, plan.parts.at))
                 rows, size = int(plan.parts.num_rows[i]), int(plan.parts.row_bytes[i])
-                yield tensor, specs[tensor], first, self.form.memory[at : at + rows * size].view(rows, size)
+                yield Block.of((tensor, first, self.form.memory[at : at + rows * size].view(rows, size).cpu()))
 
     def confirmed(self, base: Any, version: int, digest: str) -> Any:
         """What is known once this push is that version. Of a push of some tensors, the others' rows are kept as they

@@ -93,14 +93,14 @@ class DeviceWriter(RingWriter):
                 packet.gather(self._memory.data_ptr() + at)
             else:
                 packet.copy_to(self._memory[at : at + packet.payload_bytes])
-            return packet.in_ring(at, on_device=True)
+            return packet.in_ring(at)
         pieces = [piece if isinstance(piece, Tensor) else _tensor(piece) for piece in packet.pieces]
         device = next((piece.device for piece in pieces if piece.is_cuda), torch.device("cpu"))
         joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])
         self._memory[at : at + packet.payload_bytes].copy_(joined)
         if joined.is_cuda:
             torch.cuda.current_stream(joined.device).synchronize()
-        return packet.in_ring(at, on_device=True)
+        return packet.in_ring(at)
 
 
 def _tensor(piece: memoryview) -> Tensor:

@@ -92,21 +92,16 @@ def digest_rows(key: int, rows: Tensor, row0: int) -> tuple[int, int]:
     return lane0 & MASK, lane1 & MASK
 
 
-def digest_staged(memory: Tensor, at: Ints, num_rows: Ints, row_bytes: Ints, row0: Ints, keys: Digests) -> Digests:
+def digest_many(memory: Tensor, at: Ints, num_rows: Ints, row_bytes: Ints, row0: Ints, keys: Digests) -> Digests:
     """Digests of many tensors, [n, 2]: rows [row0[i], row0[i] + num_rows[i]) of tensor i lie at byte at[i] of `memory`,
-    uint8, one after the other; at: multiples of 8. keys: uint64 [n]."""
+    uint8 [bytes], one after the other. keys: uint64 [n]."""
     loops, found = _loops(), np.zeros((len(at), 2), np.uint64)
-    whole = (row_bytes % 8 == 0) & (row_bytes > 0) & (num_rows > 0)  # words of rows that lie as they are hashed
-    together = np.flatnonzero(whole) if loops is not None and memory.device.type == "cpu" else np.zeros(0, np.int64)
-    for i in np.setdiff1d(np.arange(len(at)), together).tolist():
+    if loops is not None and memory.device.type == "cpu":
+        loops.digest_many(memory.numpy(), at, num_rows, row_bytes, row0, keys, found)
+        return found
+    for i in range(len(at)):
         rows = memory[at[i] : at[i] + num_rows[i] * row_bytes[i]].view(int(num_rows[i]), int(row_bytes[i]))
         found[i] = digest_rows(int(keys[i]), rows, int(row0[i]))
-    if loops is not None and len(together):
-        words = memory[: memory.numel() // 8 * 8].numpy().view(np.uint64)
-        numbers = [each[together] for each in (at // 8, num_rows, row_bytes // 8, row0, keys, row_bytes)]
-        lanes = np.empty((len(together), 2), np.uint64)
-        loops.digest_many(words, *numbers, lanes)
-        found[together] = lanes
     return found
 
 

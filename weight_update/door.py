@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from quant.formats import TensorSpec
 from sharding.routes import Destination
 
 from .chunks import Packet, Piece
+from .columns import Block, Columns
 from .gathering import Located, gathered
 from .packing import Packer
 from .stream import StageStream
@@ -37,6 +37,18 @@ class Door:
             self._gathering = self._gathering or torch.cuda.Stream(located.device)  # type: ignore[no-untyped-call]
             self._send(gathered(located, self._packer.chunk_bytes, self._packer.number, self._gathering))
 
+    def send(self, block: Block, columns: Columns) -> None:
+        """Queue the rows of a block that the ranks own."""
+        index, row_bytes = columns.index[block.position], columns.row_bytes[block.position]
+        start = np.maximum(block.first, self.destination.row_start[index])
+        stop = np.minimum(block.first + block.num_rows, self.destination.row_stop[index])
+        sizes = block.num_rows * row_bytes
+        begin = np.cumsum(sizes) - sizes + (start - block.first) * row_bytes
+        some = (start < stop) & (row_bytes > 0)
+        numbers = (block.position, start * row_bytes, (stop - start) * row_bytes, begin)
+        tensors, offsets, lengths, starts = (each[some] for each in numbers)
+        self._send(self._packer.add_many(tensors, offsets, lengths, starts, block.data.numpy().data))
+
     def flush(self) -> None:
         """Send what is queued."""
         self._send(self._packer.flush())
@@ -45,13 +57,3 @@ class Door:
         for packet in packets:
             for stream in self._streams:
                 stream.send(packet)
-
-
-def route(door: Door, position: int, index: int, spec: TensorSpec, first: int, data: Tensor) -> None:
-    """Give a door the part of these rows that its ranks own."""
-    start = max(first, int(door.destination.row_start[index]))
-    stop = min(first + data.shape[0], int(door.destination.row_stop[index]))
-    if start < stop:
-        rows = data[start - first : stop - first]
-        flat = rows.reshape(-1)
-        door.add(position, start * spec.row_bytes, flat if flat.is_cuda else flat.numpy().data)

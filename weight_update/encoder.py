@@ -128,23 +128,23 @@ def largest_bits(source: Source) -> int:
     return max((amax(_cut(block)) for _, block in blocks(source)), default=0)
 
 
-def largest_bits_of(sources: Sequence[Source]) -> npt.NDArray[np.int64]:
-    """The same of many sources; those of a few bytes, of which models may have tens of thousands, are looked at
-    together."""
+def largest_bits_of(sources: Sequence[Source], small: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The same of many sources. small: those of a few bytes, of which models may have tens of thousands; they are
+    looked at together."""
     bits = np.zeros(len(sources), np.int64)
-    few = [i for i, source in enumerate(sources) if _is_small(source)]
-    for i in sorted({*range(len(sources))}.difference(few)):
+    for i in np.setdiff1d(np.arange(len(sources)), small).tolist():
         bits[i] = largest_bits(sources[i])
-    for start in range(0, len(few), SMALL_AT_A_TIME):
-        part = few[start : start + SMALL_AT_A_TIME]
-        rows = [sources[i].rows.detach().view(-1) for i in part]
+    for start in range(0, len(small), SMALL_AT_A_TIME):
+        part = small[start : start + SMALL_AT_A_TIME]
+        rows = [sources[i].rows.view(-1) for i in part.tolist()]
         values = torch.cat(rows).view(torch.int16).numpy().view(np.uint16) & 0x7FFF
         ends = np.cumsum([each.numel() for each in rows])
         bits[part] = np.maximum.reduceat(values, np.concatenate([[0], ends[:-1]]))
     return bits
 
 
-def _is_small(source: Source) -> bool:
+def is_small(source: Source) -> bool:
+    """Whether a source is BF16 of few elements that lie in host memory one after the other."""
     rows = source.rows
     return (
         source.kind == "encode"
@@ -154,6 +154,11 @@ def _is_small(source: Source) -> bool:
         and 0 < rows.numel() <= SMALL_ELEMENTS
         and rows.is_contiguous()
     )
+
+
+def is_sent_as_is(source: Source) -> bool:
+    """Whether what a small source sends are its rows, as they lie in memory."""
+    return source.parameter.format == "bf16" and len(source.runs) == 1 and source.sent == source.runs
 
 
 def _cut(block: Tensor) -> Tensor:

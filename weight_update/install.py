@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,10 +25,11 @@ from torch import Tensor
 from quant.layouts import invert_rows
 
 from .delta import Patch, Positions
-from .digest import Digests, digest_staged
+from .digest import Digests
 from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
-from .live import BLOCK_BYTES, Live, Recompute, Span, Write, merge_spans
-from .staging import ALIGN_BYTES, Arena, StagingBuffer, StagingPlan, plan_staging
+from .live import Copy, Live, Recompute, Span, Write, merge_spans
+from .staging import Arena, StagingBuffer, StagingPlan, plan_staging
+from .writes import Writes
 
 SLACK_BYTES = 8 << 20  # index arrays of the torch twins for a block, derived values, the interpreter's own
 TENSOR_BYTES = 4 << 10  # Python objects that a transaction keeps for one tensor
@@ -89,37 +92,44 @@ class Install(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FullPlan:
     """An install of whole tensors, but for when it is done. indices: of the manifest. spans: bytes that it overwrites,
-    derived values included. columns: rows, bytes of a row, first row and key of every tensor."""
+    derived values included; lives: they themselves. span_of: by write, the span that holds its rows."""
 
     indices: Sequence[int]
-    writes: Sequence[Write]
+    writes: Writes
     recomputes: Sequence[Recompute]
     spans: Sequence[Span]
+    span_of: Sequence[int]
+    lives: Sequence[Tensor]
     layout: StagingPlan
-    columns: tuple[Ints, Ints, Ints, npt.NDArray[np.uint64]]
-    block_bytes: int
     changes: Changes
 
     @classmethod
     def of(cls, live: Live, indices: Sequence[int]) -> FullPlan:
         """The plan of some tensors."""
-        writes = [live.writes[i] for i in indices]
-        specs = [write.placement.tensor for write in writes]
-        row0, num_rows = (np.array([getattr(each, name) for each in writes], np.int64) for name in ("row0", "num_rows"))
-        recomputes = live.stale({write.span[0] for write in writes if write.num_rows})
+        writes = Writes([live.writes[i] for i in indices])
+        specs = [write.placement.tensor for write in writes.all]
+        recomputes = live.stale({write.span[0] for write in writes.all if write.num_rows})
         derived = [(each.name, 0, live.bytes[each.name].numel()) for each in recomputes]
-        row_bytes = np.array([spec.row_bytes for spec in specs], np.int64)
-        keys = np.array([write.key for write in writes], np.uint64)
+        spans = merge_spans([*(write.span for write in writes.all), *derived])
         return cls(
             indices=indices,
             writes=writes,
             recomputes=recomputes,
-            spans=merge_spans([*(write.span for write in writes), *derived]),
-            layout=plan_staging(specs, row0, row0 + num_rows),
-            columns=(num_rows, row_bytes, row0, keys),
-            block_bytes=block_bytes(writes),
+            spans=spans,
+            span_of=[bisect_right(spans, (*write.span[:2], sys.maxsize)) - 1 for write in writes.all],
+            lives=[_part(live.bytes[name], first, stop) for name, first, stop in spans],
+            layout=plan_staging(specs, writes.row0, writes.row0 + writes.num_rows),
             changes=dict.fromkeys(spec.name for spec in specs),
         )
+
+    @property
+    def undo_bytes(self) -> list[int]:
+        """Of each span."""
+        return [each.numel() for each in self.lives]
+
+
+def _part(data: Tensor, first: int, stop: int) -> Tensor:
+    return data if stop - first == data.numel() else data[first:stop]
 
 
 class FullPlans:
@@ -143,14 +153,14 @@ class FullInstall:
         self._live = live
         self.memory = MemoryPlan(
             staging_bytes=plan.layout.num_bytes,
-            undo_bytes=sum(stop - first for _, first, stop in plan.spans),
-            scratch_bytes=plan.block_bytes + SLACK_BYTES + TENSOR_BYTES * len(plan.writes),
+            undo_bytes=sum(plan.undo_bytes),
+            scratch_bytes=plan.writes.block_bytes + SLACK_BYTES + TENSOR_BYTES * len(plan.indices),
             in_flight_bytes=in_flight_bytes,
         )
 
     def reserve(self, arena: Arena) -> None:
         """Take all memory that the transaction needs."""
-        staged, block, undo = self.plan.layout.num_bytes, self.plan.block_bytes, self.memory.undo_bytes
+        staged, block, undo = self.plan.layout.num_bytes, self.plan.writes.block_bytes, self.memory.undo_bytes
         memory = arena.reserve(staged + block + undo)
         self.staging = StagingBuffer(self.plan.layout, memory[:staged])
         self._scratch = memory[staged : staged + block]
@@ -159,17 +169,13 @@ class FullInstall:
 
     def _copies(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Live bytes and where their copy goes, one after the other in `memory`."""
-        copies, at = [], 0
-        for name, first, stop in self.plan.spans:
-            copies.append((self._live.bytes[name][first:stop], memory[at : at + stop - first]))
-            at += stop - first
-        return copies
+        return list(zip(self.plan.lives, memory.split_with_sizes(self.plan.undo_bytes), strict=True))
 
     def prepare(self) -> Digests:
         missing = [f"{name}: bytes [{first}, {stop})" for name, (first, stop) in self.staging.missing()]
         raise_all(TransferError, "prepare: rows have not arrived; send them", missing)
         self.staging.close()
-        self._staged = digest_staged(self.staging.memory, self.plan.layout.at, *self.plan.columns)
+        self._staged = self.plan.writes.staged(self.staging)
         for live, copy in self._undo:
             copy.copy_(live)
         return self._staged
@@ -178,17 +184,16 @@ class FullInstall:
         return {spec.name: self.staging.rows(i) for i, spec in enumerate(self.plan.layout.specs)}
 
     def write(self) -> Digests:
-        for i, write in enumerate(self.plan.writes):
-            write.apply(self.staging.rows(i))
+        self.plan.writes.apply(self.staging)
         for each in self.plan.recomputes:
             each.apply()
-        installed = read_back(self.plan.writes, self._scratch)
+        installed = self.plan.writes.read_back(self._scratch)
         self._require_installed(installed)
         return installed
 
     def _require_installed(self, installed: Digests) -> None:
         """What is read back is what was staged, padding is zero, and nothing moved; raises whatever is not so."""
-        require_equal(installed, self._staged, self.plan.writes)
+        require_equal(installed, self._staged, self.plan.writes.all)
         names = {span[0]: None for span in self.plan.spans}
         padding = [each for name in names for each in self._live.padding.get(name, ())]
         stained = [problem for each in padding if (problem := each.problem(self._scratch)) is not None]
@@ -203,21 +208,16 @@ class FullInstall:
         return self.plan.changes
 
     def reverse(self) -> list[Patch]:
-        copies = dict(zip(self.plan.spans, (copy for _, copy in self._undo), strict=True))
-        return [
-            whole_rows(index, write, _old_rows(write, copies))
-            for index, write in zip(self.indices, self.plan.writes, strict=True)
-            if write.num_rows
-        ]
+        found = zip(self.indices, self.plan.writes.all, self.plan.span_of, strict=True)
+        return [whole_rows(index, write, self._old_rows(write, span)) for index, write, span in found if write.num_rows]
 
-
-def _old_rows(write: Write, copies: Mapping[Span, Tensor]) -> Tensor:
-    """Rows as they were, out of the undo copy."""
-    name, first, stop = write.span
-    (span, copy) = next(
-        (span, copy) for span, copy in copies.items() if span[0] == name and span[1] <= first and stop <= span[2]
-    )
-    return invert_rows(write.placement, write.row0, write.num_rows, copy, write.base + span[1])
+    def _old_rows(self, write: Write, span: int) -> Tensor:
+        """Rows as they were, out of the undo copy."""
+        first, copy = self.plan.spans[span][1], self._undo[span][1]
+        if isinstance(write, Copy):
+            at = write.flat.storage_offset() - self._live.bytes[write.span[0]].storage_offset() - first
+            return copy[at : at + write.flat.numel()].clone()
+        return invert_rows(write.placement, write.row0, write.num_rows, copy, write.base + first)
 
 
 def whole_rows(index: int, write: Write, rows: Tensor) -> Patch:
@@ -237,17 +237,11 @@ def require_equal(installed: Digests, staged: Digests, writes: Sequence[Write]) 
     raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
 
 
-def read_back(writes: Sequence[Write], scratch: Tensor | None = None) -> Digests:
+def read_back(writes: Sequence[Write]) -> Digests:
     """Digests of live rows, [n, 2]."""
-    if scratch is None:
-        scratch = torch.empty(block_bytes(writes), dtype=torch.uint8, device=writes[0].local.device if writes else None)
-    return np.array([write.digest(scratch) for write in writes], np.uint64).reshape(-1, 2)
-
-
-def block_bytes(writes: Sequence[Write]) -> int:
-    """Scratch for one block of rows, in whole cache lines."""
-    largest = max([BLOCK_BYTES, *(write.placement.tensor.row_bytes for write in writes)])
-    return -(-largest // ALIGN_BYTES) * ALIGN_BYTES
+    chosen = Writes(writes)
+    device = writes[0].local.device if writes else None
+    return chosen.read_back(torch.empty(chosen.block_bytes, dtype=torch.uint8, device=device))
 
 
 def _hex(digest: npt.NDArray[np.uint64]) -> str:

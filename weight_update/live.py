@@ -67,16 +67,16 @@ class Write:
 class Copy(Write):
     """A write whose rows lie in the storage as they come: a plain copy, and a digest of the live bytes where they are.
 
-    view: those bytes, uint8 [num_rows, row_bytes].
+    flat: those bytes, uint8 [num_rows * row_bytes].
     """
 
-    view: Tensor
+    flat: Tensor
 
     def apply(self, rows: Tensor) -> None:
-        self.view.copy_(rows)
+        self.flat.copy_(rows.reshape(-1))
 
     def digest(self, scratch: Tensor) -> tuple[int, int]:
-        return digest_rows(self.key, self.view, self.row0)
+        return digest_rows(self.key, self.flat.view(self.num_rows, -1), self.row0)
 
 
 def part_of(write: Write, row0: int, num_rows: int) -> Write:
@@ -248,8 +248,7 @@ def _plan_write(storages: Mapping[str, Tensor], placement: Placement, shards: Sh
     if not _is_row_major(placement, offsets):
         return Write(**fields)
     start = int(offsets[0])
-    view = local[start : start + len(offsets) * spec.row_bytes].view(len(offsets), spec.row_bytes)
-    return Copy(**fields, view=view)
+    return Copy(**fields, flat=local[start : start + len(offsets) * spec.row_bytes])
 
 
 def _is_row_major(placement: Placement, offsets: npt.NDArray[np.int64]) -> bool:

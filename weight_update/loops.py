@@ -43,13 +43,37 @@ def digest(words: U64, key: np.uint64, row_bytes: np.uint64, row0: np.uint64) ->
 
 @loop
 def digest_many(
-    memory: U64, at: I64, rows: I64, num_words: I64, row0: I64, keys: U64, row_bytes: I64, out: U64
+    memory: U8, at: I64, rows: I64, row_bytes: I64, row0: I64, keys: U64, out: U64
 ) -> None:
-    """Both lanes of many tensors whose rows lie in one memory: tensor i from word at[i]; out: [n, 2]."""
+    """Both lanes of many tensors whose rows lie in one memory: tensor i from byte at[i]; out: [n, 2]."""
     for i in range(at.size):
-        stop = at[i] + rows[i] * num_words[i]
-        words = memory[at[i] : stop].reshape((rows[i], num_words[i]))
-        out[i, 0], out[i, 1] = digest(words, keys[i], np.uint64(row_bytes[i]), np.uint64(row0[i]))
+        size = row_bytes[i]
+        if size % 8 == 0 and at[i] % 8 == 0:
+            words = memory[at[i] : at[i] + rows[i] * size].view(np.uint64).reshape((rows[i], size // 8))
+            out[i, 0], out[i, 1] = digest(words, keys[i], np.uint64(size), np.uint64(row0[i]))
+        else:
+            out[i, 0], out[i, 1] = _digest_bytes(memory[at[i] :], rows[i], size, keys[i], np.uint64(row0[i]))
+
+
+@loop
+def _digest_bytes(
+    memory: U8, rows: int, row_bytes: int, key: np.uint64, row0: np.uint64
+) -> tuple[np.uint64, np.uint64]:
+    """`digest` of rows at any byte and of any size; the last word of a row is filled up with zeros."""
+    golden, sum0, sum1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0), np.uint64(0)
+    lane0 = mix((key ^ np.uint64(0x243F6A8885A308D3)) + np.uint64(row_bytes) * golden)
+    lane1 = mix((key ^ np.uint64(0x13198A2E03707344)) + np.uint64(row_bytes) * golden)
+    for r in range(rows):
+        step = (row0 + np.uint64(r + 1)) * golden
+        key0, key1 = mix(lane0 + step), mix(lane1 + step)
+        for i in range((row_bytes + 7) // 8):
+            word, first = np.uint64(0), r * row_bytes + i * 8
+            for j in range(min(8, row_bytes - i * 8)):
+                word |= np.uint64(memory[np.uint64(first + j)]) << np.uint64(8 * j)
+            step = np.uint64(i) * golden
+            sum0 += mix(word ^ (key0 + step))
+            sum1 += mix(word ^ (key1 + step))
+    return sum0, sum1
 
 
 @loop

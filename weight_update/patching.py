@@ -27,12 +27,12 @@ from .install import (
     TENSOR_BYTES,
     Changes,
     MemoryPlan,
-    block_bytes,
     require_equal,
     whole_rows,
 )
 from .live import Live, Recompute, Write, part_of
 from .staging import Arena, StagingBuffer, plan_staging
+from .writes import block_bytes
 
 
 class Part(Protocol):

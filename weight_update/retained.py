@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from quant.formats import NON_FINITE
 from quant.names import NameMap
@@ -29,6 +27,7 @@ from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
 from .errors import ManifestError, raise_all
 from .filling import Form
 from .forms import FormPlan, alike, plan_form
+from .inplace import local_of
 from .manifest import Manifest
 from .ranks import Ranks
 from .sharing import Holding, Shared, holding_of, plan_of, share_out
@@ -85,7 +84,7 @@ class Retained:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
         grouping, form = self._tables_of(plan)
-        own = largest_bits_of(plan.sources) if form is None else form.largest_bits()
+        own = largest_bits_of(plan.sources, plan.columns.small) if form is None else form.largest_bits()
         found = [plan.sources[i] for i in np.flatnonzero(own >= NON_FINITE)]
         where = {source.name: nonfinite_index(source) for source in found}
         bits = self._ranks.reduce(grouping.largest(own), dist.ReduceOp.MAX)
@@ -139,10 +138,7 @@ def _lies_in(base: Base | FormBase, form: Form) -> bool:
     return any(each.rows.untyped_storage().data_ptr() == ours for parts in base.held.values() for each in parts)
 
 
-def _where(given: Adapted) -> list[tuple[str, int, int]]:
-    """Each tensor, and where its memory is."""
-    return [(name, id(tensor), _local(tensor).data_ptr()) for name, tensor in given.items]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _where(given: Adapted) -> list[tuple[object, ...]]:
+    """Each tensor, and where and how it lies in memory."""
+    locals_ = [(name, id(tensor), local_of(tensor)) for name, tensor in given.items]
+    return [(name, number, x.data_ptr(), x.shape, x.stride(), x.dtype) for name, number, x in locals_]

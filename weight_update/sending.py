@@ -1,4 +1,4 @@
-"""One push on its way: a stream to every actor rank, a door for every set of rows, and what goes through them."""
+"""One push on its way: streams to the ranks that own some of it, a door for every set of rows, and what goes out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharding.routes import Destination, destinations
 from .base import Changes, Whole
 from .delta import BlobSize, Patch, RankDelta, cut, pack, patches_of
 from .device_base import FormChanges, FormWhole
-from .door import Door, route
+from .door import Door
 from .forms import Parts
 from .gathering import Located
 from .manifest import Manifest
@@ -65,31 +65,31 @@ class Streams:
 
     @property
     def ways(self) -> list[str]:
-        """How the bytes went to each rank."""
-        return [stream.way for stream in self._streams]
+        """How the bytes went to each rank for which there were some."""
+        return [stream.way for stream in self._streams if stream.is_open]
 
     @property
     def wire_bytes(self) -> int:
         return sum(stream.wire_bytes for stream in self._streams)
 
 
-def send_whole(whole: Whole, manifest: Manifest, doors: Sequence[Door], sent: Sent) -> None:
+def send_whole(whole: Whole, doors: Sequence[Door], sent: Sent) -> None:
     """Every row to the ranks that own it."""
     if isinstance(whole, FormWhole):
-        send_form(whole, manifest, doors, sent)
+        send_form(whole, doors, sent)
         return
-    for position, spec, first, data in whole.blocks():
+    for block in whole.blocks():
         for door in doors:
-            route(door, position, manifest.index[spec.name], spec, first, data)
-        sent(data.numel())
+            door.send(block, whole.plan.columns)
+        sent(block.data.numel())
     for door in doors:
         door.flush()
 
 
-def send_form(whole: FormWhole, manifest: Manifest, doors: Sequence[Door], sent: Sent) -> None:
+def send_form(whole: FormWhole, doors: Sequence[Door], sent: Sent) -> None:
     """The same of rows in a form: a step of many tensors at a time, while the next one is encoded."""
-    parts, specs = whole.form.plan.parts, whole.form.plan.push.specs
-    index = np.array([manifest.index[spec.name] for spec in specs], np.int64)[parts.tensor]
+    parts = whole.form.plan.parts
+    index = whole.plan.columns.index[parts.tensor]
     cuts = [_cut_parts(parts, index, door.destination) for door in doors]
     for chosen, ready in whole.steps():
         for door, (first, stop) in zip(doors, cuts, strict=True):

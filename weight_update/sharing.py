@@ -23,6 +23,8 @@ from quant.parameters import ParameterRow
 from sharding.routes import Runs
 from sharding.tiles import Gap, Tiles, senders
 
+from .columns import Columns
+from .encoder import is_sent_as_is, is_small
 from .manifest import Manifest
 from .source import NO_MAPS, Items, Offer, PushPlan, Scope, Source, offer_of
 
@@ -132,17 +134,22 @@ def plan_of(
         return None, problems
     encode = set(shared.encode.tolist())
     pushed = [(number, row) for number, row in held.items() if row.name in names]
+    sources = _own(manifest, offer, shared, rank, names)
+    small = [i for i, source in enumerate(sources) if is_small(source)]
+    specs = tuple(
+        spec for number, row in pushed for spec in (_encoded(manifest, row) if number in encode else (tensors[number],))
+    )
+    order = tuple((row.name, row) if number in encode else (tensors[number].name, None) for number, row in pushed)
     plan = PushPlan(
-        sources=_own(manifest, offer, shared, rank, names),
-        specs=tuple(
-            spec
-            for number, row in pushed
-            for spec in (_encoded(manifest, row) if number in encode else (tensors[number],))
-        ),
+        sources=sources,
+        specs=specs,
         logical_bytes=sum(2 * math.prod(row.shape) for row in wanted),
         carried_over=len(manifest.parameters) - len(wanted),
         widened=tuple(row.name for row in wanted if row.name not in given),
-        order=tuple((row.name, row) if number in encode else (tensors[number].name, None) for number, row in pushed),
+        order=order,
+        columns=Columns.of(
+            manifest, specs, order, sources, small, (i for i in small if is_sent_as_is(sources[i]))
+        ),
     )
     return (None, [UNMERGED]) if offer.has_adapters and not plan.merged_adapters else (plan, [])
 

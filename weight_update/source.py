@@ -28,6 +28,7 @@ from quant.variants import bare, by_bare_name
 from sharding.routes import LocalRows, LowRank, Runs, local_rows
 
 from .adapters import Adapted, adapted
+from .columns import Columns
 from .errors import ManifestError, raise_all
 from .manifest import Manifest
 
@@ -83,6 +84,7 @@ class PushPlan:
     """What one push sends: this rank's sources, and on every trainer rank the same tensors, in one order.
 
     order: name of every parameter to encode, with its row, and of every tensor in checkpoint form, with None.
+    columns: the same as arrays.
     """
 
     sources: tuple[Source, ...]
@@ -91,6 +93,7 @@ class PushPlan:
     carried_over: int  # parameters outside the scope, which keep their bytes
     widened: tuple[str, ...]  # parameters added because their fused group was cut
     order: tuple[tuple[str, ParameterRow | None], ...]
+    columns: Columns
 
     @property
     def merged_adapters(self) -> int:

@@ -144,6 +144,18 @@ class StagingBuffer:
         num_rows = num_bytes // row_bytes if row_bytes else 0
         return self.memory[at : at + num_bytes].view(num_rows, row_bytes)
 
+    def pieces(self, some: npt.NDArray[np.intp]) -> tuple[Tensor, ...]:
+        """The staged bytes of these tensors, in increasing order and none of them empty: uint8 [bytes], views."""
+        at, plan = self._plan.at[some], self._plan
+        edges = np.stack([at, at + (plan.stop - plan.first)[some]], axis=1).ravel()
+        sizes = np.diff(edges, prepend=0, append=self.memory.numel())  # of what lies between them, and of each
+        return self.memory.split_with_sizes(sizes.tolist())[1::2]
+
+    @property
+    def at(self) -> Bytes:
+        """Where each tensor's rows begin in the memory."""
+        return self._plan.at
+
     def close(self) -> None:
         """Refuse everything from now on; returns once no thread is writing."""
         with self._lock:

@@ -83,11 +83,14 @@ class StageStream:
         self._call: Any = None
         self.wire_bytes = 0
         self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
-        self._thread.start()
+        self.is_open = False  # nothing is said to a rank for which there is nothing
 
     def send(self, packet: Packet) -> None:
-        """Queue one chunk; blocks while the rank has granted no credit for it."""
+        """Queue one chunk, the first one opens the stream; blocks while the rank has granted no credit for it."""
         size = packet.payload_bytes
+        if not self.is_open:
+            self._thread.start()
+            self.is_open = True
         with self._state:
             self._state.wait_for(
                 lambda: self._error or self._sent_bytes + size <= self._credit_bytes or not self._unacked
@@ -104,7 +107,7 @@ class StageStream:
         with self._state:
             self._closing = True
             self._state.notify_all()
-        self._thread.join()
+        self._join()
         with self._state:
             self._raise()
 
@@ -116,7 +119,11 @@ class StageStream:
             self._state.notify_all()
         if call is not None:
             call.cancel()
-        self._thread.join()
+        self._join()
+
+    def _join(self) -> None:
+        if self.is_open:
+            self._thread.join()
 
     @property
     def way(self) -> str:

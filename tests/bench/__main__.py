@@ -19,9 +19,9 @@ def results(module: str) -> Any:
 
 def main() -> None:
     print("measuring, a few minutes ...", file=sys.stderr)
-    encode, layouts, push = (results(f"tests.bench.{name}") for name in ("encode", "layouts", "push"))
+    encode, layouts, push, tiny = (results(f"tests.bench.{name}") for name in ("encode", "layouts", "push", "tiny"))
     if "--json" in sys.argv:
-        print(json.dumps({"encode": encode, "layouts": layouts, "push": push}))
+        print(json.dumps({"encode": encode, "layouts": layouts, "push": push, "tiny": tiny}))
         return
     print("| what | bytes | measured | over |")
     print("| --- | --- | --- | --- |")
@@ -42,6 +42,10 @@ def main() -> None:
         )
         for what, measured, over in lines:
             print(f"| {what} | {size} | **{measured}** | {over} |")
+    for row in tiny["rows"]:
+        what, measured = f"each of {row['tensors']} tiny tensors in a push", f"{row['us']:.0f} us"
+        over = f"the same bytes in few tensors (control {row['control_us']:.1f})"
+        print(f"| {what} | {row['mb']:.0f} MB | **{measured}** | {over} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Full and delta pushes from M trainer ranks to replicas of N ranks: plain processes of one machine, real gRPC.
+"""Full and delta pushes from M trainer ranks to replicas of N ranks: plain processes of one machine, gRPC and shared
+memory as in production.
 
-    python -m tests.bench.matrix [--json] [--ranks 1,2,4] [--replicas 1,2,3]
+    python -m tests.bench.matrix [--json | --markdown] [--ranks 1,2,4] [--replicas 1,2,3] [--seconds 900]
 
-Prints a table: bytes sent over bytes needed, seconds against the push of one rank to one rank in the same run,
-the coordinator's CPU seconds, and peak memory of a process. The ranks share the machine's cores, so more of them take
-turns: what this shows is that the bytes stay the same and that nobody does more than a part.
+Prints a table, the page docs/ranks.md with --markdown: bytes sent over bytes needed, streams opened over pairs of
+ranks, seconds against the push of one rank to one rank in the same run, the coordinator's CPU seconds, and peak memory
+of a process. The ranks share the machine's cores, so more of them take turns: what this shows is that the bytes stay
+the same and that nobody does more than a part. All cells take 10 to 15 minutes on two idle cores, most of it for
+starting processes: smaller services come first, what is done is told meanwhile, and no other is begun after so many
+seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.tables import decimal_bytes, markdown
 from tests.processes import Fleet, fleet, trainer
+from weight_update.links import AUTO
 from weight_update.transport import ControlClient
 from weight_update.values import from_manifest_proto
 
@@ -40,6 +47,7 @@ class Row:
     sent_bytes: int
     needed_bytes: int
     delta_bytes: int
+    streams: int
     full_s: float
     delta_s: float
     coordinator_cpu_s: float
@@ -78,7 +86,7 @@ def needed_bytes(address: str) -> int:
 
 def measure(service: Fleet, model_dir: Path, trainer_ranks: int, actor_ranks: int, replicas: int) -> Row:
     """Push in full, then what changed."""
-    with trainer(service.address, model_dir, ranks=trainer_ranks) as push:
+    with trainer(service.address, model_dir, ranks=trainer_ranks, transport=AUTO) as push:
         push(1.0, True)
         before_s = service.coordinator("cpu_s")
         full = [push(CHANGED, True)[0] for _ in range(PUSHES)]
@@ -94,6 +102,7 @@ def measure(service: Fleet, model_dir: Path, trainer_ranks: int, actor_ranks: in
         sent_bytes=full[-1]["wire_bytes"],
         needed_bytes=replicas * needed_bytes(service.address),
         delta_bytes=delta[-1][0]["wire_bytes"],
+        streams=len(full[-1]["transports"]),
         full_s=statistics.median(each["seconds"] for each in full),
         delta_s=statistics.median(each[0]["seconds"] for each in delta),
         coordinator_cpu_s=cpu_s,
@@ -115,7 +124,8 @@ def shown(row: Row, first: Row) -> dict[str, Any]:
         "M": row.trainer_ranks,
         "N": row.actor_ranks,
         "replicas": row.replicas,
-        "sent over needed": f"{row.sent_bytes / row.needed_bytes:.2f}",
+        "sent over needed": f"{row.sent_bytes / row.needed_bytes:.3f}",
+        "streams": f"{row.streams} of {row.trainer_ranks * row.actor_ranks * row.replicas}",
         "full, of one to one": f"{row.full_s / first.full_s:.2f}",
         "delta, of one to one": f"{row.delta_s / first.delta_s:.2f}",
         "delta bytes": decimal_bytes(row.delta_bytes),
@@ -125,26 +135,53 @@ def shown(row: Row, first: Row) -> dict[str, Any]:
     }
 
 
+def page(rows: list[Row]) -> str:
+    """docs/ranks.md."""
+    first = rows[0]
+    return "\n".join(
+        [
+            "# M trainer ranks, replicas of N ranks",
+            "",
+            "Written by `python -m tests.bench.matrix --markdown`: a Llama of 40 million weights in NVFP4,",
+            "laid out for TRT-LLM; plain processes on one machine, control over gRPC, bytes in shared memory. Full",
+            f"pushes, and deltas that change {100 * CHANGED:g} % of all elements; medians of {PUSHES}. The ranks take",
+            f"turns on {len(os.sched_getaffinity(0))} cores: what more ranks cost here they would not cost on machines",
+            "of their own. Peak memory is a process's, with about 0.5 GB of Python and torch in it.",
+            "",
+            f"One to one: full {first.full_s:.2f} s, delta {first.delta_s:.2f} s, {first.needed_bytes / 1e6:.1f} MB.",
+            "",
+            markdown([shown(row, first) for row in rows]),
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print docs/ranks.md")
     parser.add_argument("--ranks", default="1,2,4", help="of either side")
     parser.add_argument("--replicas", default="1,2,3")
+    parser.add_argument("--seconds", type=float, default=900.0)
     options = parser.parse_args()
     ranks, replicas = ([int(each) for each in given.split(",")] for given in (options.ranks, options.replicas))
+    services = sorted(((count, n) for count in replicas for n in ranks), key=lambda each: each[0] * each[1])
     rows: list[Row] = []
+    start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = save_model(Path(scratch))
-        for count in replicas:
-            for actor_ranks in ranks:
-                with fleet(model_dir, replicas=count, ranks=actor_ranks) as service:
-                    rows += [measure(service, model_dir, m, actor_ranks, count) for m in ranks]
+        for count, n in services:
+            if time.monotonic() - start_s > options.seconds:
+                print(f"no time for {count} x {n}", file=sys.stderr)
+                continue
+            with fleet(model_dir, replicas=count, ranks=n) as service:
+                for m in ranks:
+                    rows.append(measure(service, model_dir, m, n, count))
+                    told = f"{m} to {count} x {n}: full {rows[-1].full_s:.2f} s, delta {rows[-1].delta_s:.2f} s"
+                    print(f"{len(rows)} cells, {time.monotonic() - start_s:.0f} s: {told}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
-        return
-    first = rows[0]
-    print(f"One to one: full {first.full_s:.2f} s, delta {first.delta_s:.2f} s, {first.needed_bytes / 1e6:.1f} MB.\n")
-    print(markdown([shown(row, first) for row in rows]))
+        print(json.dumps({"cores": len(os.sched_getaffinity(0)), "rows": [asdict(row) for row in rows]}))
+    else:
+        print(page(rows) if options.markdown else markdown([shown(row, rows[0]) for row in rows]))
 
 
 if __name__ == "__main__":
