@@ -39,7 +39,7 @@ from sharding.routes import Destination
 from weight_update.channels import PLAINTEXT
 from weight_update.device_rings import DEVICE_RING_BYTES
 from weight_update.digest import digest_rows, name_key
-from weight_update.door import Door, route
+from weight_update.door import Door
 from weight_update.links import CUDA_IPC, GRPC, SHARED_MEMORY, allowed_of, choose, here
 from weight_update.receiver import Receiver
 from weight_update.rings import RING_BYTES
@@ -215,8 +215,9 @@ def send(
         )
         stops = np.array([spec.num_rows for spec in specs], np.int64)
         door = Door(Destination(ranks=(0,), row_start=np.zeros_like(stops), row_stop=stops), [stream])
-        for i, (spec, data) in enumerate(zip(specs, rows, strict=True)):
-            route(door, i, i, spec, 0, data)
+        for i, data in enumerate(rows):
+            flat = data.reshape(-1)
+            door.add(i, 0, flat if flat.is_cuda else flat.numpy().data)
         door.flush()
         stream.finish()
     return str(stream.link)
