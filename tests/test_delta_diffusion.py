@@ -134,7 +134,7 @@ def test_changes_of_packed_and_renamed_tensors_land_as_a_cold_load(tmp_path: Pat
         # Packed otherwise: what is held of the old parts is not taken for the new ones.
         pusher.close()
         plain = Pusher(service.address)
-        plain._confirmed = pusher._confirmed
+        plain._confirmed = plain._retained._confirmed = pusher._confirmed
         nudge([model], 4)
         assert plain.push(model).mode == "delta"
         expected = [cold(save(model, tmp_path / "plain"), layout)[1].storage_bytes() for layout in layouts]

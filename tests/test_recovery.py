@@ -171,8 +171,8 @@ def test_a_clock_that_jumps_by_a_day_ends_no_lease_and_no_push(
         pusher = Pusher(service.address, lease_s=30.0)
         prepare = pusher._control.prepare
 
-        def jumping(transaction: int, digests: np.ndarray, wire_bytes: int) -> None:
-            prepare(transaction, digests, wire_bytes)
+        def jumping(transaction: int, digests: np.ndarray, wire_bytes: int, *, retry_s: float) -> None:
+            prepare(transaction, digests, wire_bytes, retry_s=retry_s)
             clock.jump_s = jump_s
 
         monkeypatch.setattr(pusher._control, "prepare", jumping)

@@ -135,7 +135,6 @@ def plan_of(
     encode = set(shared.encode.tolist())
     pushed = [(number, row) for number, row in held.items() if row.name in names]
     sources = _own(manifest, offer, shared, rank, names)
-    small = [i for i, source in enumerate(sources) if is_small(source)]
     specs = tuple(
         spec for number, row in pushed for spec in (_encoded(manifest, row) if number in encode else (tensors[number],))
     )
@@ -147,11 +146,19 @@ def plan_of(
         carried_over=len(manifest.parameters) - len(wanted),
         widened=tuple(row.name for row in wanted if row.name not in given),
         order=order,
-        columns=Columns.of(
-            manifest, specs, order, sources, small, (i for i in small if is_sent_as_is(sources[i]))
-        ),
+        columns=_columns(manifest, specs, order, sources),
     )
     return (None, [UNMERGED]) if offer.has_adapters and not plan.merged_adapters else (plan, [])
+
+
+def _columns(
+    manifest: Manifest,
+    specs: Sequence[TensorSpec],
+    order: Sequence[tuple[str, ParameterRow | None]],
+    sources: Sequence[Source],
+) -> Columns:
+    small = [i for i, source in enumerate(sources) if is_small(source)]
+    return Columns.of(manifest, specs, order, sources, small, (i for i in small if is_sent_as_is(sources[i])))
 
 
 def plan_push(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Literal
@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from quant.expert_maps import ExpertMaps, module_of
 from quant.formats import FORMATS, NON_FINITE, TensorSpec, dtype_name
@@ -30,6 +29,7 @@ from sharding.routes import LocalRows, LowRank, Runs, local_rows
 from .adapters import Adapted, adapted
 from .columns import Columns
 from .errors import ManifestError, raise_all
+from .inplace import local_of
 from .manifest import Manifest
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -135,53 +135,60 @@ def offer_of(
     given = model if isinstance(model, Adapted) else named_items(model)
     given = replace(given, items=[*(each for each in given.items if module_of(each[0]) is None), *experts.tensors()])
     refused = _refused(manifest, [name for name, _ in given.items], names)
-    problems = [refused] if refused else []
-    found: dict[Share, Source] = {}
-    chosen: dict[str, bool] = {}
-    seen: set[Share] = set()
-    lasting = True
+    matched = _Matched(manifest, _Known.of(manifest), problems=[refused] if refused else [])
     in_scope = _selector(scope)
-    known = _Known.of(manifest)
     for trainer_name, tensor in given.items if not refused else ():
         wanted = in_scope(trainer_name, trainer_name in given.trainable)
         parts, problem = _parts(names, trainer_name, tensor, given.low_rank.get(trainer_name, ()))
-        problems += [problem] if problem else []
-        problems += [f"{name}: its expert is in no slot of the map; give it one" for name in _slotless(parts, experts)]
-        for share, part in _as_held(parts, experts, known.variants):
-            name = share.name
-            if share in seen:
-                problems.append(f"{name}: given twice; give every name once")
-                continue
-            seen.add(share)
-            wanted_part = wanted or in_scope(experts.logical(bare(name)), False)
-            row = known.row_of(name)
-            if row is None:
-                if wanted_part:
-                    problems.append(_unknown(name, [*known.rows, *known.owners]))
-                continue
-            source, problem = _source(manifest, row, row.name if name in known.aliases else name, part)
-            problems += [problem] if problem else []
-            if source is None:
-                continue
-            key = _held(share, source)
-            held = found.setdefault(key, source)
-            lasting = lasting and _is_view(source.rows, tensor) and held.rows.data_ptr() == source.rows.data_ptr()
-            if not _same(held, source):
-                problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
-            chosen[source.name] = chosen.get(source.name, False) or wanted_part
-    problems += _filled_twice(found)
+        matched.problems += [problem] if problem else []
+        matched.problems += _slotless(parts, experts)
+        for share, part in _as_held(parts, experts, matched.known.variants):
+            is_wanted = wanted or in_scope(experts.logical(bare(share.name)), False)
+            matched.take(share, part, is_wanted, tensor)
     return Offer(
-        sources=found,
-        chosen=frozenset(name for name, wanted in chosen.items() if wanted),
-        problems=problems,
+        sources=matched.found,
+        chosen=frozenset(name for name, wanted in matched.chosen.items() if wanted),
+        problems=[*matched.problems, *_filled_twice(matched.found)],
         has_adapters=given.has_adapters,
-        is_lasting=lasting,
+        is_lasting=matched.is_lasting,
     )
 
 
-def _is_view(rows: Tensor, tensor: Tensor) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return not rows.numel() or rows.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
+@dataclass(slots=True)
+class _Matched:
+    """What was found of a manifest so far. chosen: whether a source is in the scope. is_lasting: sources are the very
+    memory of the tensors."""
+
+    manifest: Manifest
+    known: _Known
+    problems: list[str]
+    found: dict[Share, Source] = field(default_factory=dict)
+    chosen: dict[str, bool] = field(default_factory=dict)
+    seen: set[Share] = field(default_factory=set)
+    is_lasting: bool = True
+
+    def take(self, share: Share, part: LocalRows, is_wanted: bool, tensor: Tensor) -> None:
+        """One part of a trainer's tensor, under the service's name."""
+        name, known = share.name, self.known
+        if share in self.seen:
+            self.problems.append(f"{name}: given twice; give every name once")
+            return
+        self.seen.add(share)
+        row = known.row_of(name)
+        if row is None:
+            self.problems += [_unknown(name, [*known.rows, *known.owners])] if is_wanted else []
+            return
+        source, problem = _source(self.manifest, row, row.name if name in known.aliases else name, part)
+        self.problems += [problem] if problem else []
+        if source is None:
+            return
+        held = self.found.setdefault(_held(share, source), source)
+        own, rows = local_of(tensor).untyped_storage().data_ptr(), source.rows
+        is_view = not rows.numel() or rows.untyped_storage().data_ptr() == own
+        self.is_lasting = self.is_lasting and is_view and held.rows.data_ptr() == rows.data_ptr()
+        if not _same(held, source):
+            self.problems.append(f"{name}: tied to {row.name} and its bytes differ; give one of them")
+        self.chosen[source.name] = self.chosen.get(source.name, False) or is_wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +247,8 @@ def _as_held(parts: Parts, experts: ExpertMaps, variants: Mapping[str, tuple[str
 
 
 def _slotless(parts: Parts, experts: ExpertMaps) -> list[str]:
-    return [share.name for share, _ in parts if not experts.slots(share.name)]
+    names = [share.name for share, _ in parts if not experts.slots(share.name)]
+    return [f"{name}: its expert is in no slot of the map; give it one" for name in names]
 
 
 def _linked(link: Link, local: LocalRows) -> LocalRows:
