@@ -10,6 +10,9 @@ import torch
 
 if TYPE_CHECKING:
     from launch.drill import Drill
+    from protos import transfuse_pb2_grpc as pb_grpc
+    from tests.local import LocalService
+    from weight_update.client import Pusher
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +28,23 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 
     with Drill(tmp_path_factory.mktemp("drill")) as running:
         yield running
+
+
+@pytest.fixture
+def pusher(service: LocalService) -> Iterator[Pusher]:
+    """A trainer of the file's own service."""
+    from weight_update.client import Pusher
+
+    each = Pusher(service.address)
+    yield each
+    each.close()
+
+
+@pytest.fixture
+def control(service: LocalService) -> Iterator[pb_grpc.ControlStub]:
+    """Its coordinator, as an operator calls it."""
+    from protos import transfuse_pb2_grpc as pb_grpc
+    from weight_update.channels import connect
+
+    with connect(service.address) as channel:
+        yield pb_grpc.ControlStub(channel)

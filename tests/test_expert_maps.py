@@ -48,19 +48,6 @@ def service(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-@pytest.fixture
-def pusher(service: LocalService) -> Iterator[Pusher]:
-    each = Pusher(service.address)
-    yield each
-    each.close()
-
-
-@pytest.fixture
-def control(service: LocalService) -> Iterator[pb_grpc.ControlStub]:
-    with connect(service.address) as channel:
-        yield pb_grpc.ControlStub(channel)
-
-
 def expected(model: nn.Module, held: Map, directory: Path) -> list[dict[str, bytes]]:
     """The storages of both replicas: every slot an expert of its own in a model without maps."""
     wide = copy.deepcopy(model)

@@ -30,19 +30,6 @@ def service(model_dir: Path, tmp_path: Path) -> Iterator[LocalService]:
         yield running
 
 
-@pytest.fixture
-def pusher(service: LocalService) -> Iterator[Pusher]:
-    each = Pusher(service.address)
-    yield each
-    each.close()
-
-
-@pytest.fixture
-def control(service: LocalService) -> Iterator[pb_grpc.ControlStub]:
-    with connect(service.address) as channel:
-        yield pb_grpc.ControlStub(channel)
-
-
 def roll_back(control: pb_grpc.ControlStub, version: int) -> pb.VersionInfo:
     info: pb.VersionInfo = call(control.Rollback, pb.RollbackRequest(version=version, pushed_by="me")).version
     return info

@@ -34,19 +34,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
         yield running
 
 
-@pytest.fixture
-def pusher(service: LocalService) -> Iterator[Pusher]:
-    each = Pusher(service.address)
-    yield each
-    each.close()
-
-
-@pytest.fixture
-def control(service: LocalService) -> Iterator[pb_grpc.ControlStub]:
-    with connect(service.address) as channel:
-        yield pb_grpc.ControlStub(channel)
-
-
 def held(service: LocalService) -> list[dict[str, bytes]]:
     """The storages of every replica; of what it lacks none has a byte."""
     found = service.bytes()

@@ -184,7 +184,7 @@ class Attempt:
         to = destinations_of(self.described.ranks)
         links = self._links()
         on_device = [all(links[i].transport == CUDA_IPC for i in each.ranks) for each in to]
-        self._packed = pack_for(self.content, self.manifest, to, on_device)
+        self._packed = pack_for(self.content, to, on_device)
         everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
         ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
         return DeltaPlan(

@@ -213,7 +213,7 @@ class Pusher:
         content, reason = self._content(plan, scales, described)
         chosen_id = self._ranks.from_first(lambda: wish.push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
         delta = None if isinstance(content, Whole) else content.num_bytes
-        work = self._foresight.work(manifest, plan, described.ranks, self._ranks, delta)
+        work = self._foresight.work(plan, described.ranks, self._ranks, delta)
         clock.stop("plan")
         kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept in {self._retained.keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)

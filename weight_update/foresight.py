@@ -10,16 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch.distributed as dist
 
 from sharding.cost import HOST, Prediction, Rates, Work, calibrated, delta_work, predict
 
-from .manifest import Manifest
 from .ranks import Ranks
 from .source import PushPlan, Source
-
-Ints = npt.NDArray[np.int64]
 
 
 class Foresight:
@@ -27,19 +23,19 @@ class Foresight:
 
     def __init__(self, rates: Rates = HOST) -> None:
         self.rates = rates
-        self._sums: tuple[PushPlan, tuple[int, int], Ints, Ints] | None = None  # of the last plan
+        self._sums: tuple[PushPlan, int, int] | None = None  # of the last plan: bytes of BF16, and what becomes of them
 
-    def work(self, manifest: Manifest, plan: PushPlan, actors: Sequence[Any], ranks: Ranks, delta: int | None) -> Work:
+    def work(self, plan: PushPlan, actors: Sequence[Any], ranks: Ranks, delta: int | None) -> Work:
         """What this push has to do: of every side the rank that has most of it. actors: RankSpec messages. delta: bytes
         that changed on this trainer rank, None for a full push. Collective over the trainer's ranks."""
         if self._sums is None or self._sums[0] is not plan:
-            self._sums = plan, *_sums_of(manifest, plan)
-        _, sums, index, row_bytes = self._sums
-        own = np.array([*sums, len(plan.sources), delta or 0], np.int64)
+            self._sums = plan, sum(map(_bf16_bytes, plan.sources)), sum(map(_encoded_bytes, plan.sources))
+        own = np.array([*self._sums[1:], len(plan.sources), delta or 0], np.int64)
         source, kept, tensors, changed = ranks.reduce(own, dist.ReduceOp.MAX).tolist()
         copies = len({rank.replica for rank in actors})
         starts, stops = (np.array([getattr(each, name) for each in actors]) for name in ("row_start", "row_stop"))
-        owned = int(((stops - starts)[:, index] * row_bytes).sum(axis=1).max(initial=0))
+        columns = plan.columns
+        owned = int(((stops - starts)[:, columns.index] * columns.row_bytes).sum(axis=1).max(initial=0))
         full = Work(
             mode="full",
             source=np.array([source], np.float64),
@@ -64,20 +60,12 @@ class Foresight:
             self.rates = calibrated(self.rates, work, phases)
 
 
-def _sums_of(manifest: Manifest, plan: PushPlan) -> tuple[tuple[int, int], Ints, Ints]:
-    """Bytes of BF16 and of what becomes of them; of every tensor its number and the bytes of a row."""
-    source = sum(2 * _rows(each) * _columns(each) for each in plan.sources)
-    kept = sum(_encoded_bytes(source) for source in plan.sources)
-    index = np.array([manifest.index[spec.name] for spec in plan.specs], np.int64)
-    return (source, kept), index, np.array([spec.row_bytes for spec in plan.specs], np.int64)
-
-
 def _rows(source: Source) -> int:
     return sum(stop - start for start, stop in source.sent)
 
 
-def _columns(source: Source) -> int:
-    return math.prod(source.rows.shape[1:]) if source.rows.ndim else 1
+def _bf16_bytes(source: Source) -> int:
+    return 2 * _rows(source) * (math.prod(source.rows.shape[1:]) if source.rows.ndim else 1)
 
 
 def _encoded_bytes(source: Source) -> int:

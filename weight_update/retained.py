@@ -1,7 +1,7 @@
 """What a trainer rank keeps from one push to the next: the plan while the model's tensors stay where they are, tables
 of it, and the bytes of the last confirmed push.
 
-    plan = retained.plan(manifest, model, scope)
+    plan = retained.plan(manifest, wish, places)
     scales = retained.scales(plan)
     content = retained.whole(plan, scales)        # or retained.compared(plan, scales), retained.whole_of(changes)
 

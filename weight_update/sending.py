@@ -11,16 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quant.formats import TensorSpec
 from sharding.routes import Destination, destinations
 
 from .base import Changes, Whole
+from .columns import Columns
 from .delta import BlobSize, Patch, RankDelta, cut, pack, patches_of
 from .device_base import FormChanges, FormWhole
 from .door import Door
 from .forms import Parts
 from .gathering import Located
-from .manifest import Manifest
 from .stream import StageStream
 
 Sent = Callable[[int], None]  # told the bytes that were queued since the last call
@@ -120,29 +119,26 @@ def _located(whole: FormWhole, chosen: slice, first: Ints, stop: Ints, ready: An
 
 
 def pack_for(
-    changes: Changes | FormChanges, manifest: Manifest, to: Sequence[Destination], on_device: Sequence[bool]
+    changes: Changes | FormChanges, to: Sequence[Destination], on_device: Sequence[bool]
 ) -> list[Packed]:
     """One blob a destination, with the patches of its rows; changes on a device stay there, unpacked, for destinations
     whose links go from device to device."""
-    specs = changes.plan.specs
-    indices = [manifest.index[spec.name] for spec in specs]
+    specs, columns = changes.plan.specs, changes.plan.columns
     if isinstance(changes, Changes):
-        return [pack(_cut_to(each, changes.patches, specs, indices)) for each in to]
+        return [pack(_cut_to(each, changes.patches, columns)) for each in to]
     packed: list[Packed] = []
     for each, stays in zip(to, on_device, strict=True):
         device = changes.form.plan.device
-        rows = (each.row_start[indices], each.row_stop[indices], np.array([spec.row_bytes for spec in specs], np.int64))
+        rows = each.row_start[columns.index], each.row_stop[columns.index], columns.row_bytes
         owned = changes.delta.owned(*(torch.from_numpy(column).to(device) for column in rows))
         packed.append(owned.blob() if stays else pack(patches_of(owned, specs)))
     return packed
 
 
-def _cut_to(
-    to: Destination, patches: Sequence[Patch], specs: Sequence[TensorSpec], indices: Sequence[int]
-) -> list[Patch]:
+def _cut_to(to: Destination, patches: Sequence[Patch], columns: Columns) -> list[Patch]:
     found = []
     for patch in patches:
-        index, row_bytes = indices[patch.tensor], specs[patch.tensor].row_bytes
+        index, row_bytes = columns.index[patch.tensor], int(columns.row_bytes[patch.tensor])
         part = cut(patch, int(to.row_start[index]) * row_bytes, int(to.row_stop[index]) * row_bytes)
         found += [part] if part is not None else []
     return found
