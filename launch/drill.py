@@ -53,7 +53,7 @@ _GENERATOR = threading.Lock()  # torch's default generator belongs to one thread
 
 
 def weights(seed: int) -> nn.Module:
-    """A random Llama of hidden 128, 9 MB; neighbouring seeds often differ in single rows."""
+    """A random Llama of hidden 128, 9 MB; neighbouring seeds often differ in one row of each rank only."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -73,7 +73,9 @@ def weights(seed: int) -> nn.Module:
         model: Any = LlamaForCausalLM(config)
     with torch.no_grad():
         for step in range(seed % STEPS_A_BASE):
-            model.model.layers[step % 2].mlp.down_proj.weight[step * 7] *= -1.0
+            mlp = model.model.layers[step % 2].mlp
+            mlp.gate_proj.weight[step * 7] *= -1.0  # a row of the first rank
+            mlp.up_proj.weight[-1 - step * 7] *= -1.0  # and of the last: every rank has something to stage
     policy: nn.Module = model.to(torch.bfloat16).eval()
     return policy
 
