@@ -211,8 +211,8 @@ def scale_page(planned: Sequence[Planned]) -> str:
     sections = [
         SCALE_HEAD,
         markdown([row for each in planned for row in simulated_rows(each)]),
-        f"A gain of a third or more from fan-out: {', '.join(gaining) or 'none'}. It is not built.",
-        FAN_OUT,
+        f"A gain of a third or more from fan-out: {', '.join(gaining) or 'none'}; it is what a trainer does there"
+        " (docs/links.md).",
         *(_section(each) for each in planned),
     ]
     return "\n\n".join(sections) + "\n"
@@ -223,29 +223,7 @@ SCALE_HEAD = """# Pushes at sizes that nobody has here
 Written by `transfuse simulate --markdown`; a test compares. **Every figure in the first table is a prediction** of
 `sharding/cost.py`, from the real routes of the scenario and the rates in its TOML file (`launch/scenarios/`). The host
 rates are those of the code as it is on one CPU core a rank: no GPU encodes or installs anything yet. "links alone" is
-the time that the network itself needs. With fan-out a row would travel to one replica and be passed on from there."""
-
-
-FAN_OUT = """## Fan-out: how it would be built
-
-The smallest thing that fits the protocol, with what is there already:
-
-1. A trainer groups the ranks that own the same rows, one of each replica (`sharding.routes.Destination`). With
-   fan-out it opens a stream to the first of each group only, and names the others to `Begin` as a chain.
-2. `Open` tells each rank of a chain whom to feed, with a ticket for its door. The rank opens the same `StageStream`
-   that a trainer opens (credits, checksums, rings, resume behind what the other end holds) and passes on each chunk
-   once it has checked and placed it. It acknowledges a chunk only when the next one has taken it, so that nothing
-   piles up and an acknowledged chunk is everywhere.
-3. Prepare, digests, decision and deltas stay as they are: every rank says by itself what it holds, and ranks with the
-   same rows get the same blobs.
-4. A rank that cannot pass on ends its upstream, the push fails with nothing changed, and this trainer sends directly
-   from then on.
-5. `Pusher(fan_out="auto" | "never" | "always")`: auto where the cost model predicts a third, with the hosts of the
-   ranks' places deciding which ranks of a chain come first. The report counts what trainers and what ranks sent.
-
-A chain, not a tree: every link carries each row once, and a hop costs one chunk (1 MiB at 10 Gb/s: 0.9 ms, 0.09 s
-over 100 replicas). Open: a rank's memory plan has to count the chunks in flight to the next; a slow replica holds
-back those behind it."""
+the time that the network itself needs. With fan-out a row travels to one replica and is passed on from there."""
 
 
 def _section(planned: Planned) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,6 +46,9 @@ from .options import (
     emit,
     placed,
 )
+
+if TYPE_CHECKING:
+    from weight_update.client import PushReport
 
 CHECKPOINT = "A directory with safetensors, a .gguf file, or 'smollm2' (a packaged model)."
 
@@ -148,6 +151,9 @@ def push(
     transport: Annotated[
         str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
     ] = "auto",
+    fan_out: Annotated[
+        str, typer.Option(help="Rows to one replica, from whose rank to the others: auto, always or never.")
+    ] = "auto",
     expert_map: ExpertMapFile = None,
     as_json: Json = False,
 ) -> None:
@@ -159,14 +165,20 @@ def push(
         from weight_update.client import Pusher
 
     from .progress import Bars
-    from .tables import mebibytes
 
     bars = Bars()
 
     def on_progress(phase: str, done: int, total: int) -> None:
         bars.update("push", done, total)
 
-    pusher = Pusher(target, mode="full", transport=transport, on_progress=on_progress, security=access.security())
+    pusher = Pusher(
+        target,
+        mode="full",
+        transport=transport,
+        fan_out=fan_out,
+        on_progress=on_progress,
+        security=access.security(),
+    )
     with _reading_checkpoints(), bars.show("push"), closing(pusher), open_checkpoint(checkpoint) as opened:
         items = ((name, opened.rows(name)) for name in opened.names())
         one = scope[0] if len(scope) == 1 else scope
@@ -174,14 +186,19 @@ def push(
         report = pusher.push(
             items, one, base_version=base_version, push_id=push_id, durable=durable, expert_map=maps
         )
+    emit(asdict(report), _told(report), as_json)
+
+
+def _told(report: PushReport) -> str:
+    from .tables import mebibytes
+
     verified = "digest verified" if report.digest_verified else "digest not verified"
-    emit(
-        asdict(report),
+    passed = f", {mebibytes(report.passed_bytes)} passed on" if report.passed_bytes else ""
+    return (
         f"version {report.version} on {len(report.replicas)} replicas, {verified}: {mebibytes(report.logical_bytes)}"
-        f" logical, {mebibytes(report.wire_bytes)} wire, {report.seconds:.2f} s (predicted"
+        f" logical, {mebibytes(report.wire_bytes)} wire{passed}, {report.seconds:.2f} s (predicted"
         f" {sum(report.predicted.values()):.2f} s, {report.bottleneck}), pause {1e3 * report.pause_s:.0f} ms,"
-        f" {report.carried_over} parameters carried over, {', '.join(report.transports)}",
-        as_json,
+        f" {report.carried_over} parameters carried over, {', '.join(report.transports)}"
     )
 
 

@@ -263,7 +263,7 @@ class DecideRequest(_message.Message):
     def __init__(self, transaction: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class RankTiming(_message.Message):
-    __slots__ = ("replica", "rank", "stage_start_s", "stage_stop_s", "pause_start_s", "install_stop_s", "pause_stop_s", "planned_bytes", "staged_bytes")
+    __slots__ = ("replica", "rank", "stage_start_s", "stage_stop_s", "pause_start_s", "install_stop_s", "pause_stop_s", "planned_bytes", "staged_bytes", "passed_bytes")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STAGE_START_S_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,7 @@ class RankTiming(_message.Message):
     PAUSE_STOP_S_FIELD_NUMBER: _ClassVar[int]
     PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PASSED_BYTES_FIELD_NUMBER: _ClassVar[int]
     replica: int
     rank: int
     stage_start_s: float
@@ -282,7 +283,8 @@ class RankTiming(_message.Message):
     pause_stop_s: float
     planned_bytes: int
     staged_bytes: int
-    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., stage_start_s: _Optional[float] = ..., stage_stop_s: _Optional[float] = ..., pause_start_s: _Optional[float] = ..., install_stop_s: _Optional[float] = ..., pause_stop_s: _Optional[float] = ..., planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ...) -> None: ...
+    passed_bytes: int
+    def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., stage_start_s: _Optional[float] = ..., stage_stop_s: _Optional[float] = ..., pause_start_s: _Optional[float] = ..., install_stop_s: _Optional[float] = ..., pause_stop_s: _Optional[float] = ..., planned_bytes: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., passed_bytes: _Optional[int] = ...) -> None: ...
 
 class DecideReply(_message.Message):
     __slots__ = ("version", "timings", "digest_verified", "replicas")
@@ -607,20 +609,22 @@ class Event(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ..., who: _Optional[str] = ..., peer: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StageOpen(_message.Message):
-    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket", "ring_bytes", "on_device")
+    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket", "ring_bytes", "on_device", "onward")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     RING_BYTES_FIELD_NUMBER: _ClassVar[int]
     ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ONWARD_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     epoch: int
     trainer_rank: int
     ticket: bytes
     ring_bytes: int
     on_device: bool
-    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ring_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ...) -> None: ...
+    onward: _containers.RepeatedCompositeFieldContainer[RankSpec]
+    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ring_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ..., onward: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
 
 class Ring(_message.Message):
     __slots__ = ("pid", "fd", "num_bytes", "token", "device")
@@ -761,7 +765,7 @@ class HelloReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., spec: _Optional[_Union[RankSpec, _Mapping]] = ..., version: _Optional[int] = ..., state: _Optional[str] = ..., transaction: _Optional[int] = ..., layout: _Optional[str] = ..., format: _Optional[str] = ..., pid: _Optional[int] = ..., num_sequences: _Optional[int] = ..., paused: _Optional[bool] = ..., serves: _Optional[bool] = ..., token: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., damage: _Optional[str] = ..., checkpoint: _Optional[str] = ..., gauges: _Optional[_Union[RankGauges, _Mapping]] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors")
+    __slots__ = ("epoch", "transaction", "version", "base_version", "tensors", "num_streams", "delta", "restores", "donors", "peers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -771,6 +775,7 @@ class OpenRequest(_message.Message):
     DELTA_FIELD_NUMBER: _ClassVar[int]
     RESTORES_FIELD_NUMBER: _ClassVar[int]
     DONORS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     transaction: int
     version: int
@@ -780,7 +785,8 @@ class OpenRequest(_message.Message):
     delta: Delta
     restores: int
     donors: _containers.RepeatedCompositeFieldContainer[RankSpec]
-    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., restores: _Optional[int] = ..., donors: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., transaction: _Optional[int] = ..., version: _Optional[int] = ..., base_version: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., restores: _Optional[int] = ..., donors: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., peers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("planned_bytes", "token")

@@ -54,6 +54,7 @@ class RankConfig:
 
     host: of the coordinator; ranks listen there where that is loopback, else at the addresses of their nodes.
     components: of a pipeline, component -> where its weights are. formats: of all replicas, where they have several.
+    shares_memory: with other processes of the same user on this host.
     """
 
     replica: int
@@ -73,6 +74,7 @@ class RankConfig:
     scrub_s: float = SCRUB_S
     security: Security = PLAINTEXT
     seeing: Seeing = field(default_factory=Seeing)
+    shares_memory: bool = True
 
 
 class RankActor:
@@ -131,6 +133,7 @@ class RankActor:
             scrub_s=config.scrub_s,
             witness=witness,
             security=config.security,
+            shares_memory=config.shares_memory,
         )
         self._server.empty = source is None
         self._server.show(config.seeing)

@@ -6,19 +6,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
 import torch
 
 from protos import transfuse_pb2 as pb
+from weight_update.channels import Channels
 from weight_update.chunks import Chunk, StageOpen, decode_request, encode_chunk
 from weight_update.device_rings import DEVICE_RING_BYTES, DeviceRing
 from weight_update.errors import BusyError, TransferError, VersionError, WeightUpdateError
 from weight_update.rings import RING_BYTES, Ring
 
 from .fetching import fetched
-from .gauges import OpenStream
+from .passing import Passing
 from .wire import refuse
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ class DataServicer:
         self._lock = threading.Lock()
         self._rings: dict[Stream, Ring | DeviceRing] = {}
         self._placed: dict[Stream, int] = {}  # the last chunk staged: a stream that broke goes on behind it
+        self._channels = Channels(rank.guard.security.as_service())
+        self._passing: dict[Stream, Passing] = {}
+        self.peers: frozenset[str] = frozenset()  # addresses to which chunks may be passed on
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a server adds."""
@@ -69,23 +74,31 @@ class DataServicer:
                 f" {opening.transaction}; begin again"
             )
         self._placed = {each: placed for each, placed in self._placed.items() if each[0] == opening.transaction}
-        ring = self._ring(opening)
+        ring, passing = self._ring(opening), self._passing_of(opening)
         window_bytes = WINDOW_BYTES if ring is None else max(WINDOW_BYTES, ring.num_bytes)
         with rank.gauges.stream(opening.trainer_rank, peer, window_bytes) as stream:
-            yield from self._take(messages, opening, stream, ring)
+            key = (opening.transaction, opening.trainer_rank)
+            chunks = self._staged(messages, key, ring)
+            held = self._placed.get(key, 0) if passing is None else passing.acknowledged
+            yield pb.StageReply(
+                sequence=held,
+                credit_bytes=stream.credit_bytes,
+                staged_bytes=rank.receiver.staged_bytes,
+                ring=None if ring is None else _said(ring),
+            )
+            for chunk in chunks if passing is None else passing.through(chunks):
+                stream.received_bytes += len(chunk.payload)
+                stream.credit_bytes = stream.received_bytes + window_bytes
+                yield pb.StageReply(
+                    sequence=chunk.sequence,
+                    credit_bytes=stream.credit_bytes,
+                    staged_bytes=rank.receiver.staged_bytes,
+                )
         rank.timing.staged_bytes = rank.receiver.staged_bytes
 
-    def _take(
-        self, messages: Iterator[bytes], opening: StageOpen, stream: OpenStream, ring: Ring | DeviceRing | None
-    ) -> Iterator[pb.StageReply]:
-        rank, key, window_bytes = self._rank, (opening.transaction, opening.trainer_rank), stream.credit_bytes
-        payloads, said = (None, None) if ring is None else (ring.payload, _said(ring))
-        yield pb.StageReply(
-            sequence=self._placed.get(key, 0),
-            credit_bytes=stream.credit_bytes,
-            staged_bytes=rank.receiver.staged_bytes,
-            ring=said,
-        )
+    def _staged(self, messages: Iterator[bytes], key: Stream, ring: Ring | DeviceRing | None) -> Iterator[Chunk]:
+        """Each chunk once its rows are staged."""
+        rank, payloads = self._rank, None if ring is None else ring.payload
         for message in messages:
             chunk = decode_request(message, payloads)
             if not isinstance(chunk, Chunk):
@@ -93,14 +106,10 @@ class DataServicer:
             rank.faults.reached("stage")
             if rank.recorder is not None:
                 rank.recorder.chunk(*key, bytes(message) if ring is None else _whole(chunk))
-            staged_bytes = rank.receiver.stage(chunk, transaction=opening.transaction)
+            rank.receiver.stage(chunk, transaction=key[0])
             self._placed[key] = chunk.sequence
-            stream.received_bytes += len(chunk.payload)
             rank.metrics.add("transfuse_received_bytes_total", len(chunk.payload))
-            stream.credit_bytes = stream.received_bytes + window_bytes
-            yield pb.StageReply(
-                sequence=chunk.sequence, credit_bytes=stream.credit_bytes, staged_bytes=staged_bytes
-            )
+            yield chunk
 
     def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
@@ -110,14 +119,36 @@ class DataServicer:
         except WeightUpdateError as error:
             refuse(context, error)
 
-    # -- shared memory
+    # -- what a stream has besides its connection
 
-    def drop_rings(self) -> None:
+    def end_streams(self) -> None:
         """No transaction takes chunks: what a stream still reads goes when it ends."""
         with self._lock:
             rings, self._rings = self._rings, {}
+            passing, self._passing = self._passing, {}
+        for each in passing.values():
+            passed_bytes = each.end()
+            self._rank.timing.passed_bytes += passed_bytes
+            self._rank.metrics.add("transfuse_passed_bytes_total", passed_bytes)
         for ring in rings.values():
             ring.close()
+
+    def close(self) -> None:
+        """Close the connections to other ranks."""
+        self.end_streams()
+        self._channels.close()
+
+    def _passing_of(self, opening: StageOpen) -> Passing | None:
+        """The way on of a stream, the same one after it was connected anew; None at the end of a chain."""
+        if not opening.onward:
+            return None
+        key, rank = (opening.transaction, opening.trainer_rank), self._rank
+        with self._lock:
+            if key not in self._passing:
+                ticket = rank.guard.own_ticket(opening.transaction)
+                place = replace(rank.place, gpu="")  # chunks are in host memory
+                self._passing[key] = Passing.begin(opening, self._channels, place, self.peers, ticket)
+            return self._passing[key]
 
     def _ring(self, opening: StageOpen) -> Ring | DeviceRing | None:
         """The ring of a stream, the same one after it was connected anew; None where it wants none or none can be."""

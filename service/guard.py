@@ -168,6 +168,10 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
         """What lets this caller write into a transaction; b"" where no tokens are asked for."""
         return b"" if self._tokens is None else self._tokens.ticket(transaction, caller().name)
 
+    def own_ticket(self, transaction: int) -> bytes:
+        """What lets this service's own processes write into it."""
+        return b"" if self._tokens is None else self._tokens.own_ticket(transaction)
+
     def require_ticket(self, ticket: bytes, transaction: int) -> None:
         """DeniedError unless this caller began the transaction."""
         if self._tokens is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from protos import transfuse_pb2 as pb
 from weight_update.delta import DeltaPlan
@@ -19,7 +22,7 @@ FILL_TIMEOUT_S = 3600.0  # a prepare that waits for a donor's rows
 HELLO_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MemberSpec:
     """A member as the coordinator learned it: where it is and which rows it owns."""
 
@@ -38,6 +41,11 @@ class MemberSpec:
         member = MemberId(replica=spec.replica, rank=spec.rank)
         return cls(id=member, address=address, spec=spec, layout=reply.layout, format=reply.format)
 
+    @cached_property
+    def rows(self) -> tuple[bytes, bytes]:
+        """What it owns, to be compared: first and last rows of every tensor."""
+        return np.array(self.spec.row_start, np.int64).tobytes(), np.array(self.spec.row_stop, np.int64).tobytes()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -50,10 +58,11 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Around:
     """What a member is told beside its step. donors: the ranks of send.source, where it is a replica. coordinator:
-    host:port of Control."""
+    host:port of Control. peers: addresses of the ranks that own the same rows."""
 
     donors: Sequence[pb.RankSpec] = ()
     coordinator: str = ""
+    peers: Sequence[str] = ()
 
 
 def state_of(reply: pb.HelloReply) -> MemberState:
@@ -98,6 +107,7 @@ def _open(stub: Any, send: Send, around: Around) -> Answer:
         delta=to_delta_proto(send.source) if isinstance(send.source, DeltaPlan) else None,
         restores=send.source.version if isinstance(send.source, Kept) else 0,
         donors=around.donors,
+        peers=around.peers,
     )
     reply = call(stub.Open, request, timeout_s=STEP_TIMEOUT_S, where=str(send.member))
     return Answer(token=reply.token, result=int(reply.planned_bytes))

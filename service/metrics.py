@@ -70,6 +70,7 @@ METRICS = (
     Metric(name="transfuse_pause_s", of="rank", kind="histogram", means="seconds in which it did not serve"),
     Metric(name="transfuse_phase_s", of="rank", kind="histogram", means="seconds of a phase", labels=("phase",)),
     Metric(name="transfuse_received_bytes_total", of="rank", kind="counter", means="payload of chunks"),
+    Metric(name="transfuse_passed_bytes_total", of="rank", kind="counter", means="sent on to the next rank of a chain"),
     Metric(name="transfuse_staged_bytes", of="rank", kind="gauge", means="staged of the open push"),
     Metric(name="transfuse_planned_bytes", of="rank", kind="gauge", means="planned peak of the open push"),
     Metric(name="transfuse_reserved_bytes", of="rank", kind="gauge", means="kept between pushes"),

@@ -183,6 +183,7 @@ class RankServer:
         if self.pages is not None:
             self.pages.stop()
         self._server.stop(grace=0.5).wait()
+        self._data.close()
         self.guard.stop()
         self.engine.stop()
 
@@ -190,13 +191,14 @@ class RankServer:
 
     def open(self, request: Any) -> int:
         self.given_up.clear()
-        self._data.drop_rings()
+        self._data.end_streams()
         self.sources.settle()
         if not request.base_version:  # whatever is here is replaced, every byte of it
             self.receiver.version, self.damage = 0, ""
             self.witness.forget()
         self._is_pushed = not (request.restores or request.donors)
         plan = self._begin(request) if self._is_pushed else self.sources.begin(request)
+        self._data.peers = frozenset(request.peers)
         self.timing = pb.RankTiming(
             replica=self.identity.replica,
             rank=self.identity.rank,
@@ -250,7 +252,7 @@ class RankServer:
         self.sources.wait()
         digests = self.receiver.prepare()
         self._record(request, "staged", digests)
-        self._data.drop_rings()
+        self._data.end_streams()
         self._foresee()
         if self._is_pushed:
             self.witness.hear()
@@ -299,7 +301,7 @@ class RankServer:
     def abort(self, request: Any) -> None:
         self.receiver.abort()
         self._recorded(request.transaction, "given up")
-        self._data.drop_rings()
+        self._data.end_streams()
         self.receiver.version = self.member.version
         self._resume(self.member.version, refresh=self._stale)
 
@@ -340,7 +342,8 @@ class RankServer:
 
 
 def _in_flight_bytes(num_streams: int, blobs: Sequence[BlobSize] | None, stream_bytes: int) -> int:
-    """What the streams may hold; a delta is seldom as large as their windows."""
+    """What the streams may hold; a delta, of which every trainer rank sends a blob, is seldom as large as their
+    windows."""
     if blobs is None:
         return stream_bytes * num_streams
-    return sum(min(stream_bytes, 5 * blob.num_bytes) for blob in blobs)
+    return sum(min(stream_bytes, 5 * blob.num_bytes) for blob in blobs) * num_streams // max(1, len(blobs))

@@ -99,7 +99,13 @@ class Roster:
             for member, spec in self.specs.items()
             if isinstance(source, Donor) and member.replica == source.replica
         ]
-        return Around(donors=donors, coordinator=self.coordinator)
+        peers = self._peers(send.member) if send.step == "open" else ()
+        return Around(donors=donors, coordinator=self.coordinator, peers=peers)
+
+    def _peers(self, member: MemberId) -> list[str]:
+        """Where the other ranks are that own the same rows."""
+        own = self.specs[member]
+        return [each.address for each in self.specs.values() if each is not own and each.rows == own.rows]
 
     def step(self, member: MemberId, step: str, version: int = 0) -> Any:
         """One step beside the protocol, in the caller's thread."""

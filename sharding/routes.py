@@ -6,7 +6,7 @@ Pure functions over row ranges. A tensor's rows are indices along dim 0; a 0-d t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -213,6 +213,13 @@ def destinations(row_starts: list[np.ndarray], row_stops: list[np.ndarray]) -> l
         Destination(ranks=tuple(ranks), row_start=row_starts[ranks[0]], row_stop=row_stops[ranks[0]])
         for ranks in groups.values()
     ]
+
+
+def chains(to: Destination, hosts: Mapping[int, str]) -> list[tuple[int, ...]]:
+    """The ranks of a destination in chains: what is sent to the first of one is passed on from rank to rank. hosts: of
+    the ranks that may be in one, which then has those of each host side by side; any other is a chain of its own."""
+    linked = sorted((rank for rank in to.ranks if rank in hosts), key=lambda rank: (hosts[rank], rank))
+    return [(rank,) for rank in to.ranks if rank not in hosts] + ([tuple(linked)] if linked else [])
 
 
 def as_bytes(rows: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def fleet(
     places: Sequence[Place] = (),
     at: Place = HERE,
 ) -> Iterator[Fleet]:
-    """places: of the ranks, one after the other."""
+    """places: of the ranks, one after the other, as on hosts of their own."""
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         started: list[Remote] = []
@@ -168,6 +168,7 @@ def fleet(
                 "layout": layout,
                 "serving": serving,
                 "memory_budget_bytes": memory_budget_bytes,
+                "shares_memory": not places,
             }
             started.append(Remote(_Rank, places[number] if places else HERE, settings))
             stack.callback(started[-1].stop)
@@ -230,6 +231,10 @@ class _Trainer:
                 local.view(-1)[:count].mul_(1.5 if local.numel() else 1)
         report = asdict(self._pusher.push(self._model))
         return {**report, "peak_bytes": peak_bytes()}
+
+    def fan_out(self, how: Any) -> None:
+        """As a Pusher's option, from the next push on."""
+        self._pusher._fan_out = how
 
     def rates(self) -> Rates:
         """By which the next push is predicted."""

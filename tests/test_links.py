@@ -97,6 +97,29 @@ def test_prediction_and_measurement_agree_over_limited_links(model_dir: Path, ra
     assert predicted <= (1 + TOLERANCE) * measured and measured <= SLACK * predicted
 
 
+@needs_namespaces("ip", "tc")
+def test_over_limited_links_rows_that_are_passed_on_reach_three_replicas_in_the_time_of_one(model_dir: Path) -> None:
+    with bridged(4) as places:
+        ours, theirs = places[:1], places[1:]
+        with (
+            fleet(model_dir, replicas=3, ranks=1, places=theirs, at=theirs[0]) as service,
+            trainer(service.address, model_dir, ranks=1, places=ours) as push,
+        ):
+            push(1.0, True)
+            limit(places, 4 * MBIT)
+            transfers = {}
+            for how in ("never", "always"):
+                push.all("fan_out", how)
+                report = push(0.01, True)[0]
+                transfers[how] = report["phases"]["transfer"]
+                assert report["digest_verified"] and report["attempts"] == 1
+    link_s = report["wire_bytes"] / (4 * LINK_BYTES_S)
+    print(f"one copy takes {link_s:.2f} s of a link; to every rank {transfers['never']:.2f} s, passed on", end=" ")
+    print(f"{transfers['always']:.2f} s")
+    assert report["passed_bytes"] == pytest.approx(2 * report["wire_bytes"], rel=0.01)
+    assert transfers["never"] > 2.7 * link_s > 1.5 * transfers["always"]
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_two_trainer_ranks_send_each_byte_once_to_two_replicas_of_two(model_dir: Path, sharded: bool) -> None:
     with fleet(model_dir, replicas=2, ranks=2) as service:

@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from protos import transfuse_pb2 as pb
 from sharding.cost import Work
+from sharding.routes import Destination, chains
 
 from .base import Changes, Whole
 from .delta import DeltaPlan
 from .device_base import FormChanges
 from .device_rings import DEVICE_RING_BYTES
 from .errors import BusyError, TransferError, WeightUpdateError
-from .links import CUDA_IPC, SHARED_MEMORY, Link, choose, here
+from .links import CUDA_IPC, GRPC, SHARED_MEMORY, Link, choose, here
 from .manifest import Manifest
 from .membership import key_of
 from .messages import MemberId
@@ -66,6 +67,7 @@ class Attempt:
     step: int
     durable: bool
     on_busy: str
+    fans_out: bool  # ranks pass on what they get
     lease_s: float
     retry_s: float
     pushed_by: str
@@ -78,6 +80,7 @@ class Attempt:
     links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _deciding: bool = False
+    _passing: bool = False
     _streams: Streams | None = None
     _packed: list[Packed] = field(default_factory=list)
 
@@ -93,7 +96,7 @@ class Attempt:
     def begin(self) -> pb.BeginReply:
         """Open the transaction; where another is open, do as on_busy says."""
         self._deciding, self.num_begun = False, self.num_begun + 1
-        delta = self._delta()
+        delta, self._passing = self._delta(), self.fans_out and self._passes_on()
         self.num_changed = len(self.plan.specs) if delta is None else len(delta.changed)
         reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
         self.clock.stop("begin")
@@ -217,7 +220,7 @@ class Attempt:
             pushed_by=self.pushed_by,
             logical_bytes=self.plan.logical_bytes,
             lease_s=self.lease_s,
-            num_streams=self.ranks.world,
+            num_streams=self.ranks.world * (2 if self._passing else 1),
             step=self.step,
             keys=keys_of(self.described),
             retry_s=self.retry_s,
@@ -231,7 +234,7 @@ class Attempt:
             total = sum(spec.num_bytes for spec in self.plan.specs)
         else:
             total = sum(size.num_bytes for _, size in self._packed)
-        with Streams(self._open_streams(begun, total), destinations_of(self.described.ranks)) as self._streams:
+        with self._open_streams(begun, total) as self._streams:
             self._raise_cancelled()
             if isinstance(self.content, Whole):
                 send_whole(self.content, self._streams.doors, self._counted(total))
@@ -239,23 +242,42 @@ class Attempt:
                 send_packed(self._packed, self.ranks.rank, self._streams.doors, self._counted(total))
         return self._streams.wire_bytes
 
-    def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> list[StageStream]:
-        ranks, links = self.described.ranks, self._links()
-        return [
-            StageStream(
-                self.channel(rank.address),
-                target=rank.address,
-                name=f"{rank.replica}.{rank.rank}",
-                transaction=begun.transaction,
-                epoch=self.described.epoch,
-                trainer_rank=self.ranks.rank,
-                retry_s=self.retry_s,
-                ticket=begun.ticket,
-                link=link,
-                ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
-            )
-            for rank, link in zip(ranks, links, strict=True)
-        ]
+    def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> Streams:
+        """One to every rank, or to the first of a chain."""
+        to, links = destinations_of(self.described.ranks), self._links()
+        chained = self._chains(to, links)
+        opened = [[self._stream(begun, chain, links, total_bytes) for chain in each] for each in chained]
+        return Streams(to, opened)
+
+    def _chains(self, to: Sequence[Destination], links: Sequence[Link]) -> list[list[tuple[int, ...]]]:
+        """Of each destination; ranks that are not reached over a network are in none with others."""
+        ranks = self.described.ranks
+        over_network = [i for i, link in enumerate(links) if self.fans_out and link.transport == GRPC]
+        hosts = {i: ranks[i].place.host or ranks[i].address for i in over_network}
+        return [chains(each, hosts) for each in to]
+
+    def _passes_on(self) -> bool:
+        """Whether ranks have a chain from any trainer rank: a stream out beside the one in."""
+        chained = self._chains(destinations_of(self.described.ranks), self._links()) if self.fans_out else []
+        return any(self.ranks.gather(any(len(chain) > 1 for each in chained for chain in each)))
+
+    def _stream(
+        self, begun: pb.BeginReply, chain: Sequence[int], links: Sequence[Link], total_bytes: int
+    ) -> StageStream:
+        (rank, *others), link = [self.described.ranks[i] for i in chain], links[chain[0]]
+        return StageStream(
+            self.channel(rank.address),
+            target=rank.address,
+            name=f"{rank.replica}.{rank.rank}",
+            transaction=begun.transaction,
+            epoch=self.described.epoch,
+            trainer_rank=self.ranks.rank,
+            retry_s=self.retry_s,
+            ticket=begun.ticket,
+            link=link,
+            ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
+            onward=[pb.RankSpec(replica=r.replica, rank=r.rank, address=r.address, place=r.place) for r in others],
+        )
 
     def _links(self) -> list[Link]:
         """The way to every rank, from where what is sent lies."""

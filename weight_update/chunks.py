@@ -28,6 +28,7 @@ CHUNK_BYTES = 2 << 20  # payload; 1 to 4 MiB measured best, 16 MiB is worse
 RING_LESS_BYTES = 8 << 20  # payload of a chunk that finds no room in a ring
 MAX_MESSAGE_BYTES = 16 << 20  # a chunk of small pieces is mostly index: 16 bytes a piece
 MAX_TICKET_BYTES = 64
+MAX_ONWARD = 4096  # ranks in a chain
 SMALL_PIECE_BYTES = 4 << 10  # on average: below, joining the pieces first is faster than copying each by itself
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
@@ -47,6 +48,7 @@ class StageOpen:
     ticket: bytes = b""
     ring_bytes: int = 0
     on_device: bool = False
+    onward: tuple[bytes, ...] = ()  # serialized RankSpec messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -259,7 +261,15 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
-    found = dict(_fields(body))
+    found: dict[int, int | memoryview] = {}
+    onward: list[bytes] = []
+    for number, value in _fields(body):
+        if number == 7 and not isinstance(value, int):
+            onward.append(bytes(value))
+        else:
+            found[number] = value
+        if len(onward) > MAX_ONWARD:
+            raise TransferError(f"stage: more than {MAX_ONWARD} ranks to pass on to; begin shorter chains")
     numbers = [found.get(number, 0) for number in (1, 2, 3, 5, 6)]
     transaction, epoch, trainer_rank, ring_bytes, on_device = (
         value if isinstance(value, int) else 0 for value in numbers
@@ -272,6 +282,7 @@ def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
         ticket=b"" if isinstance(ticket, int) else bytes(ticket[:MAX_TICKET_BYTES]),
         ring_bytes=ring_bytes,
         on_device=bool(on_device),
+        onward=tuple(onward),
     )
 
 

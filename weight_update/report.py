@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushReport:
-    """What a push did. Bytes and seconds are over all trainer ranks; `wire_bytes` counts each replica's copy.
+    """What a push did. Bytes and seconds are over all trainer ranks; `wire_bytes` counts every copy that they send.
 
     mode: full or delta. reason: why that one. phases: seconds of describe, plan, begin, transfer, prepare, commit.
     predicted: what the cost model expected of them, by the rates of this trainer's last full push; bottleneck: the
@@ -24,7 +24,8 @@ class PushReport:
     group was cut. changed_tensors: tensors of the push with new bytes, all of them in a full one. kept_bytes: what this
     trainer rank keeps of the version, in checkpoint form, so that the next push can be a delta. step: the trainer's own
     count. transports: how the bytes went, from each trainer rank to each rank, and why no better way was taken.
-    attempts: how often the push was begun: anew where the coordinator was replaced meanwhile, or replicas came or went.
+    passed_bytes: what ranks sent on to each other, beside wire_bytes, where they did. attempts: how often
+    the push was begun: anew where the coordinator was replaced meanwhile, or replicas came or went.
     digest_verified: every rank's installed digest equalled the trainer's.
     """
 
@@ -44,6 +45,7 @@ class PushReport:
     reason: str = ""
     changed_tensors: int = 0
     kept_bytes: int = 0
+    passed_bytes: int = 0
     attempts: int = 1
     step: int = 0
     merged_adapters: int = 0
@@ -103,6 +105,7 @@ def report_of(
         reason=attempt.reason,
         changed_tensors=attempt.num_changed,
         kept_bytes=kept_bytes,
+        passed_bytes=sum(timing.passed_bytes for timing in decided.timings),
         attempts=attempt.num_begun,
         step=info.step,
         merged_adapters=plan.merged_adapters,

@@ -35,11 +35,12 @@ def destinations_of(ranks: Sequence[Any]) -> list[Destination]:
 
 
 class Streams:
-    """Open streams and their doors; leaving the block waits until every rank has all, or cancels on an error."""
+    """Open streams to each destination and its door; leaving the block waits until every rank has all, or cancels on
+    an error."""
 
-    def __init__(self, streams: Sequence[StageStream], to: Sequence[Destination]) -> None:
-        self._streams = streams
-        self.doors = [Door(each, [streams[i] for i in each.ranks]) for each in to]
+    def __init__(self, to: Sequence[Destination], streams: Sequence[Sequence[StageStream]]) -> None:
+        self._streams = [stream for each in streams for stream in each]
+        self.doors = [Door(each, opened) for each, opened in zip(to, streams, strict=True)]
 
     def __enter__(self) -> Streams:
         return self

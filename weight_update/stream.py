@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ CHUNK_BYTES_OF = {CUDA_IPC: DEVICE_CHUNK_BYTES, SHARED_MEMORY: RING_CHUNK_BYTES,
 class StageStream:
     """target: the rank's host:port. name: its replica and number. retry_s: how long a broken connection is retried
     before the push fails. ticket: of the transaction, as Begin gave it. link: how payloads are to go. ring_bytes: room
-    wanted where that is shared memory."""
+    wanted where that is shared memory. onward: the ranks to which it passes on what it gets."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class StageStream:
         ticket: bytes = b"",
         link: Link | None = None,
         ring_bytes: int = 0,
+        onward: Sequence[pb.RankSpec] = (),
     ) -> None:
         self._stage = channel.stream_stream(
             STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
         )
-        self._name = name or target
+        self._name = " on to ".join([name or target, *(f"{each.replica}.{each.rank}" for each in onward)])
         self.link = link or Link(transport=GRPC)
-        self.chunk_bytes = CHUNK_BYTES_OF[self.link.transport]
         wanted = 0 if self.link.transport == GRPC else ring_bytes
         opening = pb.StageOpen(
             transaction=transaction,
@@ -64,10 +64,10 @@ class StageStream:
             ticket=ticket,
             ring_bytes=wanted,
             on_device=self.link.transport == CUDA_IPC,
+            onward=onward,
         )
         self._opening = pb.StageRequest(open=opening).SerializeToString()
-        self._target = target
-        self._retry_s = retry_s
+        self._target, self._retry_s = target, retry_s
         self._state = threading.Condition()  # guards all below; never held during a gRPC call or a copy
         self._agreed = not wanted  # how payloads go
         self._ring: RingWriter | None = None
@@ -77,6 +77,7 @@ class StageStream:
         self._greeted = False  # the rank said on this connection what it holds
         self._sent_bytes = 0
         self._credit_bytes = 0
+        self.acknowledged = 0  # the last chunk that the rank has, and every one that it passes on to
         self._heard_s = 0.0  # when the rank last answered
         self._closing = False
         self._error: WeightUpdateError | None = None
@@ -84,6 +85,11 @@ class StageStream:
         self.wire_bytes = 0
         self._thread = threading.Thread(target=self._run, name=f"stage-{target}", daemon=True)
         self.is_open = False  # nothing is said to a rank for which there is nothing
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Payload of a chunk that suits the transport."""
+        return CHUNK_BYTES_OF[self.link.transport]
 
     def send(self, packet: Packet) -> None:
         """Queue one chunk, the first one opens the stream; blocks while the rank has granted no credit for it."""
@@ -101,6 +107,12 @@ class StageStream:
                 self._unsent.append(packet)
                 self._sent_bytes += size
             self._state.notify_all()
+
+    def wait(self, sequence: int) -> None:
+        """Return once the rank has acknowledged this chunk."""
+        with self._state:
+            self._state.wait_for(lambda: self._error or self.acknowledged >= sequence)
+            self._raise()
 
     def finish(self) -> None:
         """Wait until the rank has acknowledged everything."""
@@ -199,6 +211,7 @@ class StageStream:
     def _acknowledge(self, reply: pb.StageReply) -> None:
         with self._state:
             self._heard_s = time.monotonic()
+            self.acknowledged = max(self.acknowledged, reply.sequence)
             while self._unacked and self._unacked[0].sequence <= reply.sequence:
                 packet = self._unacked.popleft()
                 placed = self._placed.pop(packet.sequence, None)

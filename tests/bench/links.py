@@ -122,7 +122,7 @@ def serve(layers: int, experts: int, device: str) -> None:
         return {"planned_bytes": plan.peak_bytes}
 
     def prepare() -> dict[str, Any]:
-        data.drop_rings()
+        data.end_streams()
         return {"digests": receiver.prepare().tolist()}
 
     def install() -> dict[str, Any]:
