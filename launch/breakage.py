@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import product
 from typing import Any
 
@@ -106,7 +106,7 @@ def kill_at(drill: Drill, step: str, victim: str, rank: int) -> str:
     ray.get(stalling.arm.remote(step, "stall"))
     trainer = Trainer(drill, apart=victim == "trainer", confirms=step == "confirm")
     try:
-        _await_stall(stalling, step, trainer)
+        _await_stall(stalling, step, trainer.is_over)
         if killed is None:
             trainer.kill()
         else:
@@ -125,10 +125,10 @@ def fail_at(drill: Drill, step: str, rank: int) -> str:
     return outcome
 
 
-def _await_stall(stalling: Any, step: str, trainer: Trainer) -> None:
+def _await_stall(stalling: Any, step: str, is_over: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + REACH_S
     while ray.get(stalling.stalled.remote()) != step:
-        if trainer.is_over() or time.monotonic() > deadline_s:
+        if is_over() or time.monotonic() > deadline_s:
             raise LookupError(f"the push did not come to {step}")
         time.sleep(0.02)
 
@@ -145,6 +145,18 @@ def kill_idle(drill: Drill, chance: random.Random) -> str:
     """A rank dies while nothing is pushed."""
     end(ray.get(drill.rank(1, chance.randrange(2)).pid.remote()))
     return "killed"
+
+
+def kill_in_chain(drill: Drill, chance: random.Random) -> str:
+    """A rank dies to which the rank of another replica passes rows on."""
+    victim, step = drill.rank(1, chance.randrange(2)), "stage"
+    pusher = DrillPusher(drill.address, mode="full", transport=GRPC, fan_out="always")
+    ray.get(victim.arm.remote(step, "stall"))
+    with closing(pusher), ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(push, pusher, drill.new_seed(), on_busy="wait")
+        _await_stall(victim, step, pushing.done)
+        end(ray.get(victim.pid.remote()))
+        return pushing.result(PUSH_S)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -286,7 +298,7 @@ def flip_staged(drill: Drill, step: str, rank: int) -> str:
     ray.get(stalling.arm.remote(step, "stall"))
     trainer = Trainer(drill, apart=False, confirms=False, mode="full")
     try:
-        _await_stall(stalling, step, trainer)
+        _await_stall(stalling, step, trainer.is_over)
         ray.get(stalling.__ray_call__.remote(lambda actor: _flip(actor._server.receiver, "staging")))
     finally:
         _release(stalling)
@@ -327,6 +339,7 @@ OTHERS: Mapping[str, Breakage] = {
     "race two trainers": racing_trainers,
     "roll back": rollback,
     "cut all streams": cut_streams,
+    "kill a rank to which rows are passed on": kill_in_chain,
 }
 SPOILED: Mapping[str, Breakage] = {
     f"a chunk {how}": lambda drill, chance, how=how: spoil_chunk(drill, how)  # type: ignore[misc]

@@ -81,14 +81,19 @@ def weights(seed: int) -> nn.Module:
 
 
 class DrillPusher(Pusher):
-    """A trainer of a drill. way: rank's address -> the one to dial. transport: as a Pusher's."""
+    """A trainer of a drill. way: rank's address -> the one to dial. transport, fan_out: as a Pusher's."""
 
     def __init__(
-        self, target: str, *, way: Callable[[str], str] = str, mode: Mode = "auto", transport: str = AUTO
+        self,
+        target: str,
+        *,
+        way: Callable[[str], str] = str,
+        mode: Mode = "auto",
+        transport: str = AUTO,
+        fan_out: str = "never",
     ) -> None:
-        super().__init__(
-            target, mode=mode, lease_s=LEASE_S, retry_s=RETRY_S, pushed_by="drill", transport=transport
-        )
+        how = {"mode": mode, "transport": transport, "fan_out": fan_out}
+        super().__init__(target, lease_s=LEASE_S, retry_s=RETRY_S, pushed_by="drill", **how)  # type: ignore[arg-type]
         self._control = TwoSteps(target)
         self._way = way
 

@@ -156,6 +156,16 @@ def test_a_member_that_cannot_publish_is_fenced_and_comes_back_to_the_decision()
     check_quiet(world, 2)
 
 
+def test_a_rebuilt_replica_that_cannot_publish_does_not_count_as_serving() -> None:
+    world = start()
+    world.faults.fail = lambda send: send.step == "publish" and send.member == MEMBERS[2]
+    world.kill(world.ranks[MEMBERS[2]])
+    settle(world, 60.0)
+    assert set(world.host.protocol.fenced) == {1}
+    world.faults.fail = lambda send: False
+    check_quiet(world, 1)
+
+
 def test_a_member_that_failed_after_a_separate_install_is_noticed_before_the_decision() -> None:
     world = start()
     transaction = begun(world)

@@ -185,9 +185,10 @@ def installed(coordinator: Coordinator) -> list[Action]:
 
 
 def joined(coordinator: Coordinator) -> list[Action]:
-    """The replica serves from now on, and counts from the next begin."""
+    """The replica serves from now on, and counts from the next begin; not so where a rank did not hear of it."""
     open_ = coordinator.open()
-    told = coordinator.notify("join", open_.pushed_by)
+    fences = coordinator.fence_failed()
+    told = [] if fences else [coordinator.notify("join", open_.pushed_by)]
     for number in open_.replicas:
         coordinator.membership.serve(number)
-    return [told, *coordinator.close(None), *coordinator.greet()]
+    return [*fences, *told, *coordinator.close(None), *coordinator.greet()]

@@ -123,9 +123,7 @@ class Coordinator:
             return self.abort(next(iter(current.failed.values())))
         if current.waiting:
             return []
-        if open_.kind is not Kind.JOIN:
-            self.phase = ROUNDS[current.name][1]
-        return COMPLETED[open_.kind, current.name](self)
+        return self._completed(current.name)
 
     def _timeout(self, timeout: Timeout) -> list[Action]:
         open_ = self.transaction
@@ -292,7 +290,7 @@ class Coordinator:
 
     def _published(self) -> list[Action]:
         open_ = self.open()
-        fences = self._fence_failed()
+        fences = self.fence_failed()
         for replica in open_.replicas:
             self.membership.serve(replica)
         result = {"timings": open_.results.get("publish", {}), "version": open_.version, "digest_verified": True}
@@ -301,15 +299,16 @@ class Coordinator:
     def _undone(self) -> list[Action]:
         # A rank serves again only when all have their old bytes back: refreshing a sharded module reads its peers'
         # shards.
-        return [*self._fence_failed(), *self.start("abort")]
+        return [*self.fence_failed(), *self.start("abort")]
 
     def _aborted(self) -> list[Action]:
-        fences = self._fence_failed()
+        fences = self.fence_failed()
         failure = self.open().failure
-        code = "" if failure is None else f"[{failure.code}] "
-        return [*fences, self.notify("abort", f"{code}{failure}"), *self.close(None)]
+        assert failure is not None  # `abort` has set it
+        return [*fences, self.notify("abort", f"[{failure.code}] {failure}"), *self.close(None)]
 
-    def _fence_failed(self) -> list[Action]:
+    def fence_failed(self) -> list[Action]:
+        """Who did not answer the round that is over cannot be said to have followed it."""
         assert self._round is not None
         return [each for member, error in self._round.failed.items() for each in self.fence(member, str(error))]
 
