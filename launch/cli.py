@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -98,6 +99,9 @@ app.callback()(access.take)
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an error of weight_update.errors becomes one message on stderr and its exit code."""
+    # Trainer and ranks often share cores here. A thread of OpenMP that waits for its turn spins by default: a step of
+    # the demo's trainer beside other work took 7.2 s so, and 1.2 s with threads that sleep. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # It warns that a local cluster is protected. Its parent will not do: importing ray sets that level again.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if args is None else args)

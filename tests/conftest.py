@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tests run beside the processes that they start; on two cores more threads only take turns."""
+    """Tests run beside the processes that they start; on two cores more threads only take turns, and where a process
+    has more its threads sleep while they wait."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
