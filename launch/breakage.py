@@ -27,7 +27,7 @@ from weight_update.errors import WeightUpdateError
 from weight_update.links import GRPC
 from weight_update.transport import call
 
-from .drill import Drill, DrillPusher, end
+from .drill import SETTLE_S, Drill, DrillPusher, end
 from .relays import SPOILS, Proxy, Relay
 
 # in the order of a push; `decide` and `decided` are the coordinator's, before and after the record is durable
@@ -283,11 +283,11 @@ def flip_served(drill: Drill, rank: int) -> str:
     """A bit of what a rank serves changes; its scrub finds it, and a donor fills the replica anew."""
     actor = drill.rank(1, rank)
     flipped = ray.get(actor.__ray_call__.remote(lambda self: _flip(self._server.receiver, "served")))
-    deadline_s = time.monotonic() + REACH_S
+    deadline_s = time.monotonic() + SETTLE_S  # it is found within SCRUB_S; to fill a replica anew takes what that takes
     # Its state is no sign: a fence may come and go between two looks at it.
     while ray.get(actor.__ray_call__.remote(lambda self: int(_spot(self._server.receiver, "served")))) == flipped:
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"a flipped bit was not found within {REACH_S:.0f} s")
+            raise TimeoutError(f"a flipped bit was not found and mended within {SETTLE_S:.0f} s")
         time.sleep(0.05)
     return "found"
 

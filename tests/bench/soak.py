@@ -126,7 +126,9 @@ def break_randomly(count: int, first: int) -> None:
     """Random schedules of failures of real processes; the first byte that is lost ends it."""
     start, played = time.monotonic(), list[Round]()
     with tempfile.TemporaryDirectory() as directory, Drill(Path(directory)) as drill:
-        played += rounds(drill, first, count)
+        for each in rounds(drill, first, count):
+            played.append(each)
+            print(each.as_text(), file=sys.stderr, flush=True)
     print(summary(first, played))
     print(f"  {time.monotonic() - start:.0f} s")
     if any(each.problems for each in played):
