@@ -31,8 +31,9 @@ demo: $(READY)
 demo-diffusion: $(READY)
 	@$(BIN)/transfuse demo-diffusion $(ARGS)
 
+# All of them in two processes, a file in one of them; what is asked for by name in this one.
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 # pytest exits 5 where nothing is selected, which is no failure here.
 slow: $(READY)
