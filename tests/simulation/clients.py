@@ -81,7 +81,7 @@ class Trainer(Client):
 
     def begin(self) -> None:
         self.num_begun += 1
-        self.ask("begin", self._begin_args(), self._begun, tries=2)
+        self.ask("begin", self._begin_args(), self._begun, tries=MAX_TRIES)  # replicas that come in are waited for
 
     def _begin_args(self) -> dict[str, Any]:
         return {
