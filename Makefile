@@ -31,13 +31,14 @@ demo: $(READY)
 demo-diffusion: $(READY)
 	@$(BIN)/transfuse demo-diffusion $(ARGS)
 
-# All of them in two processes, a file in one of them; what is asked for by name in this one.
+# All of them in two processes, each file in one of these; what is asked for by name in one.
+TWICE := -n 2 --dist loadfile
 test: $(READY)
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
+	@$(BIN)/python -m pytest $(or $(ARGS),$(TWICE))
 
 # pytest exits 5 where nothing is selected, which is no failure here.
 slow: $(READY)
-	@$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -m slow $(or $(ARGS),$(TWICE)) || [ $$? -eq 5 ]
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench $(ARGS)
