@@ -24,9 +24,9 @@ def one_thread() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
-    """A fleet of two replicas that tests break and that recovers."""
+    """A fleet of two replicas that tests break and that recovers. It generates all the while: no longer than a file."""
     from launch.drill import Drill
 
     with Drill(tmp_path_factory.mktemp("drill")) as running:

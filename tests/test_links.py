@@ -49,8 +49,9 @@ def bridged(count: int) -> Iterator[Sequence[Place]]:
                 run("ip", "-n", place.namespace, "addr", "add", f"{place.host}/24", "dev", inside)
                 run("ip", "-n", place.namespace, "link", "set", inside, "up")
             yield places
-    finally:
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+    finally:  # the kernel takes a namespace apart later: an end of a cable that is left here is in the next one's way
+        for left in (*(f"{place.namespace}-1" for place in places), BRIDGE):
+            subprocess.run(["ip", "link", "del", left], capture_output=True, check=False)
 
 
 def limit(places: Sequence[Place], mbit: int) -> None:
