@@ -258,7 +258,7 @@ class Attempt:
 
     def _passes_on(self) -> bool:
         """Whether ranks have a chain from any trainer rank: a stream out beside the one in."""
-        chained = self._chains(destinations_of(self.described.ranks), self._links()) if self.fans_out else []
+        chained = self._chains(destinations_of(self.described.ranks), self._links())
         return any(self.ranks.gather(any(len(chain) > 1 for each in chained for chain in each)))
 
     def _stream(
