@@ -33,8 +33,9 @@ def main() -> None:
             print(f"| {row['case']} {what} | {row['mb']:.0f} MB | **{ratio:.2f}** | a copy of the same bytes |")
     for row in push["rows"]:
         size, pause = f"{row['wire_mb']:.0f} MB", f"{row['pause_ms']:.0f} ms"
+        what = f"push of {row['case']} over {row['transport']}: transfer rate"
         lines = (
-            (f"push of {row['case']} over {row['transport']}: transfer rate", f"{row['transfer_over_memcpy']:.3f}", "memcpy, one thread"),
+            (what, f"{row['transfer_over_memcpy']:.3f}", "memcpy, one thread"),
             ("- the same", f"{row['transfer_over_raw_grpc']:.2f}", "a raw gRPC stream that drops its messages"),
             (f"- its pause, {pause}", f"{row['pause_over_copy']:.1f}", "a copy of the same bytes"),
             ("- actor memory above idle", f"{row['memory_over_planned']:.2f}", "what was planned"),
