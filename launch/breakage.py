@@ -64,9 +64,11 @@ def _train(address: str, seed: int, confirms: bool) -> None:
 class Trainer:
     """A push under way, in another thread or, to be killed, in another process."""
 
-    def __init__(self, drill: Drill, *, apart: bool, confirms: bool, mode: Mode = "auto") -> None:
+    def __init__(
+        self, drill: Drill, *, apart: bool, confirms: bool, mode: Mode = "auto", pusher: DrillPusher | None = None
+    ) -> None:
         drill.status()  # the coordinator is back
-        self._drill = drill
+        self._pusher = pusher or drill.pusher
         self._pool = ThreadPoolExecutor(1)
         self._process: Any = None
         seed = drill.new_seed()
@@ -74,8 +76,8 @@ class Trainer:
             self._process = TRAINERS.Process(target=_train, args=(drill.address, seed, confirms), daemon=True)
             self._process.start()
         else:
-            drill.pusher.mode = mode
-            self._pushing = self._pool.submit(push, drill.pusher, seed, confirms=confirms, on_busy="wait")
+            self._pusher.mode = mode
+            self._pushing = self._pool.submit(push, self._pusher, seed, confirms=confirms, on_busy="wait")
 
     def kill(self) -> None:
         """Kill -9."""
@@ -95,18 +97,19 @@ class Trainer:
         try:
             return self._pushing.result(PUSH_S)
         finally:
-            self._drill.pusher.mode = "auto"
+            self._pusher.mode = "auto"
             self._pool.shutdown(wait=False)
 
 
-def kill_at(drill: Drill, step: str, victim: str, rank: int) -> str:
-    """Kill the victim while the protocol stands at a step; rank: the one of replica 1 that stalls, or is killed."""
+def kill_at(drill: Drill, step: str, victim: str, rank: int, pusher: DrillPusher | None = None) -> str:
+    """Kill the victim while the protocol stands at a step; rank: the one of replica 1 that stalls, or is killed.
+    pusher: who pushes, the drill's own where none is given."""
     stalling = drill.coordinator if step in COORDINATOR_STEPS else drill.rank(1, rank)
     killed = {"rank": drill.rank(1, rank), "coordinator": drill.coordinator}.get(victim)
     ray.get(stalling.arm.remote(step, "stall"))
-    trainer = Trainer(drill, apart=victim == "trainer", confirms=step == "confirm")
+    trainer = Trainer(drill, apart=victim == "trainer", confirms=step == "confirm", pusher=pusher)
     try:
-        _await_stall(stalling, step, trainer.is_over)
+        _await_stall(stalling, step, trainer)
         if killed is None:
             trainer.kill()
         else:
@@ -125,10 +128,10 @@ def fail_at(drill: Drill, step: str, rank: int) -> str:
     return outcome
 
 
-def _await_stall(stalling: Any, step: str, is_over: Callable[[], bool]) -> None:
+def _await_stall(stalling: Any, step: str, trainer: Trainer) -> None:
     deadline_s = time.monotonic() + REACH_S
     while ray.get(stalling.stalled.remote()) != step:
-        if is_over() or time.monotonic() > deadline_s:
+        if trainer.is_over() or time.monotonic() > deadline_s:
             raise LookupError(f"the push did not come to {step}")
         time.sleep(0.02)
 
@@ -149,14 +152,8 @@ def kill_idle(drill: Drill, chance: random.Random) -> str:
 
 def kill_in_chain(drill: Drill, chance: random.Random) -> str:
     """A rank dies to which the rank of another replica passes rows on."""
-    victim, step = drill.rank(1, chance.randrange(2)), "stage"
-    pusher = DrillPusher(drill.address, mode="full", transport=GRPC, fan_out="always")
-    ray.get(victim.arm.remote(step, "stall"))
-    with closing(pusher), ThreadPoolExecutor(1) as pool:
-        pushing = pool.submit(push, pusher, drill.new_seed(), on_busy="wait")
-        _await_stall(victim, step, pushing.done)
-        end(ray.get(victim.pid.remote()))
-        return pushing.result(PUSH_S)
+    with closing(DrillPusher(drill.address, transport=GRPC, fan_out="always")) as pusher:
+        return kill_at(drill, "stage", "rank", chance.randrange(2), pusher)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -298,7 +295,7 @@ def flip_staged(drill: Drill, step: str, rank: int) -> str:
     ray.get(stalling.arm.remote(step, "stall"))
     trainer = Trainer(drill, apart=False, confirms=False, mode="full")
     try:
-        _await_stall(stalling, step, trainer.is_over)
+        _await_stall(stalling, step, trainer)
         ray.get(stalling.__ray_call__.remote(lambda actor: _flip(actor._server.receiver, "staging")))
     finally:
         _release(stalling)

@@ -92,8 +92,15 @@ class DrillPusher(Pusher):
         transport: str = AUTO,
         fan_out: str = "never",
     ) -> None:
-        how = {"mode": mode, "transport": transport, "fan_out": fan_out}
-        super().__init__(target, lease_s=LEASE_S, retry_s=RETRY_S, pushed_by="drill", **how)  # type: ignore[arg-type]
+        super().__init__(
+            target,
+            mode=mode,
+            lease_s=LEASE_S,
+            retry_s=RETRY_S,
+            pushed_by="drill",
+            transport=transport,
+            fan_out=fan_out,
+        )
         self._control = TwoSteps(target)
         self._way = way
 

@@ -202,11 +202,13 @@ def _links_s(prediction: Prediction) -> float:
 
 def scale_page(planned: Sequence[Planned]) -> str:
     """docs/scale.md: `transfuse simulate --markdown`; a test keeps it so."""
+    from sharding.cost import MIN_GAIN
+
     gaining = [
         f"{each.scenario.name} ({p.mode}) {100 * p.fan_out_gain:.0f} %"
         for each in planned
         for p in (each.full, each.delta)
-        if p.fan_out_gain >= 1 / 3
+        if p.fan_out_gain >= MIN_GAIN
     ]
     sections = [
         SCALE_HEAD,

@@ -21,6 +21,7 @@ from .plan import RoutePlan
 Bytes = npt.NDArray[np.float64]
 
 WINDOW_BYTES = 16 << 20  # in flight on one stream
+MIN_GAIN = 1 / 3  # share of a push that passing rows on has to save: a chain of ranks waits for its slowest
 SCRATCH_BYTES = 16 << 20  # of a block that is encoded or read back, and of index arrays
 
 

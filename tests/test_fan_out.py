@@ -227,7 +227,7 @@ def test_ranks_of_one_host_follow_each_other_and_a_rank_without_a_network_is_sen
 
 GAINS: dict[str, Callable[[], float]] = {
     "100 replicas behind 10 GbE": lambda: plan_scenario(read_scenario("replicas_100")).full.fan_out_gain,
-    "a replica": lambda: Foresight(HOST).gain(plan_scenario(read_scenario("kimi_k2")).work),
+    "a replica": lambda: Foresight(HOST).predict(plan_scenario(read_scenario("kimi_k2")).work).fan_out_gain,
 }
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from protos import transfuse_pb2 as pb
 from quant.names import IDENTITY, NameMap
+from sharding.cost import MIN_GAIN, Work
 
 from .attempt import Attempt, Lease, Progress
 from .base import Whole
@@ -61,8 +62,6 @@ Mode = Literal["auto", "full", "delta"]
 # A delta of more than this share of all bytes is pushed in full: that needs no memory beyond the rows themselves.
 MAX_DELTA_SHARE = 0.5
 
-# A chain of ranks waits for its slowest: passing on has to save this share of a push, as the cost model sees it.
-MIN_GAIN = 1 / 3
 FANS_OUT: Mapping[str, Callable[[float], bool]] = {
     "auto": lambda gain: gain >= MIN_GAIN,
     "always": lambda gain: True,
@@ -225,10 +224,9 @@ class Pusher:
         plan = self._retained.plan(manifest, wish, places)
         scales = self._retained.scales(plan)
         content, reason = self._content(plan, scales, described)
-        chosen_id = self._ranks.from_first(lambda: wish.push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}")
         delta = None if isinstance(content, Whole) else content.num_bytes
         work = self._foresight.work(plan, described.ranks, self._ranks, delta)
-        fans_out = self._ranks.from_first(lambda: FANS_OUT[self._fan_out](self._foresight.gain(work)))
+        chosen_id, fans_out = self._ranks.from_first(lambda: self._chosen(wish, work))
         clock.stop("plan")
         kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept in {self._retained.keep} memory"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
@@ -255,6 +253,11 @@ class Pusher:
             channel=self._channel,
             on_progress=self._on_progress,
         )
+
+    def _chosen(self, wish: Wish, work: Work) -> tuple[str, bool]:
+        """The id of a push, and whether ranks are to pass rows on."""
+        gain = self._foresight.predict(work).fan_out_gain
+        return wish.push_id or f"{self.run_id}-{uuid.uuid4().hex[:12]}", FANS_OUT[self._fan_out](gain)
 
     @property
     def _patience_s(self) -> float:

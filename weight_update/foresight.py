@@ -54,10 +54,6 @@ class Foresight:
         """Of one push."""
         return predict(work, self.rates)
 
-    def gain(self, work: Work) -> float:
-        """The share of its seconds that a push would save if ranks passed rows on."""
-        return self.predict(work).fan_out_gain
-
     def learn(self, work: Work, phases: Mapping[str, float]) -> None:
         """Take over the rates of a push that is over; a delta says little of them."""
         if work.mode == "full":

@@ -186,9 +186,6 @@ def installed(coordinator: Coordinator) -> list[Action]:
 
 def joined(coordinator: Coordinator) -> list[Action]:
     """The replica serves from now on, and counts from the next begin; not so where a rank did not hear of it."""
-    open_ = coordinator.open()
-    fences = coordinator.fence_failed()
-    told = [] if fences else [coordinator.notify("join", open_.pushed_by)]
-    for number in open_.replicas:
-        coordinator.membership.serve(number)
+    fences = coordinator.let_serve()
+    told = [] if fences else [coordinator.notify("join", coordinator.open().pushed_by)]
     return [*fences, *told, *coordinator.close(None), *coordinator.greet()]

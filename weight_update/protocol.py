@@ -155,8 +155,7 @@ class Coordinator:
         return [self.notify("prepare", f"{open_.wire_bytes} wire bytes"), *self.start("prepare")]
 
     def _install(self, request: Request) -> list[Action]:
-        open_ = self._named(request)
-        open_.callers = [request.id]
+        self._named(request).callers = [request.id]
         return [self.notify("install", ""), *self._install_when_silent()]
 
     def _decide(self, request: Request) -> list[Action]:
@@ -289,26 +288,29 @@ class Coordinator:
         return [self.notify("decide", decision.digest), *self.start("publish")]
 
     def _published(self) -> list[Action]:
-        open_ = self.open()
-        fences = self.fence_failed()
-        for replica in open_.replicas:
-            self.membership.serve(replica)
+        open_, fences = self.open(), self.let_serve()
         result = {"timings": open_.results.get("publish", {}), "version": open_.version, "digest_verified": True}
         return [*fences, *self.close(result)]
 
     def _undone(self) -> list[Action]:
         # A rank serves again only when all have their old bytes back: refreshing a sharded module reads its peers'
         # shards.
-        return [*self.fence_failed(), *self.start("abort")]
+        return [*self._fence_failed(), *self.start("abort")]
 
     def _aborted(self) -> list[Action]:
-        fences = self.fence_failed()
+        fences = self._fence_failed()
         failure = self.open().failure
         assert failure is not None  # `abort` has set it
         return [*fences, self.notify("abort", f"[{failure.code}] {failure}"), *self.close(None)]
 
-    def fence_failed(self) -> list[Action]:
-        """Who did not answer the round that is over cannot be said to have followed it."""
+    def let_serve(self) -> list[Action]:
+        """The replicas of the transaction serve, but for those of which a rank did not answer the last round."""
+        fences = self._fence_failed()
+        for replica in self.open().replicas:
+            self.membership.serve(replica)
+        return fences
+
+    def _fence_failed(self) -> list[Action]:
         assert self._round is not None
         return [each for member, error in self._round.failed.items() for each in self.fence(member, str(error))]
 
@@ -352,8 +354,7 @@ class Coordinator:
 
     def checked(self, name: str, what: str) -> list[Action]:
         """Compare each replica's summed digests with what was meant; abort and name the tensors that differ."""
-        open_ = self.open()
-        error = open_.mismatch(name, what, self.manifest, self.membership.held)
+        error = self.open().mismatch(name, what, self.manifest, self.membership.held)
         return self.abort(error) if error is not None else []
 
 
