@@ -18,7 +18,7 @@ from protos import transfuse_pb2 as pb
 from service.rank import WINDOW_BYTES
 from sharding.cost import HOST
 from sharding.routes import Destination, chains
-from tests.local import LocalService, local_service
+from tests.local import LocalService, local_service, wait_for
 from tests.test_delta_push import nudge
 from tests.test_push import cold_bytes, current_version
 from tests.tiny import save, tiny_llama
@@ -115,6 +115,19 @@ def test_with_certificates_and_tokens_each_rank_shows_its_own_ticket_to_the_next
         pusher.close()
         assert report.passed_bytes and report.attempts == 1
         assert running.bytes() == cold_bytes(tiny_llama(seed=1), tmp_path / "cold", LAYOUTS)
+
+
+def test_what_a_rank_acknowledges_every_rank_behind_it_has(service: LocalService, pusher: Pusher) -> None:
+    service.ranks[2].faults.arm("stage", "stall")
+    handle = pusher.push_async(tiny_llama(seed=9))
+    wait_for(lambda: service.ranks[0].receiver.staged_bytes > HALF_BYTES)
+    wait_for(lambda: service.ranks[2].faults.stalled == "stage")
+    for rank in service.ranks[:2]:
+        [passing] = rank._data._passing.values()
+        assert passing.acknowledged == 0
+    assert [each.received_bytes for each in service.ranks[0].gauges.streams()] == [0]
+    service.ranks[2].faults.release()
+    assert handle.result().digest_verified
 
 
 # ---------------------------------------------------------------- what breaks
