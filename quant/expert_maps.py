@@ -56,6 +56,8 @@ class ExpertMaps:
 
     def moved(self, names: Iterable[str], since: ExpertMaps) -> frozenset[str]:
         """Those of the service's names that are of slots which held another expert before, or are maps that differ."""
+        if self == since:
+            return frozenset()
         return frozenset(name for name in names if self._differs(name, since))
 
     def _differs(self, name: str, since: ExpertMaps) -> bool:

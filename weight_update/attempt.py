@@ -231,7 +231,7 @@ class Attempt:
 
     def _transfer(self, begun: pb.BeginReply) -> int:
         if isinstance(self.content, Whole):
-            total = sum(spec.num_bytes for spec in self.plan.specs)
+            total = self.plan.columns.num_bytes
         else:
             total = sum(size.num_bytes for _, size in self._packed)
         with self._open_streams(begun, total) as self._streams:
@@ -275,6 +275,7 @@ class Attempt:
             retry_s=self.retry_s,
             ticket=begun.ticket,
             link=link,
+            device=self.content.device,
             ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
             onward=[pb.RankSpec(replica=r.replica, rank=r.rank, address=r.address, place=r.place) for r in others],
         )

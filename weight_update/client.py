@@ -283,7 +283,7 @@ class Pusher:
         if reasons:
             return self._retained.whole(plan, scales), str(reasons[0])
         changes = self._retained.compared(plan, scales)
-        total = sum(spec.num_bytes for spec in plan.specs)
+        total = plan.columns.num_bytes
         changed = int(self._ranks.reduce(np.array([changes.num_bytes], np.int64), dist.ReduceOp.SUM)[0])
         if self.mode == "auto" and changed > MAX_DELTA_SHARE * total:
             return self._retained.whole_of(changes), f"{changed} of {total} bytes changed"

@@ -32,6 +32,8 @@ class Columns:
 
     By number, this rank's sources: position of the first tensor, place in the push's order of parameters. small: those
     of few elements; as_is: of these, those that are sent as they lie in memory. At times there are none.
+
+    num_bytes: of all tensors of the push.
     """
 
     index: Ints
@@ -41,6 +43,7 @@ class Columns:
     place: Ints
     small: Ints
     as_is: frozenset[int]
+    num_bytes: int
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class Columns:
             place=np.array([places[source.name] for source in sources], np.int64),
             small=np.array(small, np.int64),
             as_is=frozenset(as_is),
+            num_bytes=sum(spec.num_bytes for spec in specs),
         )
 
 

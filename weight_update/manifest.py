@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from quant.expert_maps import module_of
 from quant.formats import FORMATS, TensorSpec
 from quant.parameters import ParameterRow
 from quant.variants import format_of
@@ -64,6 +65,12 @@ class Manifest:
     def formats(self) -> frozenset[str]:
         """Those whose replicas hold something that others do not; none where all replicas have one format."""
         return frozenset(format_of(spec.name) for spec in self.tensors) - {""}
+
+    @cached_property
+    def num_slots(self) -> Mapping[str, int]:
+        """Slots of every module whose experts may be moved."""
+        maps = {module: row for row in self.parameters if (module := module_of(row.name)) is not None}
+        return {module: self.tensors[self.index[row.name]].num_rows for module, row in maps.items()}
 
     def held_by(self, format: str) -> npt.NDArray[np.bool_]:
         """Which tensors replicas of this format hold."""

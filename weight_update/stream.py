@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from protos import transfuse_pb2 as pb
 
 from .chunks import Packet
@@ -50,6 +52,7 @@ class StageStream:
         link: Link | None = None,
         ring_bytes: int = 0,
         onward: Sequence[pb.RankSpec] = (),
+        device: torch.device | None = None,
     ) -> None:
         self._stage = channel.stream_stream(
             STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
@@ -67,7 +70,7 @@ class StageStream:
             onward=onward,
         )
         self._opening = pb.StageRequest(open=opening).SerializeToString()
-        self._target, self._retry_s = target, retry_s
+        self._target, self._retry_s, self._device = target, retry_s, device
         self._state = threading.Condition()  # guards all below; never held during a gRPC call or a copy
         self._agreed = not wanted  # how payloads go
         self._ring: RingWriter | None = None
@@ -243,7 +246,7 @@ class StageStream:
         if self._agreed:
             return
         try:
-            ring: RingWriter | None = _opened(reply, self.link.transport)
+            ring: RingWriter | None = _opened(reply, self.link.transport, self._device)
         except TransferError as error:
             if self.link.only:
                 raise TransferError(f"{self._target}: {error}; allow transport 'grpc'") from None
@@ -283,13 +286,14 @@ class StageStream:
         return found[0] if found else None
 
 
-def _opened(reply: pb.StageReply, transport: str) -> RingWriter:
+def _opened(reply: pb.StageReply, transport: str, device: torch.device | None) -> RingWriter:
     """The ring that a rank offers."""
     said = reply.ring
     if not reply.HasField("ring"):
         raise TransferError(f"{transport}: the rank offers none")
     if said.HasField("device"):
-        return DeviceWriter.open_device(said.device, said.num_bytes, said.token)
+        assert device is not None, "a GPU's memory is offered to what is sent from one"
+        return DeviceWriter.open_device(said.device, said.num_bytes, said.token, device)
     return RingWriter.open(said.pid, said.fd, said.num_bytes, said.token)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from protos import transfuse_pb2 as pb
-from quant.expert_maps import ExpertMapError, ExpertMaps, chosen_maps, module_of
+from quant.expert_maps import ExpertMapError, ExpertMaps, chosen_maps
 
 from .manifest import Manifest
 from .source import Items, Scope
@@ -52,12 +52,10 @@ class Places:
 
 def places_of(manifest: Manifest, described: pb.DescribeReply, wish: Wish) -> Places:
     """Where the experts are to lie."""
-    names = [row.name for row in manifest.parameters]
-    modules = {module: manifest.index[name] for name in names if (module := module_of(name)) is not None}
-    num_slots = {module: manifest.tensors[at].num_rows for module, at in modules.items()}
     committed = from_maps_proto(described.expert_maps)
     try:
-        maps = chosen_maps({} if wish.expert_map is None else wish.expert_map, num_slots, committed)
+        maps = chosen_maps({} if wish.expert_map is None else wish.expert_map, manifest.num_slots, committed)
     except ExpertMapError as error:
         return Places(maps=committed, moved=frozenset(), problems=[str(error)])
-    return Places(maps=maps, moved=maps.moved(names, committed), problems=[])
+    moved = maps.moved((row.name for row in manifest.parameters), committed)
+    return Places(maps=maps, moved=moved, problems=[])

@@ -28,7 +28,6 @@ from torch import Tensor
 from quant import cuda
 from quant.formats import FORMATS
 from quant.layouts import LAYOUTS, plan_experts
-from tests.bench import dit
 from tests.bench.gpu_table import HEAD, Measured, Section, line, milliseconds, row_of, write
 from weight_update import cuda as rows_of
 from weight_update.live import plan_live
@@ -224,11 +223,16 @@ def links() -> Iterator[Measured]:
         yield f"{row['tensors']} tensors over {row['transport']}", 1e3 * row["send_s"], "a plain copy", copied
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Measured]]] = {
-    **{name: partial(kernels, *sizes) for name, sizes in LAYERS.items()},
-    **dit.SECTIONS,
-    "links, one layer of qwen3-30b-a3b": links,
-}
+def sections() -> dict[str, Callable[[], Iterator[Measured]]]:
+    from tests.bench import dit  # needs diffusers, which whoever takes the layers alone may lack
+
+    return {
+        **{name: partial(kernels, *sizes) for name, sizes in LAYERS.items()},
+        **dit.SECTIONS,
+        "links, one layer of qwen3-30b-a3b": links,
+    }
+
+
 GPUS_OF = {"links, one layer of qwen3-30b-a3b": 2}
 
 
@@ -243,23 +247,23 @@ def main() -> None:
         return
     count = torch.cuda.device_count()
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    sections: dict[str, Section] = {}
+    found: dict[str, Section] = {}
     print(f"{device}\n\n{HEAD}")
-    for name, measure in SECTIONS.items():
+    for name, measure in sections().items():
         if options.only and not name.startswith(tuple(options.only)):
             continue
         if count < GPUS_OF.get(name, 1):
             print(f"{name}: skipped, needs {GPUS_OF[name]} GPUs, found {count}", file=sys.stderr)
             continue
         print(f"measuring {name} ...", file=sys.stderr)
-        sections[name] = {"device": device, "rows": []}
+        found[name] = {"device": device, "rows": []}
         for each in measure():
-            sections[name]["rows"].append(row_of(each))
-            print(line(name, sections[name]["rows"][-1]), flush=True)
+            found[name]["rows"].append(row_of(each))
+            print(line(name, found[name]["rows"][-1]), flush=True)
             if options.json:
-                options.json.write_text(json.dumps(sections, indent=1) + "\n")
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.write:
-        write(sections)
+        write(found)
 
 
 if __name__ == "__main__":
