@@ -151,7 +151,7 @@ class DescribeReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., epoch: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., fingerprint: _Optional[int] = ..., stores: _Optional[bool] = ..., expert_maps: _Optional[_Iterable[_Union[ExpertMap, _Mapping]]] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step", "keys")
+    __slots__ = ("push_id", "base_version", "fingerprint", "tensors", "pushed_by", "logical_bytes", "lease_s", "num_streams", "delta", "step", "keys", "tensors_hash")
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class BeginRequest(_message.Message):
     DELTA_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_HASH_FIELD_NUMBER: _ClassVar[int]
     push_id: str
     base_version: int
     fingerprint: int
@@ -174,7 +175,8 @@ class BeginRequest(_message.Message):
     delta: Delta
     step: int
     keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    tensors_hash: int
+    def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ..., keys: _Optional[_Iterable[str]] = ..., tensors_hash: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("base_version", "base_digest", "changed", "ranks")
@@ -211,20 +213,22 @@ class BlobSize(_message.Message):
     def __init__(self, num_bytes: _Optional[int] = ..., num_segments: _Optional[int] = ..., num_changes: _Optional[int] = ..., dense_bytes: _Optional[int] = ...) -> None: ...
 
 class BeginReply(_message.Message):
-    __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed", "ticket")
+    __slots__ = ("transaction", "version", "epoch", "planned_bytes", "already_committed", "ticket", "tensors_asked")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     ALREADY_COMMITTED_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_ASKED_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     version: int
     epoch: int
     planned_bytes: int
     already_committed: bool
     ticket: bytes
-    def __init__(self, transaction: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., already_committed: _Optional[bool] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    tensors_asked: bool
+    def __init__(self, transaction: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., already_committed: _Optional[bool] = ..., ticket: _Optional[bytes] = ..., tensors_asked: _Optional[bool] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
     __slots__ = ("transaction", "digests", "wire_bytes")

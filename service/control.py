@@ -79,8 +79,11 @@ class ControlServicer(pb_grpc.ControlServicer):
     def Begin(self, request: pb.BeginRequest, context: grpc.ServicerContext) -> pb.BeginReply:
         if request.num_streams > MAX_STREAMS or len(request.push_id) > MAX_ID or len(request.pushed_by) > MAX_ID:
             raise PlanError(f"begin: at most {MAX_STREAMS} trainer ranks, and {MAX_ID} characters of push id and name")
+        tensors = self._specs.of(request)
+        if tensors is None:
+            return pb.BeginReply(epoch=self._shell.index.epoch, tensors_asked=True)
         self._owners.claim(request.push_id)
-        said = f"push {request.push_id} by {request.pushed_by}, {len(request.tensors)} tensors"
+        said = f"push {request.push_id} by {request.pushed_by}, {len(tensors)} tensors"
         with nullcontext() if self._is_known(request.push_id) else self._recorded("push", context, said):
             self._admit(request.push_id)
             result = self._shell.request(
@@ -88,7 +91,7 @@ class ControlServicer(pb_grpc.ControlServicer):
                 push_id=request.push_id,
                 base_version=request.base_version,
                 fingerprint=request.fingerprint,
-                tensors=self._specs.of(request),
+                tensors=tensors,
                 pushed_by=request.pushed_by,
                 logical_bytes=request.logical_bytes,
                 lease_s=min(request.lease_s or 60.0, MAX_LEASE_S),

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from quant.expert_maps import ExpertMaps, maps_in, module_of
+from quant.expert_maps import ExpertMaps, maps_in
 from weight_update.chunks import Chunk
 from weight_update.digest import Digests, total
 from weight_update.errors import MemberError, VersionError
@@ -27,7 +27,7 @@ class CommittedMaps:
 
     def of(self, version: int) -> ExpertMaps:
         """Those of a version; none where no expert can be moved, or no replica serves this version now."""
-        wanted = numbers_of(self._shell.manifest)
+        wanted = self._shell.manifest.maps
         with self._guard:
             if len(wanted) and self._known[0] != version:
                 try:
@@ -57,12 +57,6 @@ class CommittedMaps:
         return maps_in(found, found.__getitem__)
 
 
-def numbers_of(manifest: Manifest) -> np.ndarray:
-    """Which tensors of a manifest are maps."""
-    return np.array([i for i, spec in enumerate(manifest.tensors) if module_of(spec.name) is not None], np.int64)
-
-
 def digest_of_maps(manifest: Manifest, digests: Digests) -> str:
     """Of all maps of a version, 32 hex digits; "" where no expert can be moved."""
-    wanted = numbers_of(manifest)
-    return total(digests[wanted]) if len(wanted) else ""
+    return total(digests[manifest.maps]) if len(manifest.maps) else ""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from protos import transfuse_pb2 as pb
-from weight_update.digest import MASK, Lanes, digest_rows, name_key
+from weight_update.digest import Digests, digest_rows, name_key
 from weight_update.errors import BusyError, PlanError, VersionError
 from weight_update.values import to_digests_proto
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLICE_BYTES = 4 << 20  # read at a time under the receiver's lock: a few milliseconds
+DEVICE_SLICE_BYTES = 256 << 20  # the same in a GPU's memory, a launch for all tensors of a kind
 SHARE = 0.9  # of the period that a round is spread over
 RETRY_S = 0.05
 ATTEMPTS = 20  # at one tensor, while commits come in between
@@ -35,45 +38,85 @@ IDLE_S = 0.1
 TOLD_S = 0.1  # between two words on how far a re-read is
 
 
+class Slice(NamedTuple):
+    """What is read in one go: rows [first, stop) of one tensor, or all rows of several small ones."""
+
+    tensors: Sequence[int]
+    first: int
+    stop: int
+    num_bytes: int
+
+
 class Scrub:
-    """One rank's bytes, a tensor at a time."""
+    """One rank's bytes. groups: tensors that are looked at together, as the slices that make up all of their rows; a
+    model may have tens of thousands, and to read one costs more than to copy a few hundred kB."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self.slices = [list(self._cut(index)) for index in range(len(receiver.manifest.tensors))]
-        self.num_slices = sum(map(len, self.slices))
+        self.groups = list(self._grouped(SLICE_BYTES if receiver.device.type == "cpu" else DEVICE_SLICE_BYTES))
+        self.num_slices = sum(map(len, self.groups))
 
-    def look(self, index: int, pace: Callable[[], bool]) -> str:
-        """What is wrong with a tensor; "" where nothing is, or where commits came too often to tell. pace: called
-        before each slice, False gives up."""
-        receiver, spec = self._receiver, self._receiver.manifest.tensors[index]
+    def look(self, group: Sequence[Slice], pace: Callable[[], bool]) -> str:
+        """What is wrong with a group's tensors; "" where nothing is, or where commits came too often to tell. pace:
+        called before each slice, False gives up."""
+        receiver, tensors = self._receiver, group[0].tensors
         for attempt in range(ATTEMPTS):
             version = receiver.version
             try:
-                found = self._read(version, index, pace if attempt == 0 else lambda: True)
-                wanted = receiver.installed_digest(version, index)
+                found = self._read(version, group, pace if attempt == 0 else lambda: True)
+                wanted, is_known = receiver.installed_digests(version, tensors)
             except VersionError:
                 time.sleep(RETRY_S)
                 continue
-            if found is None or wanted is None or found == wanted:
+            if found is None:
                 return ""
-            return f"scrub: {spec.name} reads {_hex(found)}, installed was {_hex(wanted)} as version {version}"
+            names = [receiver.manifest.tensors[i].name for i in tensors]
+            return "; ".join(
+                f"scrub: {names[i]} reads {_hex(found[i])}, installed was {_hex(wanted[i])} as version {version}"
+                for i in np.flatnonzero(is_known & (found != wanted).any(axis=1)).tolist()
+            )
         return ""
 
-    def _read(self, version: int, index: int, pace: Callable[[], bool]) -> Lanes | None:
-        key, lane0, lane1 = name_key(self._receiver.manifest.tensors[index].name), 0, 0
-        for first, stop in self.slices[index]:
+    def read(self, version: int, each: Slice) -> Digests:
+        """What the rows of a slice add to the digests of its tensors, [n, 2]; VersionError unless they are this
+        version's."""
+        if len(each.tensors) > 1:
+            return self._receiver.read_back(version, each.tensors)
+        (tensor,) = each.tensors
+        rows = self._receiver.rows(version, tensor, each.first, each.stop)
+        key = name_key(self._receiver.manifest.tensors[tensor].name)
+        return np.array([digest_rows(key, rows, each.first)], np.uint64)
+
+    def _read(self, version: int, group: Sequence[Slice], pace: Callable[[], bool]) -> Digests | None:
+        found = np.zeros((len(group[0].tensors), 2), np.uint64)
+        for each in group:
             if not pace():
                 return None
-            part0, part1 = digest_rows(key, self._receiver.rows(version, index, first, stop), first)
-            lane0, lane1 = lane0 + part0, lane1 + part1
-        return lane0 & MASK, lane1 & MASK
+            found += self.read(version, each)
+        return found
 
-    def _cut(self, index: int) -> Iterator[tuple[int, int]]:
+    def _grouped(self, slice_bytes: int) -> Iterator[list[Slice]]:
+        """The tensors in their order: those that fit into one slice together, and each larger one in slices."""
         receiver = self._receiver
-        start, stop = int(receiver.row_start[index]), int(receiver.row_stop[index])
-        step = max(1, SLICE_BYTES // max(1, receiver.manifest.tensors[index].row_bytes))
-        return ((first, min(first + step, stop)) for first in range(start, stop, step))
+        row_bytes = np.array([spec.row_bytes for spec in receiver.manifest.tensors], np.int64)
+        sizes, small = (receiver.row_stop - receiver.row_start) * row_bytes, list[int]()
+        for index in np.flatnonzero(sizes).tolist():
+            if small and sizes[small].sum() + sizes[index] > slice_bytes:
+                yield self._together(small, sizes)
+                small = []
+            if sizes[index] < slice_bytes:
+                small.append(index)
+                continue
+            step = max(1, slice_bytes // int(row_bytes[index]))
+            start, stop = int(receiver.row_start[index]), int(receiver.row_stop[index])
+            edges = [*range(start, stop, step), stop]
+            yield [Slice([index], a, b, (b - a) * int(row_bytes[index])) for a, b in pairwise(edges)]
+        if small:
+            yield self._together(small, sizes)
+
+    def _together(self, tensors: list[int], sizes: npt.NDArray[np.int64]) -> list[Slice]:
+        first, stop = (int(each[tensors[0]]) for each in (self._receiver.row_start, self._receiver.row_stop))
+        return [Slice(tensors, first, stop, int(sizes[tensors].sum()))]
 
 
 def reread(receiver: Receiver, version: int, share: float) -> Iterator[pb.MemberRereadReply]:
@@ -84,23 +127,22 @@ def reread(receiver: Receiver, version: int, share: float) -> Iterator[pb.Member
     """
     if not 0.0 < share <= 1.0:
         raise PlanError(f"reread: share {share}, expected above 0 and at most 1")
-    scrub, specs = Scrub(receiver), receiver.manifest.tensors
-    total_bytes = sum((stop - first) * specs[i].row_bytes for i, cut in enumerate(scrub.slices) for first, stop in cut)
-    done_bytes, found = 0, np.zeros((len(specs), 2), np.uint64)
+    scrub = Scrub(receiver)
+    slices = [each for group in scrub.groups for each in group]
+    total_bytes = sum(each.num_bytes for each in slices)
+    done_bytes, found = 0, np.zeros((len(receiver.manifest.tensors), 2), np.uint64)
     told_s = float("-inf")
-    for index, spec in enumerate(specs):
-        for first, stop in scrub.slices[index]:
-            start_s = time.perf_counter()
-            try:
-                rows = receiver.rows(version, index, first, stop)
-            except VersionError as error:
-                raise BusyError(f"reread: a commit came in between ({error}); ask again") from None
-            found[index] += np.array(digest_rows(name_key(spec.name), rows, first), np.uint64)
-            done_bytes += rows.numel()
-            time.sleep((time.perf_counter() - start_s) * (1.0 / share - 1.0))
-            if time.monotonic() > told_s + TOLD_S:
-                told_s = time.monotonic()
-                yield pb.MemberRereadReply(done_bytes=done_bytes, total_bytes=total_bytes)
+    for each in slices:
+        start_s = time.perf_counter()
+        try:
+            found[each.tensors] += scrub.read(version, each)
+        except VersionError as error:
+            raise BusyError(f"reread: a commit came in between ({error}); ask again") from None
+        done_bytes += each.num_bytes
+        time.sleep((time.perf_counter() - start_s) * (1.0 / share - 1.0))
+        if time.monotonic() > told_s + TOLD_S:
+            told_s = time.monotonic()
+            yield pb.MemberRereadReply(done_bytes=done_bytes, total_bytes=total_bytes)
     yield pb.MemberRereadReply(done_bytes=done_bytes, total_bytes=total_bytes, digests=to_digests_proto(found))
 
 
@@ -138,10 +180,10 @@ class Scrubber:
     def _run(self) -> None:
         while not self._stopped.wait(IDLE_S):
             pace = Pace(self._stopped, self._period_s, self._scrub.num_slices)
-            for index in range(len(self._scrub.slices)):
+            for group in self._scrub.groups:
                 if self._rank.member.version == 0:  # it holds nobody's bytes, or is known to be damaged
                     break
-                problem = self._scrub.look(index, pace)
+                problem = self._scrub.look(group, pace)
                 if problem:
                     self._report(problem)
 
@@ -155,5 +197,5 @@ class Scrubber:
             rank.member.version = rank.receiver.version = 0
 
 
-def _hex(lanes: Lanes) -> str:
-    return "".join(f"{lane:016x}" for lane in lanes)
+def _hex(lanes: npt.NDArray[np.uint64]) -> str:
+    return "".join(f"{lane:016x}" for lane in lanes.tolist())

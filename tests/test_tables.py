@@ -60,7 +60,6 @@ def located(length: list[int]) -> Located:
         offset=np.arange(len(sizes)) * 1000,
         length=sizes,
         address=(1 << 20) + np.arange(len(sizes)) * 4096,
-        ready=None,
         memory=torch.empty(0),
     )
 

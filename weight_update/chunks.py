@@ -91,7 +91,7 @@ class Packet:
     def message(self) -> bytes:
         """A serialized StageRequest with the payload in it."""
         checksum = _checksum([*self._columns, *self._on_host])
-        head = self._head(_length_field(6, self.payload_bytes), self.payload_bytes, checksum)
+        head = self._head(length_field(6, self.payload_bytes), self.payload_bytes, checksum)
         return b"".join([head, *self._on_host])
 
     @cached_property
@@ -137,12 +137,12 @@ class Packet:
         fields = b"".join(
             [
                 _varint_field(1, self.sequence),
-                *(_length_field(number, len(column)) + column for number, column in enumerate(self._columns, 2)),
+                *(length_field(number, len(column)) + column for number, column in enumerate(self._columns, 2)),
                 b"\x29" + checksum.to_bytes(8, "little"),
                 where,
             ]
         )
-        head = _length_field(2, len(fields) + payload_bytes) + fields
+        head = length_field(2, len(fields) + payload_bytes) + fields
         if len(head) + payload_bytes > MAX_MESSAGE_BYTES:
             raise TransferError(
                 f"chunk {self.sequence}: a message of {len(head) + payload_bytes} bytes, at most {MAX_MESSAGE_BYTES}"
@@ -221,7 +221,7 @@ def _varint_field(number: int, value: int) -> bytes:
     return bytes([number << 3 | VARINT]) + _varint(value) if value else b""
 
 
-def _length_field(number: int, length: int) -> bytes:
+def length_field(number: int, length: int) -> bytes:
     """Tag and length of a packed or bytes field; the bytes follow. Empty fields are left out, as proto3 does."""
     return bytes([number << 3 | BYTES]) + _varint(length) if length else b""
 

@@ -265,7 +265,8 @@ def row_major(
 
 
 class Moves:
-    """Pieces of memory that go elsewhere: addresses on the device or on one that it reaches, and bytes."""
+    """Pieces of memory that go elsewhere: addresses on the device or on one that it reaches, and bytes. Targets may be
+    relative to an address that `run` is given, a multiple of 16."""
 
     def __init__(self, sources: Indices, targets: Indices, sizes: Indices, device: torch.device) -> None:
         wide = ((sources | targets | sizes) & 15) == 0
@@ -277,12 +278,12 @@ class Moves:
                 both = np.concatenate([pieces.ravel(), tiles])
                 self._launches.append((is_wide, torch.from_numpy(both).to(device), len(pieces), len(tiles)))
 
-    def run(self) -> None:
+    def run(self, base: int = 0) -> None:
         """On the current stream."""
         for wide, table, pieces, tiles in self._launches:
             tiles_at = table[3 * pieces :]
-            block, warps = MOVE_BYTES[wide], 4 if wide else 1
-            _run("move_pieces", tiles, table, tiles_at, BLOCK=block, STEP=MOVE_STEP[wide], WIDE=wide, num_warps=warps)
+            shape = {"BLOCK": MOVE_BYTES[wide], "STEP": MOVE_STEP[wide], "num_warps": 4 if wide else 1}
+            _run("move_pieces", tiles, table, tiles_at, base, WIDE=wide, **shape)
 
 
 def changed(old: Tensor, new: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -19,9 +20,9 @@ from .cuda import Bytes, Chosen, Moves, Table, as_digests
 from .delta import DEVICE_MAGIC, BlobSize, DeviceDelta, Patch, Positions, check_apart, patches_of, unpack
 from .digest import Digests
 from .errors import TransferError, raise_all
-from .install import Changes, FullInstall, FullPlan, FullPlans, Install, require_equal
+from .install import Changes, FullInstall, FullPlan, Install, Plans, require_equal
 from .live import Live
-from .patching import DeltaInstall, Dense
+from .patching import DeltaInstall, Dense, Ground
 from .staging import Arena, StagingBuffer, StagingPlan
 
 Indices = npt.NDArray[np.int64]
@@ -33,8 +34,8 @@ class Cuda:
     def __init__(self, live: Live) -> None:
         self.live, self.device = live, live.device
         self.table = Table(live.writes)
-        self._plans = FullPlans(live)
-        self._chosen: tuple[FullPlan, Chosen] | None = None
+        self._plans, self._grounds = Plans(partial(FullPlan.of, live)), Plans(partial(Ground.of, live))
+        self._chosen = Plans(self.table.select)
         self.arena, self.pinned = Arena(self.device), Arena(pinned=True)
         self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # staging
         self.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # installs
@@ -51,10 +52,9 @@ class Cuda:
         return self.events[0].elapsed_time(self.events[1]) if self.timed else 0.0
 
     def full(self, transaction: int, version: int, indices: Sequence[int], in_flight_bytes: int) -> Install:
-        plan = self._plans.of(indices)
-        if self._chosen is None or self._chosen[0] is not plan:
-            self._chosen = plan, self.table.select(indices)
-        return CudaFull(self, plan, self._chosen[1], transaction, version, in_flight_bytes)
+        return CudaFull(
+            self, self._plans.of(indices), self._chosen.of(indices), transaction, version, in_flight_bytes
+        )
 
     def delta(
         self,
@@ -67,7 +67,17 @@ class Cuda:
         blobs: Sequence[BlobSize],
         patches: Sequence[Patch],
     ) -> Install:
-        return CudaDelta(self, transaction, version, indices, in_flight_bytes, base=base, blobs=blobs, patches=patches)
+        return CudaDelta(
+            self,
+            self._grounds.of(indices),
+            self._chosen.of(indices),
+            transaction,
+            version,
+            in_flight_bytes,
+            base=base,
+            blobs=blobs,
+            patches=patches,
+        )
 
     def reserve(self, install: CudaFull | CudaDelta) -> None:
         install.reserve(self.arena)
@@ -168,9 +178,10 @@ class CudaDelta(DeltaInstall):
     def __init__(
         self,
         cuda: Cuda,
+        ground: Ground,
+        chosen: Chosen,
         transaction: int,
         version: int,
-        indices: Sequence[int],
         in_flight_bytes: int,
         *,
         base: Digests,
@@ -178,16 +189,15 @@ class CudaDelta(DeltaInstall):
         patches: Sequence[Patch],
     ) -> None:
         super().__init__(
-            cuda.live, transaction, version, indices, in_flight_bytes, base=base, blobs=blobs, patches=patches
+            cuda.live, ground, transaction, version, in_flight_bytes, base=base, blobs=blobs, patches=patches
         )
-        self.cuda, self.layout = cuda, self._layout
-        self._chosen = cuda.table.select(indices)
+        self.cuda, self.layout, self._chosen = cuda, self._layout, chosen
         self._bytes: Bytes | None = None
         self._on_device: list[DeviceDelta] = []
 
     def reserve(self, arena: Arena) -> None:
         staged = self._layout.num_bytes
-        memory = arena.reserve(staged + self._block_bytes)
+        memory = arena.reserve(staged + self._ground.block_bytes)
         self.staging = DeviceStaging(self._layout, memory[:staged], self.cuda.side, self.cuda.pinned)
         self._scratch = memory[staged:]
 
@@ -208,7 +218,8 @@ class CudaDelta(DeltaInstall):
         self._bytes = self._chosen.changes(*self._listed)
         moved = self._moved(self._dense, [part.into for part in self._dense])
         self._staged: Digests = moved + as_digests(self._bytes.moved)
-        tensors = {patch.tensor for patch in self._sparse} | set(self._in_device_blobs())
+        self._touched = self._in_device_blobs()
+        tensors = {patch.tensor for patch in self._sparse} | set(self._touched)
         touched = {part.write.span[0] for part in self._dense} | {self._writes[i].span[0] for i in tensors}
         self._stale = self._live.stale(touched)
         self._derived = [(each.target, each.target.clone()) for each in self._stale]
@@ -216,19 +227,18 @@ class CudaDelta(DeltaInstall):
 
     def _unpacked(self) -> list[Patch]:
         """The patches of blobs that the host packed. Those of a device are left as they are."""
-        specs = [write.placement.tensor for write in self._writes]
-        row0 = np.array([write.row0 for write in self._writes], np.int64)
-        stop = row0 + np.array([write.num_rows for write in self._writes], np.int64)
-        row_bytes = np.array([spec.row_bytes for spec in specs], np.int64)
+        ground = self._ground
         patches: list[Patch] = []
         for i, size in enumerate(self._blobs):
             blob = self.staging.rows(i).reshape(-1)
             if blob[: len(DEVICE_MAGIC)].cpu().numpy().tobytes() == DEVICE_MAGIC:
-                columns = (torch.from_numpy(each).to(blob.device) for each in (row_bytes, row0, stop))
+                columns = (
+                    torch.from_numpy(each).to(blob.device) for each in (ground.row_bytes, ground.starts, ground.stops)
+                )
                 self._on_device.append(DeviceDelta.of_blob(blob, size, *columns))
             else:
-                patches += unpack(blob.cpu().numpy().data, size, specs, row0, stop)
-        check_apart(patches, specs)
+                patches += unpack(blob.cpu().numpy().data, size, ground.specs, ground.starts, ground.stops)
+        check_apart(patches, ground.specs)
         return patches
 
     def _in_device_blobs(self) -> list[int]:
@@ -281,11 +291,11 @@ class CudaDelta(DeltaInstall):
             positions = [patch.positions for patch in patches if patch.positions is not None]
             found.setdefault(name, positions[0] if len(positions) == 1 else np.concatenate(positions))
         # Their positions stay on the device: whoever follows them reads all of these tensors.
-        return found | {self._writes[i].placement.tensor.name: None for i in self._in_device_blobs()}
+        return found | {self._ground.specs[i].name: None for i in self._touched}
 
     def reverse(self) -> list[Patch]:
-        specs = [write.placement.tensor for write in self._writes]
-        sparse = [*self._sparse, *(patch for each in self._on_device for patch in patches_of(each, specs))]
+        on_device = (patch for each in self._on_device for patch in patches_of(each, self._ground.specs))
+        sparse = [*self._sparse, *on_device]
         back = [
             Patch(
                 tensor=self.indices[patch.tensor],

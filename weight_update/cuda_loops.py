@@ -85,14 +85,14 @@ def copy_rows(table, staged, tiles, ROW: tl.constexpr, RUN: tl.constexpr, ITEM: 
     tl.store(flat if BACK else there, value, mask=mask)
 
 
-@triton.jit
-def move_pieces(pieces, tiles, BLOCK: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
-    """pieces: int64 [n, 3], source, target and bytes. tiles: int64, a piece << 32 | which BLOCK of it, STEP bytes at a
-    time. WIDE: all are multiples of 16."""
+@triton.jit(do_not_specialize=["base"])
+def move_pieces(pieces, tiles, base, BLOCK: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
+    """pieces: int64 [n, 3], source, target from `base` on, and bytes. tiles: int64, a piece << 32 | which BLOCK of it,
+    STEP bytes at a time. WIDE: all are multiples of 16."""
     tile = tl.load(tiles + tl.program_id(0))
     piece = pieces + (tile >> 32) * 3
     start = (tile & 0xFFFFFFFF) * BLOCK
-    source, target, left = tl.load(piece) + start, tl.load(piece + 1) + start, tl.load(piece + 2) - start
+    source, target, left = tl.load(piece) + start, tl.load(piece + 1) + base + start, tl.load(piece + 2) - start
     if WIDE:
         there = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
         here = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
@@ -236,7 +236,8 @@ def _lanes(spec, position, value, mask):
     return _mix(value ^ key0), _mix(value ^ key1)
 
 
-@triton.jit
+# Triton compiles anew for numbers that 16 divides: a count of changes is now one, now the other, and that takes 2 s.
+@triton.jit(do_not_specialize=["count"])
 def plan_bytes(table, tensors, positions, differences, count, at, old, new, moved, BLOCK: tl.constexpr,
                FIELDS: tl.constexpr):
     """Where changed bytes lie, what is there and what will be; what that moves of the digests, int64 [tensors, 2].
@@ -289,7 +290,7 @@ def _begins(positions, tensors, i, tensor, word, position, mask, row_bytes):
     return (i == 0) | (other != tensor) | (before < word)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def put_bytes(at, values, count, BLOCK: tl.constexpr):
     """Each byte to its address."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -298,7 +299,7 @@ def put_bytes(at, values, count, BLOCK: tl.constexpr):
     tl.store(there, tl.load(values + i, mask=mask, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def digest_bytes(table, tensors, positions, count, out, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     """Lanes of the words that hold these bytes, read back as they lie: added to int64 [tensors, 2]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

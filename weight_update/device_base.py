@@ -5,7 +5,7 @@
     base = whole.confirmed(...)                            # the form itself, or a copy of it in pinned memory
 
 The form is the only copy of the checkpoint form on the device, about 0.28 of the BF16 weights; a comparison takes the
-memory of one step more.
+memory of some steps more, 1 GB.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
         if base.memory is not form.memory:
             form.memory.copy_(base.memory, non_blocking=True)
         form.take(scales)
-        found = [_compared(form, number, scales) for number in range(len(form.plan.steps))]
+        found = [_compared(form, stretch, scales) for stretch in form.stretches]
         parts, positions, differences = (torch.cat([each[i] for each in found]) for i in range(3))
         changes = form.rows.changes(parts, positions, differences)
         lanes = base.digests + _loops().as_digests(changes.moved)
@@ -241,12 +241,12 @@ def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
     )
 
 
-def _compared(form: Form, number: int, scales: Values) -> tuple[Tensor, Tensor, Tensor]:
-    """(part, position in its tensor, new - old) of every byte of a step that differs."""
-    start, old = form.region(number)
-    new = form.encode_apart(number, scales)
+def _compared(form: Form, stretch: range, scales: Values) -> tuple[Tensor, Tensor, Tensor]:
+    """(part, position in its tensor, new - old) of every byte of some steps that differs."""
+    start, old = form.region(stretch)
+    new = form.encode_apart(stretch, scales)
     at = _loops().changed(old, new)
-    begins, sizes, firsts = form.places(number)
+    begins, sizes, firsts = form.places(stretch)
     part = torch.searchsorted(begins, at, right=True) - 1
     within = at - begins[part] < sizes[part]
     at, part = at[within], part[within]

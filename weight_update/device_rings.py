@@ -84,13 +84,10 @@ class DeviceWriter(RingWriter):
         return int(self._memory.numel())
 
     def put(self, packet: Packet, at: int) -> bytes:
-        """One launch that brings located pieces across; else one copy on the sender's GPU, of the pieces to one
+        """One launch that brings the pieces of a load across; else one copy on the sender's GPU, of the pieces to one
         another, and one across."""
         if isinstance(packet, Gathered):
-            if packet.device == self._memory.device:
-                packet.gather(self._memory.data_ptr() + at)
-            else:
-                packet.copy_to(self._memory[at : at + packet.payload_bytes])
+            packet.gather(self._memory.data_ptr() + at)
             return packet.in_ring(at)
         pieces = [piece if isinstance(piece, Tensor) else _tensor(piece) for piece in packet.pieces]
         device = next((piece.device for piece in pieces if piece.is_cuda), torch.device("cpu"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from .delta import BlobSize, Patch
 from .digest import Digests
-from .install import FullInstall, FullPlans, Install, read_back
+from .install import FullInstall, FullPlan, Install, Plans, read_back
 from .live import Live
-from .patching import DeltaInstall
+from .patching import DeltaInstall, Ground
 from .staging import Arena
 
 
@@ -48,7 +49,9 @@ class Host:
     """Host memory."""
 
     def __init__(self, live: Live) -> None:
-        self._live, self._arena, self._plans = live, Arena(), FullPlans(live)
+        self._live, self._arena = live, Arena()
+        self._plans = Plans(partial(FullPlan.of, live))
+        self._grounds = Plans(partial(Ground.of, live))
 
     @property
     def reserved_bytes(self) -> int:
@@ -68,8 +71,9 @@ class Host:
         blobs: Sequence[BlobSize],
         patches: Sequence[Patch],
     ) -> Install:
+        ground = self._grounds.of(indices)
         return DeltaInstall(
-            self._live, transaction, version, indices, in_flight_bytes, base=base, blobs=blobs, patches=patches
+            self._live, ground, transaction, version, in_flight_bytes, base=base, blobs=blobs, patches=patches
         )
 
     def reserve(self, install: Any) -> None:

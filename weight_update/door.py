@@ -12,7 +12,7 @@ from sharding.routes import Destination
 
 from .chunks import Packet, Piece
 from .columns import Block, Columns
-from .gathering import Located, gathered
+from .gathering import Gathered, Load
 from .packing import Packer
 from .stream import StageStream
 
@@ -24,18 +24,23 @@ class Door:
         self.destination = destination
         self._streams = streams
         self._packer = Packer(min(stream.chunk_bytes for stream in streams))
-        self._gathering: Any = None  # stream of the device on which pieces are brought together
+        self._side: Any = None  # stream of the device on which pieces are brought together
 
     def add(self, tensor: int, offset: int, data: Piece) -> None:
         """Queue bytes of a tensor; chunks leave as they fill."""
         self._send(self._packer.add(tensor, offset, data))
 
-    def add_located(self, located: Located) -> None:
-        """Queue pieces in a GPU's memory; all of them leave, in chunks of their own."""
+    @property
+    def chunk_bytes(self) -> int:
+        """Payload of a chunk that suits the streams."""
+        return self._packer.chunk_bytes
+
+    def add_loads(self, loads: Sequence[Load], ready: Any) -> None:
+        """Queue chunks that lie in a GPU's memory, as they are. ready: an event after which they are there."""
         self.flush()
-        if len(located.tensor):
-            self._gathering = self._gathering or torch.cuda.Stream(located.device)  # type: ignore[no-untyped-call]
-            self._send(gathered(located, self._packer.chunk_bytes, self._packer.number, self._gathering))
+        for load in loads:
+            self._side = self._side or torch.cuda.Stream(load.device)  # type: ignore[no-untyped-call]
+            self._send([Gathered(self._packer.number(), load, ready, self._side)])
 
     def send(self, block: Block, columns: Columns) -> None:
         """Queue the rows of a block that the ranks own."""

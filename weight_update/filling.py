@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from quant import cuda as kernels
 from quant.formats import FORMATS, TensorSpec
+from sharding.routes import Destination
 
 from .digest import Digests
 from .encoder import encoded
-from .forms import FormPlan, Scales
+from .forms import FormPlan, Ints, Scales
+from .gathering import Load, Located
 from .source import Source
+
+COMPARED_STEPS = 4  # at a time: 1 GB of scratch in NVFP4
+MAX_DESTINATIONS = 64  # whose tables are kept: 1.5 MB each for twenty thousand tensors
 
 
 def _rows_of() -> ModuleType:
@@ -52,6 +58,8 @@ class Form:
         self._scratch = torch.zeros(0, dtype=torch.uint8, device=plan.device)
         self._fillings_apart: dict[int, Filling] = {}
         self._positions = {spec.name: i for i, spec in enumerate(plan.push.specs)}
+        self._loads: dict[tuple[bytes, int], list[list[Load]]] = {}
+        self._places: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
         self.follow()
 
     @property
@@ -71,31 +79,42 @@ class Form:
         """A step, into its place. What is encoded apart waits for the device where its format must."""
         self._fill(number, self._fillings[number], scales, self.memory, 0)
 
-    def encode_apart(self, number: int, scales: Scales) -> Tensor:
-        """A step, into scratch that the next one overwrites: uint8, as long as its region. What lies between the parts
-        means nothing."""
-        start, stop = self._bounds(number)
-        if stop - start > len(self._scratch):
-            largest = max(b - a for a, b in map(self._bounds, range(len(self.plan.steps))))
-            self._scratch, self._fillings_apart = torch.zeros_like(self.memory[:largest]), {}
-        if number not in self._fillings_apart:
-            self._fillings_apart[number] = self._filling(number, self._scratch.data_ptr() - start)
+    @property
+    def stretches(self) -> list[range]:
+        """Steps that are compared together: each stretch is waited for once."""
+        count = len(self.plan.steps)
+        return [range(start, min(start + COMPARED_STEPS, count)) for start in range(0, count, COMPARED_STEPS)]
+
+    def encode_apart(self, stretch: range, scales: Scales) -> Tensor:
+        """Some steps, into scratch that the next ones overwrite: uint8, as long as their region. What lies between the
+        parts means nothing."""
+        start, stop = self._bounds(stretch)
+        if not len(self._scratch):
+            largest = max(b - a for a, b in map(self._bounds, self.stretches))
+            self._scratch = torch.zeros_like(self.memory[:largest])
         scratch = self._scratch[: stop - start]
-        self._fill(number, self._fillings_apart[number], scales, scratch, start)
+        for number in stretch:
+            if number not in self._fillings_apart:
+                self._fillings_apart[number] = self._filling(number, self._scratch.data_ptr() - start)
+            self._fill(number, self._fillings_apart[number], scales, scratch, start)
         return scratch
 
-    def region(self, number: int) -> tuple[int, Tensor]:
-        """The first part of a step, and the memory of all of them."""
-        start, stop = self._bounds(number)
-        return self.plan.steps[number].parts.start, self.memory[start:stop]
+    def region(self, stretch: range) -> tuple[int, Tensor]:
+        """The first part of some steps, and the memory of all their parts."""
+        start, stop = self._bounds(stretch)
+        return self.plan.steps[stretch.start].parts.start, self.memory[start:stop]
 
-    def places(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """int64, of each part of a step: where it begins in its region, its bytes, its first byte in its tensor."""
-        parts, chosen = self.plan.parts, self.plan.steps[number].parts
-        at, row_bytes = parts.at[chosen] - parts.at[chosen.start], parts.row_bytes[chosen]
-        columns = np.stack([at, parts.num_rows[chosen] * row_bytes, parts.row0[chosen] * row_bytes])
-        begins, sizes, firsts = torch.from_numpy(columns).to(self.plan.device)
-        return begins, sizes, firsts
+    def places(self, stretch: range) -> tuple[Tensor, Tensor, Tensor]:
+        """int64, of each part of some steps: where it begins in their region, its bytes, its first byte in its
+        tensor."""
+        if stretch not in self._places:
+            parts, steps = self.plan.parts, self.plan.steps
+            chosen = slice(steps[stretch.start].parts.start, steps[stretch.stop - 1].parts.stop)
+            at, row_bytes = parts.at[chosen] - parts.at[chosen.start], parts.row_bytes[chosen]
+            columns = np.stack([at, parts.num_rows[chosen] * row_bytes, parts.row0[chosen] * row_bytes])
+            begins, sizes, firsts = torch.from_numpy(columns).to(self.plan.device)
+            self._places[stretch] = begins, sizes, firsts
+        return self._places[stretch]
 
     def part_digests(self) -> Digests:
         """What every part adds to the digest of its tensor, [parts, 2]; waits for the device."""
@@ -108,12 +127,41 @@ class Form:
         np.add.at(found, self.plan.parts.tensor, lanes)
         return found
 
+    def loads(self, to: Destination, chunk_bytes: int) -> list[list[Load]]:
+        """By step, the chunks of the rows that a destination owns; made once while destinations stay as they are."""
+        key = xxhash.xxh3_128_digest(to.row_start.tobytes() + to.row_stop.tobytes()), chunk_bytes
+        if key not in self._loads:
+            if len(self._loads) >= MAX_DESTINATIONS:
+                self._loads.clear()
+            parts = self.plan.parts
+            index = self.plan.push.columns.index[parts.tensor]
+            first = np.maximum(parts.row0, to.row_start[index])
+            stop = np.minimum(parts.row0 + parts.num_rows, to.row_stop[index])
+            steps = [step.parts for step in self.plan.steps]
+            self._loads[key] = [self._located(each, first[each], stop[each]).loads(chunk_bytes) for each in steps]
+        return self._loads[key]
+
+    def _located(self, chosen: slice, first: Ints, stop: Ints) -> Located:
+        """Rows [first, stop) of some parts; none where that is empty."""
+        parts, owned = self.plan.parts, first < stop
+        row_bytes, row0, at = (each[chosen][owned] for each in (parts.row_bytes, parts.row0, parts.at))
+        first, stop = first[owned], stop[owned]
+        return Located(
+            device=self.plan.device,
+            tensor=parts.tensor[chosen][owned],
+            offset=first * row_bytes,
+            length=(stop - first) * row_bytes,
+            address=self.memory.data_ptr() + at + (first - row0) * row_bytes,
+            memory=self.memory,
+        )
+
     # -- tables
 
-    def _bounds(self, number: int) -> tuple[int, int]:
-        parts, chosen = self.plan.parts, self.plan.steps[number].parts
-        stop = int(parts.at[chosen.stop]) if chosen.stop < len(parts) else parts.num_bytes
-        return int(parts.at[chosen.start]), stop
+    def _bounds(self, stretch: range) -> tuple[int, int]:
+        parts, steps = self.plan.parts, self.plan.steps
+        after = steps[stretch.stop - 1].parts.stop
+        stop = int(parts.at[after]) if after < len(parts) else parts.num_bytes
+        return int(parts.at[steps[stretch.start].parts.start]), stop
 
     def _filling(self, number: int, base: int) -> Filling:
         step, parts = self.plan.steps[number], self.plan.parts

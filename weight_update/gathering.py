@@ -1,12 +1,13 @@
 """Chunks of what lies in a GPU's memory, many pieces at a time: tables of addresses, one launch a chunk.
 
-    for packet in gathered(Located(...), chunk_bytes, packer.number): stream.send(packet)
+    loads = Located(...).loads(chunk_bytes)             # once for pushes of the same rows from the same memory
+    for load in loads: stream.send(Gathered(number, load, ready, side))
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,15 +26,18 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Located:
     """Pieces of tensors of a push in the memory of one device: length[i] bytes at an address, for byte offset[i] of
-    tensor[i]. ready: an event after which they are there. memory: what must not go meanwhile."""
+    tensor[i]. memory: what must not go meanwhile."""
 
     device: torch.device
     tensor: Ints
     offset: Ints
     length: Ints
     address: Ints
-    ready: Any
     memory: Tensor
+
+    def loads(self, chunk_bytes: int) -> list[Load]:
+        """All of them, in chunks."""
+        return [Load(part) for part in self.ordered().cut(chunk_bytes)] if len(self.tensor) else []
 
     def ordered(self) -> Located:
         """Those of whole words of 16 bytes first, so that they stay so in a payload."""
@@ -62,56 +66,47 @@ class Located:
             offset=self.offset[which] + within,
             length=length,
             address=self.address[which] + within,
-            ready=self.ready,
             memory=self.memory,
         )
 
 
-class Gathered(Packet):
-    """One chunk of located pieces."""
+class Load:
+    """One chunk of located pieces, as it is said and as it is brought together; the same in every push."""
 
-    def __init__(self, sequence: int, located: Located, stream: torch.cuda.Stream) -> None:
-        tensor, length = located.tensor.astype(np.uint32), located.length.astype(np.uint32)
-        super().__init__(sequence, tensor, located.offset.astype(np.uint64), length, ())
-        self.device, self._located, self._stream = located.device, located, stream
+    def __init__(self, located: Located) -> None:
+        moves = importlib.import_module(".cuda", __package__).Moves
+        self.device, self.memory = located.device, located.memory
+        self.pieces = located.tensor.astype("<u4"), located.offset.astype("<u8"), located.length.astype("<u4")
+        begins = np.cumsum(located.length) - located.length
+        self._moves = moves(located.address, begins, located.length, located.device)
 
     def gather(self, address: int) -> None:
-        """The payload at an address of the same device, or of one that it reaches; complete when it returns."""
-        located = self._located
-        moves = importlib.import_module(".cuda", __package__).Moves
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            if located.ready is not None:
-                self._stream.wait_event(located.ready)
-            targets = address + np.cumsum(located.length) - located.length
-            moves(located.address, targets, located.length, self.device).run()
-            self._stream.synchronize()
+        """Bring the pieces to an address of the same device, or of one that it reaches, a multiple of 16: on the
+        current stream."""
+        self._moves.run(address)
 
-    def joined(self) -> Tensor:
-        """The payload in memory of its own, uint8 on the device."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            payload = torch.empty(self.payload_bytes, dtype=torch.uint8, device=self.device)
-        self.gather(payload.data_ptr())
-        return payload
 
-    def copy_to(self, target: Tensor) -> None:
-        """The payload to memory of another device; complete when it returns."""
+class Gathered(Packet):
+    """One push's chunk of a load. ready: an event after which its bytes are there, None where they are."""
+
+    def __init__(self, sequence: int, load: Load, ready: Any, stream: torch.cuda.Stream) -> None:
+        super().__init__(sequence, *load.pieces, ())
+        self.device, self._load, self._ready, self._stream = load.device, load, ready, stream
+
+    def gather(self, address: int) -> None:
+        """The payload at an address; complete when it returns."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            target.copy_(self.joined(), non_blocking=True)
+            if self._ready is not None:
+                self._stream.wait_event(self._ready)
+            self._load.gather(address)
             self._stream.synchronize()
 
     @cached_property
     def _on_host(self) -> list[memoryview]:
-        payload = self.joined()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            payload = torch.empty(self.payload_bytes, dtype=torch.uint8, device=self.device)
+            self.gather(payload.data_ptr())
             host = torch.empty(self.payload_bytes, dtype=torch.uint8, pin_memory=True)
             host.copy_(payload, non_blocking=True)
             self._stream.synchronize()
         return [host.numpy().data]
-
-
-def gathered(
-    located: Located, chunk_bytes: int, number: Callable[[], int], stream: torch.cuda.Stream
-) -> Iterator[Gathered]:
-    """Chunks of these pieces. number: gives the next chunk's."""
-    for part in located.ordered().cut(chunk_bytes):
-        yield Gathered(number(), part, stream)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -132,17 +132,20 @@ def _part(data: Tensor, first: int, stop: int) -> Tensor:
     return data if stop - first == data.numel() else data[first:stop]
 
 
-class FullPlans:
-    """The plan of the last tensors that came: most pushes bring the same ones as the one before."""
+T = TypeVar("T")
 
-    def __init__(self, live: Live) -> None:
-        self._live = live
-        self._last: FullPlan | None = None
 
-    def of(self, indices: Sequence[int]) -> FullPlan:
-        if self._last is None or self._last.indices != indices:
-            self._last = FullPlan.of(self._live, indices)
-        return self._last
+class Plans(Generic[T]):
+    """What is made of the last tensors that came: most pushes bring the same ones as the one before."""
+
+    def __init__(self, make: Callable[[Sequence[int]], T]) -> None:
+        self._make = make
+        self._last: tuple[Sequence[int], T] | None = None
+
+    def of(self, indices: Sequence[int]) -> T:
+        if self._last is None or self._last[0] != indices:
+            self._last = indices, self._make(indices)
+        return self._last[1]
 
 
 class FullInstall:

@@ -67,6 +67,11 @@ class Manifest:
         return frozenset(format_of(spec.name) for spec in self.tensors) - {""}
 
     @cached_property
+    def maps(self) -> npt.NDArray[np.int64]:
+        """Which tensors are maps of experts."""
+        return np.array([i for i, spec in enumerate(self.tensors) if module_of(spec.name) is not None], np.int64)
+
+    @cached_property
     def num_slots(self) -> Mapping[str, int]:
         """Slots of every module whose experts may be moved."""
         maps = {module: row for row in self.parameters if (module := module_of(row.name)) is not None}

@@ -6,7 +6,7 @@ back from the live storage. Bytes that nothing touched are not read; a scrub doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,6 +145,37 @@ class _Planned:
     changes: Changes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ground:
+    """The tensors of a delta, of the manifest by `indices`: their writes and specs, their rows here, scratch for one
+    block of them."""
+
+    indices: Sequence[int]
+    writes: Sequence[Write]
+    specs: Sequence[TensorSpec]
+    row_bytes: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    stops: npt.NDArray[np.int64]
+    positions: Mapping[int, int]
+    block_bytes: int
+
+    @classmethod
+    def of(cls, live: Live, indices: Sequence[int]) -> Ground:
+        """The same for every delta of these tensors."""
+        writes = [live.writes[i] for i in indices]
+        starts = np.array([write.row0 for write in writes], np.int64)
+        return cls(
+            indices=indices,
+            writes=writes,
+            specs=[write.placement.tensor for write in writes],
+            row_bytes=np.array([write.placement.tensor.row_bytes for write in writes], np.int64),
+            starts=starts,
+            stops=starts + np.array([write.num_rows for write in writes], np.int64),
+            positions={index: i for i, index in enumerate(indices)},
+            block_bytes=block_bytes(writes),
+        )
+
+
 class DeltaInstall:
     """Changed bytes of some tensors.
 
@@ -155,19 +186,18 @@ class DeltaInstall:
     def __init__(
         self,
         live: Live,
+        ground: Ground,
         transaction: int,
         version: int,
-        indices: Sequence[int],
         in_flight_bytes: int,
         *,
         base: Digests,
         blobs: Sequence[BlobSize] = (),
         patches: Sequence[Patch] = (),
     ) -> None:
-        self.transaction, self.version, self.indices = transaction, version, indices
+        self.transaction, self.version, self.indices = transaction, version, ground.indices
         self._live, self._base, self._blobs, self._patches = live, base, blobs, list(patches)
-        self._writes = [live.writes[i] for i in indices]
-        self._positions = {index: i for i, index in enumerate(indices)}
+        self._ground, self._writes = ground, ground.writes
         self._planned: _Planned | None = None
         specs = [
             TensorSpec(name=f"delta of trainer rank {i}", dtype="U8", shape=(blob.num_bytes,))
@@ -175,18 +205,17 @@ class DeltaInstall:
         ]
         stops = np.array([blob.num_bytes for blob in blobs], np.int64)
         self._layout = plan_staging(specs, np.zeros_like(stops), stops)
-        self._block_bytes = block_bytes(self._writes)
         self.memory = MemoryPlan(
             staging_bytes=self._layout.num_bytes,
             undo_bytes=sum(blob.unpacked_bytes for blob in blobs) + sum(map(held_bytes, patches)),
-            scratch_bytes=self._block_bytes + SLACK_BYTES + TENSOR_BYTES * len(indices),
+            scratch_bytes=ground.block_bytes + SLACK_BYTES + TENSOR_BYTES * len(ground.indices),
             in_flight_bytes=in_flight_bytes,
         )
 
     def reserve(self, arena: Arena) -> None:
         """Take what is known by now; the rest is allocated by prepare, as much as was announced."""
         staged = self._layout.num_bytes
-        memory = arena.reserve(staged + self._block_bytes)
+        memory = arena.reserve(staged + self._ground.block_bytes)
         self.staging = StagingBuffer(self._layout, memory[:staged])
         self._scratch = memory[staged:]
 
@@ -205,15 +234,15 @@ class DeltaInstall:
         return staged
 
     def _unpacked(self) -> list[Patch]:
-        specs = [write.placement.tensor for write in self._writes]
-        starts = np.array([write.row0 for write in self._writes], np.int64)
-        stops = starts + np.array([write.num_rows for write in self._writes], np.int64)
+        ground = self._ground
         patches = [
             patch
             for i, size in enumerate(self._blobs)
-            for patch in unpack(self.staging.rows(i).reshape(-1).numpy().data, size, specs, starts, stops)
+            for patch in unpack(
+                self.staging.rows(i).reshape(-1).numpy().data, size, ground.specs, ground.starts, ground.stops
+            )
         ]
-        check_apart(patches, specs)
+        check_apart(patches, ground.specs)
         return patches
 
     def _part(self, patch: Patch) -> Part:
@@ -223,7 +252,7 @@ class DeltaInstall:
     def _moved(self, parts: Sequence[Part], into: Sequence[Lanes]) -> Digests:
         """The base digests with what the parts take out and what they put in, mod 2^64."""
         digests = self._base.copy()
-        at = np.array([self._positions[part.index] for part in parts], np.int64)
+        at = np.array([self._ground.positions[part.index] for part in parts], np.int64)
         np.add.at(digests, at, _lanes(into) - _lanes([part.out for part in parts]))
         return digests
 

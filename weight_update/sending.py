@@ -18,8 +18,6 @@ from .columns import Columns
 from .delta import BlobSize, Patch, RankDelta, cut, pack, patches_of
 from .device_base import FormChanges, FormWhole
 from .door import Door
-from .forms import Parts
-from .gathering import Located
 from .stream import StageStream
 
 Sent = Callable[[int], None]  # told the bytes that were queued since the last call
@@ -89,34 +87,12 @@ def send_whole(whole: Whole, doors: Sequence[Door], sent: Sent) -> None:
 def send_form(whole: FormWhole, doors: Sequence[Door], sent: Sent) -> None:
     """The same of rows in a form: a step of many tensors at a time, while the next one is encoded."""
     parts = whole.form.plan.parts
-    index = whole.plan.columns.index[parts.tensor]
-    cuts = [_cut_parts(parts, index, door.destination) for door in doors]
-    for chosen, ready in whole.steps():
-        for door, (first, stop) in zip(doors, cuts, strict=True):
-            door.add_located(_located(whole, chosen, first[chosen], stop[chosen], ready))
-        sent(int((parts.num_rows * parts.row_bytes)[chosen].sum()))
-
-
-def _cut_parts(parts: Parts, index: Ints, to: Destination) -> tuple[Ints, Ints]:
-    """Rows [first, stop) of each part that a destination owns."""
-    first = np.maximum(parts.row0, to.row_start[index])
-    return first, np.minimum(parts.row0 + parts.num_rows, to.row_stop[index])
-
-
-def _located(whole: FormWhole, chosen: slice, first: Ints, stop: Ints, ready: Any) -> Located:
-    """Rows of parts in the form's memory; none where a destination owns none."""
-    parts, owned = whole.form.plan.parts, first < stop
-    row_bytes, row0, at = (each[chosen][owned] for each in (parts.row_bytes, parts.row0, parts.at))
-    first, stop, memory = first[owned], stop[owned], whole.form.memory
-    return Located(
-        device=whole.form.plan.device,
-        tensor=parts.tensor[chosen][owned],
-        offset=first * row_bytes,
-        length=(stop - first) * row_bytes,
-        address=memory.data_ptr() + at + (first - row0) * row_bytes,
-        ready=ready,
-        memory=memory,
-    )
+    loads = [whole.form.loads(door.destination, door.chunk_bytes) for door in doors]
+    sizes = parts.num_rows * parts.row_bytes
+    for number, (chosen, ready) in enumerate(whole.steps()):
+        for door, each in zip(doors, loads, strict=True):
+            door.add_loads(each[number], ready)
+        sent(int(sizes[chosen].sum()))
 
 
 def pack_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
 
@@ -89,6 +89,22 @@ def fetch_stream(target: str, request: pb.FetchRequest, security: Security = PLA
 # ---------------------------------------------------------------- the coordinator
 
 
+class Said(NamedTuple):
+    """Tensors of a push for the wire. Of those that the service was told for the push before, it is told the hash."""
+
+    tensors: Sequence[TensorSpec]
+    message: pb.BeginRequest
+    hash: int = 0
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorSpec]) -> Said:
+        """In the order of the push."""
+        from .values import hash_of_specs, to_spec_proto
+
+        message = pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors])
+        return cls(tensors, message, hash_of_specs(message))
+
+
 class ControlClient:
     """The coordinator as a trainer sees it: one method a step, errors raised as they were on the other end. Describe,
     Begin and Prepare may come twice: they take for how long a lost connection is tried again."""
@@ -96,7 +112,7 @@ class ControlClient:
     def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
         self.target = target
         self._channels = Channels(security)
-        self._said: tuple[Sequence[TensorSpec], pb.BeginRequest] = (), pb.BeginRequest()
+        self._said = Said((), pb.BeginRequest())
         self._stub  # noqa: B018 - what is wrong with the files or the address is said now
 
     @property
@@ -125,15 +141,14 @@ class ControlClient:
 
     def begin(self, *, retry_s: float = 0.0, **fields: Any) -> pb.BeginReply:
         """Open a transaction, or renew the lease of the one with this push id."""
-        from .values import to_spec_proto
-
         tensors: Sequence[TensorSpec] = fields.pop("tensors")
-        if tensors and self._said[0] is not tensors:  # the same ones as in the last push are said again as they were
-            self._said = tensors, pb.BeginRequest(tensors=[to_spec_proto(spec) for spec in tensors])
-        request = pb.BeginRequest(**fields)
-        if tensors:
-            request.MergeFrom(self._said[1])
+        if tensors and self._said.tensors is not tensors:
+            self._said = Said.of(tensors)
+        request = pb.BeginRequest(**fields, tensors_hash=self._said.hash if tensors else 0)
         reply: pb.BeginReply = call(self._stub.Begin, request, timeout_s=120, where=self.target, retry_s=retry_s)
+        if reply.tensors_asked:
+            request.MergeFrom(self._said.message)
+            reply = call(self._stub.Begin, request, timeout_s=120, where=self.target, retry_s=retry_s)
         return reply
 
     def prepare(self, transaction: int, digests: Digests, wire_bytes: int, *, retry_s: float = 0.0) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from protos import transfuse_pb2 as pb
 from quant.expert_maps import ExpertMaps
 from quant.formats import TensorSpec
 from quant.parameters import ParameterRow
 
+from .chunks import length_field
 from .delta import BlobSize, DeltaPlan, RankDelta
 from .digest import Digests
 from .errors import TransferError
@@ -28,18 +30,25 @@ def from_spec_proto(spec: pb.TensorSpec) -> TensorSpec:
     return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(spec.shape))
 
 
+def hash_of_specs(request: pb.BeginRequest) -> int:
+    """Of the tensors of a push, never 0."""
+    return xxhash.xxh3_64_intdigest(pb.Manifest(tensors=request.tensors).SerializeToString()) or 1
+
+
 class Specs:
     """Tensors of pushes from the wire; those of the last push again where another one names the same."""
 
     def __init__(self) -> None:
-        self._last: tuple[bytes, tuple[TensorSpec, ...]] = b"", ()
+        self._last: tuple[int, tuple[TensorSpec, ...]] = 0, ()
 
-    def of(self, request: pb.BeginRequest) -> tuple[TensorSpec, ...]:
-        """The very object of the last push where its tensors are the same."""
-        data, last = pb.Manifest(tensors=request.tensors).SerializeToString(), self._last
-        if last[0] != data:
-            self._last = last = data, tuple(from_spec_proto(spec) for spec in request.tensors)
-        return last[1]
+    def of(self, request: pb.BeginRequest) -> tuple[TensorSpec, ...] | None:
+        """The very object of the last push where its tensors are the same; None where they must be said."""
+        if not request.tensors and request.tensors_hash:
+            return self._last[1] if self._last[0] == request.tensors_hash else None
+        said = hash_of_specs(request)
+        if self._last[0] != said:
+            self._last = said, tuple(from_spec_proto(spec) for spec in request.tensors)
+        return self._last[1]
 
 
 def to_manifest_proto(manifest: Manifest) -> pb.Manifest:
@@ -100,7 +109,14 @@ def to_maps_proto(maps: ExpertMaps) -> list[pb.ExpertMap]:
 
 def to_digests_proto(digests: Digests) -> pb.Digests:
     """[n, 2] uint64 to its message."""
-    return pb.Digests(lane0=digests[:, 0].tolist(), lane1=digests[:, 1].tolist())
+    # Two packed fields of fixed64, written as they are in memory: lists of numbers take 50 times as long.
+    return pb.Digests.FromString(b"".join(_packed(number, digests[:, number - 1]) for number in (1, 2)))
+
+
+def _packed(number: int, values: np.ndarray) -> bytes:
+    """A field of 8-byte numbers."""
+    data = values.astype("<u8").tobytes()
+    return length_field(number, len(data)) + data
 
 
 def from_digests_proto(message: pb.Digests) -> Digests:

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS versions (
     pushed_by TEXT NOT NULL, created_s REAL NOT NULL, digest TEXT NOT NULL, digests BLOB NOT NULL,
     fingerprint TEXT NOT NULL, num_tensors INTEGER NOT NULL, wire_bytes INTEGER NOT NULL, logical_bytes INTEGER NOT
     NULL, seconds REAL NOT NULL, pause_s REAL NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS pauses (version INTEGER PRIMARY KEY, pause_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS members (
     replica INTEGER NOT NULL, rank INTEGER NOT NULL, address TEXT NOT NULL, PRIMARY KEY (replica, rank));
 CREATE TABLE IF NOT EXISTS dismissed (replica INTEGER PRIMARY KEY);
@@ -147,7 +148,7 @@ class VersionIndex:
                 " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 row,
             )
-            self._newest = None
+        self._newest = decision
 
     def set_durable(self, version: int, durable: bool = True) -> None:
         """The version store has this version, or has it no more."""
@@ -206,7 +207,7 @@ class VersionIndex:
     def set_pause(self, version: int, pause_s: float) -> None:
         """Record how long serving stopped for a version; a measurement, not part of the decision."""
         with self._writing() as db:
-            db.execute("UPDATE versions SET pause_s = ? WHERE version = ?", (pause_s, version))
+            db.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?)", (version, pause_s))
 
     def decisions(self, last: int = 0) -> list[Decision]:
         """The `last` newest decisions, 0 for all of them, oldest first."""
@@ -239,7 +240,8 @@ class VersionIndex:
 
     def pauses(self) -> dict[int, float]:
         """Version -> pause in seconds."""
-        return dict(self._rows("SELECT version, pause_s FROM versions"))
+        measured = "COALESCE(pauses.pause_s, versions.pause_s)"  # the column is of earlier releases
+        return dict(self._rows(f"SELECT version, {measured} FROM versions LEFT JOIN pauses USING (version)"))
 
     def last_version(self) -> int:
         """The largest version ever decided; 0 when there is none. Versions are never reused."""
