@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLICE_BYTES = 4 << 20  # read at a time under the receiver's lock: a few milliseconds
-DEVICE_SLICE_BYTES = 256 << 20  # the same in a GPU's memory, a launch for all tensors of a kind
+DEVICE_BYTES, ANY = 256 << 20, 1 << 62  # in a GPU's memory, whose digests are made there: a tensor is never cut
 SHARE = 0.9  # of the period that a round is spread over
 RETRY_S = 0.05
 ATTEMPTS = 20  # at one tensor, while commits come in between
@@ -53,7 +53,8 @@ class Scrub:
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self.groups = list(self._grouped(SLICE_BYTES if receiver.device.type == "cpu" else DEVICE_SLICE_BYTES))
+        on_host = receiver.device.type == "cpu"
+        self.groups = list(self._grouped(SLICE_BYTES, SLICE_BYTES) if on_host else self._grouped(DEVICE_BYTES, ANY))
         self.num_slices = sum(map(len, self.groups))
 
     def look(self, group: Sequence[Slice], pace: Callable[[], bool]) -> str:
@@ -80,11 +81,11 @@ class Scrub:
     def read(self, version: int, each: Slice) -> Digests:
         """What the rows of a slice add to the digests of its tensors, [n, 2]; VersionError unless they are this
         version's."""
-        if len(each.tensors) > 1:
-            return self._receiver.read_back(version, each.tensors)
-        (tensor,) = each.tensors
-        rows = self._receiver.rows(version, tensor, each.first, each.stop)
-        key = name_key(self._receiver.manifest.tensors[tensor].name)
+        tensor, receiver = each.tensors[0], self._receiver
+        if len(each.tensors) > 1 or each.stop - each.first == receiver.row_stop[tensor] - receiver.row_start[tensor]:
+            return receiver.read_back(version, each.tensors)
+        rows = receiver.rows(version, tensor, each.first, each.stop)
+        key = name_key(receiver.manifest.tensors[tensor].name)
         return np.array([digest_rows(key, rows, each.first)], np.uint64)
 
     def _read(self, version: int, group: Sequence[Slice], pace: Callable[[], bool]) -> Digests | None:
@@ -95,28 +96,30 @@ class Scrub:
             found += self.read(version, each)
         return found
 
-    def _grouped(self, slice_bytes: int) -> Iterator[list[Slice]]:
-        """The tensors in their order: those that fit into one slice together, and each larger one in slices."""
+    def _grouped(self, group_bytes: int, slice_bytes: int) -> Iterator[list[Slice]]:
+        """The tensors in their order: small ones together, and each larger one in slices."""
         receiver = self._receiver
         row_bytes = np.array([spec.row_bytes for spec in receiver.manifest.tensors], np.int64)
-        sizes, small = (receiver.row_stop - receiver.row_start) * row_bytes, list[int]()
+        sizes = (receiver.row_stop - receiver.row_start) * row_bytes
+        small, small_bytes = list[int](), 0
         for index in np.flatnonzero(sizes).tolist():
-            if small and sizes[small].sum() + sizes[index] > slice_bytes:
-                yield self._together(small, sizes)
-                small = []
-            if sizes[index] < slice_bytes:
+            if small and small_bytes + sizes[index] > group_bytes:
+                yield self._together(small, small_bytes)
+                small, small_bytes = [], 0
+            if sizes[index] < group_bytes:
                 small.append(index)
+                small_bytes += int(sizes[index])
                 continue
             step = max(1, slice_bytes // int(row_bytes[index]))
             start, stop = int(receiver.row_start[index]), int(receiver.row_stop[index])
             edges = [*range(start, stop, step), stop]
             yield [Slice([index], a, b, (b - a) * int(row_bytes[index])) for a, b in pairwise(edges)]
         if small:
-            yield self._together(small, sizes)
+            yield self._together(small, small_bytes)
 
-    def _together(self, tensors: list[int], sizes: npt.NDArray[np.int64]) -> list[Slice]:
+    def _together(self, tensors: list[int], num_bytes: int) -> list[Slice]:
         first, stop = (int(each[tensors[0]]) for each in (self._receiver.row_start, self._receiver.row_stop))
-        return [Slice(tensors, first, stop, int(sizes[tensors].sum()))]
+        return [Slice(tensors, first, stop, num_bytes)]
 
 
 def reread(receiver: Receiver, version: int, share: float) -> Iterator[pb.MemberRereadReply]:

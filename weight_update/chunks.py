@@ -119,6 +119,9 @@ class Packet:
         of the payload: nothing lies between the two ends but memory, and the digests are compared of all bytes."""
         return self._head(_varint_field(7, at) + _varint_field(8, self.payload_bytes), 0, _checksum(self._columns))
 
+    def arrive(self) -> None:
+        """Return once the payload is where it was put; at once where that was waited for."""
+
     def put(self, target: npt.NDArray[np.uint8]) -> None:
         """Copy the payload, uint8 [payload_bytes]."""
         pieces, at = self._on_host, 0

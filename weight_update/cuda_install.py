@@ -223,6 +223,7 @@ class CudaDelta(DeltaInstall):
         touched = {part.write.span[0] for part in self._dense} | {self._writes[i].span[0] for i in tensors}
         self._stale = self._live.stale(touched)
         self._derived = [(each.target, each.target.clone()) for each in self._stale]
+        self._noted = self._changes()
         return self._staged
 
     def _unpacked(self) -> list[Patch]:
@@ -285,6 +286,9 @@ class CudaDelta(DeltaInstall):
                 target.copy_(copy)
 
     def changes(self) -> Changes:
+        return self._noted
+
+    def _changes(self) -> Changes:
         found: dict[str, Positions | None] = {part.write.placement.tensor.name: None for part in self._dense}
         for tensor, patches in groupby(self._sparse, key=lambda patch: patch.tensor):
             name = self._writes[tensor].placement.tensor.name

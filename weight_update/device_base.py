@@ -223,7 +223,8 @@ def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
             form.memory.copy_(base.memory, non_blocking=True)
         form.take(scales)
         found = [_compared(form, stretch, scales) for stretch in form.stretches]
-        parts, positions, differences = (torch.cat([each[i] for each in found]) for i in range(3))
+        within = torch.cat([each[3] for each in found]).nonzero().flatten()  # between the parts means nothing
+        parts, positions, differences = (torch.cat([each[i] for each in found])[within] for i in range(3))
         changes = form.rows.changes(parts, positions, differences)
         lanes = base.digests + _loops().as_digests(changes.moved)
         which = form.plan.parts.tensor[torch.unique_consecutive(parts).cpu().numpy()]
@@ -241,16 +242,16 @@ def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
     )
 
 
-def _compared(form: Form, stretch: range, scales: Values) -> tuple[Tensor, Tensor, Tensor]:
-    """(part, position in its tensor, new - old) of every byte of some steps that differs."""
+def _compared(form: Form, stretch: range, scales: Values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(part, position in its tensor, new - old, whether it lies in the part) of every byte of some steps that differs;
+    waits for the device once."""
     start, old = form.region(stretch)
     new = form.encode_apart(stretch, scales)
     at = _loops().changed(old, new)
     begins, sizes, firsts = form.places(stretch)
     part = torch.searchsorted(begins, at, right=True) - 1
-    within = at - begins[part] < sizes[part]
-    at, part = at[within], part[within]
-    return (part + start).to(torch.int32), at - begins[part] + firsts[part], new[at] - old[at]
+    behind = at - begins[part]
+    return (part + start).to(torch.int32), behind + firsts[part], new[at] - old[at], behind < sizes[part]
 
 
 def _loops() -> ModuleType:

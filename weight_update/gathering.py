@@ -92,14 +92,21 @@ class Gathered(Packet):
     def __init__(self, sequence: int, load: Load, ready: Any, stream: torch.cuda.Stream) -> None:
         super().__init__(sequence, *load.pieces, ())
         self.device, self._load, self._ready, self._stream = load.device, load, ready, stream
+        self._arrived: Any = None  # an event behind the last launch: of several streams, the later one's is both's
 
     def gather(self, address: int) -> None:
-        """The payload at an address; complete when it returns."""
+        """Begin to bring the payload to an address; `arrive` waits for it."""
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if self._ready is not None:
                 self._stream.wait_event(self._ready)
             self._load.gather(address)
-            self._stream.synchronize()
+            arrived.record()
+        self._arrived = arrived
+
+    def arrive(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
     @cached_property
     def _on_host(self) -> list[memoryview]:

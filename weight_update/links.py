@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,12 +34,17 @@ class Place:
 
 def here(device: torch.device | None = None) -> Place:
     """Of this process. device: where what it sends or serves is."""
+    return _here(os.getpid(), os.geteuid(), device)
+
+
+@lru_cache(maxsize=16)
+def _here(pid: int, user: int, device: torch.device | None) -> Place:
     host = processes = ""
     if hasattr(os, "memfd_create"):
         with suppress(OSError):
             processes = os.readlink("/proc/self/ns/pid")
             host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Place(host=host, processes=processes, user=os.geteuid(), gpu=gpu_of(device))
+    return Place(host=host, processes=processes, user=user, gpu=gpu_of(device))
 
 
 def gpu_of(device: torch.device | None) -> str:

@@ -38,6 +38,7 @@ from .install import Changes, Install, MemoryPlan
 from .live import Shards, plan_live
 from .manifest import Manifest
 
+MAX_MARKED = 16  # installs whose changes are kept one by one
 Indices = npt.NDArray[np.integer[Any]] | Sequence[int]
 
 
@@ -107,6 +108,7 @@ class Receiver:
         self._known = np.zeros((len(placements), 2), np.uint64)  # digests of the live rows of this rank
         self._is_known = np.zeros(len(placements), np.bool_)
         self._stale: dict[str, list[Positions] | None] = {each.tensor.name: None for each in placements}
+        self._marked: list[Changes] = []  # what was written since, and is not yet in _stale
         # Guards the state, and the live bytes between an install and a re-read. Staging has its own lock, so that bytes
         # arrive meanwhile.
         self._lock = threading.RLock()
@@ -296,6 +298,7 @@ class Receiver:
     def take_stale(self) -> dict[str, Positions | None]:
         """Tensors whose live bytes were written since the last call, and which bytes of them; None for any of them."""
         with self._lock:
+            self._sort_marked()
             stale, self._stale = self._stale, {}
             return {name: _joined(parts) for name, parts in stale.items()}
 
@@ -369,13 +372,20 @@ class Receiver:
         return known
 
     def _mark_stale(self, install: Install) -> None:
-        changes = install.changes()
-        if set(map(type, changes.values())) <= {type(None)}:  # whole tensors, of which there may be very many
-            self._stale |= dict.fromkeys(changes)
-            return
-        for name, positions in changes.items():
-            before = self._stale.get(name, [])
-            self._stale[name] = None if positions is None or before is None else [*before, positions]
+        """Note what is written; serving has stopped, so it is sorted later."""
+        self._marked.append(install.changes())
+        if len(self._marked) > MAX_MARKED:
+            self._sort_marked()
+
+    def _sort_marked(self) -> None:
+        marked, self._marked = self._marked, []
+        for changes in marked:
+            if set(map(type, changes.values())) <= {type(None)}:  # whole tensors, of which there may be very many
+                self._stale |= dict.fromkeys(changes)
+                continue
+            for name, positions in changes.items():
+                before = self._stale.get(name, [])
+                self._stale[name] = None if positions is None or before is None else [*before, positions]
 
     def _end(self, install: Install) -> None:
         install.staging.close()

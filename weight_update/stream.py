@@ -30,6 +30,7 @@ from .transport import STAGE, STREAM_RETRY_CODES, RpcError, error_of
 log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 0.2
+AHEAD = 2  # chunks that are on their way into a ring, or there and not said yet
 CHUNK_BYTES_OF = {CUDA_IPC: DEVICE_CHUNK_BYTES, SHARED_MEMORY: RING_CHUNK_BYTES, GRPC: 0}  # payload; 0: as packed
 
 
@@ -75,8 +76,7 @@ class StageStream:
         self._agreed = not wanted  # how payloads go
         self._ring: RingWriter | None = None
         self._placed: dict[int, bytes] = {}  # sequence -> message, of payloads that lie in the ring
-        self._unacked: deque[Packet] = deque()
-        self._unsent: deque[Packet] = deque()
+        self._unacked, self._unsent = deque[Packet](), deque[Packet]()
         self._greeted = False  # the rank said on this connection what it holds
         self._sent_bytes = 0
         self._credit_bytes = 0
@@ -188,21 +188,30 @@ class StageStream:
                 self._state.notify_all()
 
     def _requests(self, connection: threading.Event) -> Iterator[bytes]:
+        """What is said on a connection. A chunk goes into the ring while the one before is said, where there is room:
+        to wait for it would be to wait for what is not said yet."""
         yield self._opening
+        ahead: deque[tuple[Packet, list[bytes]]] = deque()
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._unsent or self._over() or connection.is_set())
-                if connection.is_set() or (not self._unsent and self._over()):
+                self._state.wait_for(lambda: self._unsent or ahead or self._over() or connection.is_set())
+                if connection.is_set() or not (self._unsent or ahead):
                     return
-                packet = self._unsent.popleft()
+                packet = self._unsent[0] if self._unsent and len(ahead) < AHEAD else None
             try:
-                messages = self._framed(packet, connection)
+                messages = None if packet is None else self._framed(packet, connection, wait=not ahead)
             except WeightUpdateError as error:
                 self._fail(error)
                 return
+            with self._state:
+                if connection.is_set() or messages == []:
+                    return
+                if messages is not None:
+                    ahead.append((self._unsent.popleft(), messages))
+                    continue
+            packet, messages = ahead.popleft()
+            packet.arrive()
             yield from messages
-            if not messages:
-                return
 
     def _over(self) -> bool:
         return self._error is not None or (self._closing and not self._unacked)
@@ -256,8 +265,9 @@ class StageStream:
             self._ring, self._agreed = ring, True
             self._state.notify_all()
 
-    def _framed(self, packet: Packet, connection: threading.Event) -> list[bytes]:
-        """The message of a chunk, its payload put into the ring where there is one; none where the stream ends."""
+    def _framed(self, packet: Packet, connection: threading.Event, *, wait: bool) -> list[bytes] | None:
+        """The message of a chunk, its payload on its way into the ring where there is one; [] where the stream ends,
+        None where there is no room now and one does not wait."""
         ring = self._ring
         if ring is None or packet.payload_bytes > ring.num_bytes // 2 or not packet.payload_bytes:
             return packet.messages
@@ -265,9 +275,9 @@ class StageStream:
             message = self._placed.get(packet.sequence)
             if message is not None:  # sent before, and the ring still holds it
                 return [message]
-            at = self._room(ring, packet.payload_bytes, connection)
+            at = self._room(ring, packet.payload_bytes, connection) if wait else ring.take(packet.payload_bytes)
         if at is None:
-            return []
+            return [] if wait else None
         message = ring.put(packet, at)
         with self._state:
             self._placed[packet.sequence] = message

@@ -4,8 +4,8 @@
 
 In the measured path: Pusher.push from its call to its return, over the coordinator, the rank's doors and the receiver
 of production in a process of their own (tests.device_service), gRPC on loopback for everything but payloads. Not in it:
-Ray, and an engine that runs a model. Weights are random BF16. Every push is verified by the service as always, and
-once more here: what the rank reads back after a full push equals what a second, independent trainer process computes.
+Ray, and an engine that runs a model. Weights are random BF16. Every push is verified by the service as always; that
+the bytes are those of a push from the host is tests.test_gpu_push's.
 Beside it, on the same two GPUs in the same run: NCCL broadcasts of the same BF16 bytes tensor by tensor and in buckets,
 and today's calls an expert on the receiving side, of one layer, times the layers. Says so and exits with fewer GPUs.
 """
@@ -35,6 +35,7 @@ from weight_update.gathering import Gathered
 
 CHANGED = 0.0005  # of the weights: each byte of codes holds two
 BUCKET_BYTES = 512 << 20
+GAP_S = 1.0  # between two pushes, as a trainer's steps make one: what a rank remembers of a commit, it packs meanwhile
 Weights = list[tuple[str, Tensor]]
 
 
@@ -68,6 +69,7 @@ def pushes(
         if number:
             change()
         torch.cuda.synchronize()
+        time.sleep(GAP_S)
         start = time.perf_counter()
         report = pusher.push(weights)
         rows.append(row_of(f"{what} #{number}", report, time.perf_counter() - start, service))
@@ -92,23 +94,27 @@ class Timeline:
         self._start_s = 0.0
 
     def __enter__(self) -> Timeline:
-        self._kept = Gathered.gather, FormWhole.settle
-        timeline, (gather, settle) = self, self._kept
+        self._kept = Gathered.gather, Gathered.arrive, FormWhole.settle
+        timeline, (gather, arrive, settle) = self, self._kept
+        begun: dict[int, float] = {}
 
-        def timed(packet: Gathered, address: int) -> None:
-            start_s = time.perf_counter()
+        def began(packet: Gathered, address: int) -> None:
+            begun[packet.sequence] = time.perf_counter()
             gather(packet, address)
-            timeline.gathered.append((start_s, time.perf_counter()))
+
+        def arrived(packet: Gathered) -> None:
+            arrive(packet)
+            timeline.gathered.append((begun[packet.sequence], time.perf_counter()))
 
         def settled(whole: FormWhole) -> None:
             settle(whole)
             timeline.encoded, timeline._start_s = whole.encode_ms, whole.started_s
 
-        Gathered.gather, FormWhole.settle = timed, settled  # type: ignore[method-assign]
+        Gathered.gather, Gathered.arrive, FormWhole.settle = began, arrived, settled  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        Gathered.gather, FormWhole.settle = self._kept  # type: ignore[method-assign]
+        Gathered.gather, Gathered.arrive, FormWhole.settle = self._kept  # type: ignore[method-assign]
 
     def rows(self, staged: list[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
         """By what was done; staged: the rank's chunks, by the same clock."""

@@ -211,6 +211,7 @@ def send(
             trainer_rank=0,
             retry_s=0.0,
             link=link,
+            device=torch.device(source),
             ring_bytes=RING_OF[transport],
         )
         stops = np.array([spec.num_rows for spec in specs], np.int64)
