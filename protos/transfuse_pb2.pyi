@@ -59,16 +59,18 @@ class RankSpec(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., row_start: _Optional[_Iterable[int]] = ..., row_stop: _Optional[_Iterable[int]] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("host", "processes", "user", "gpu")
+    __slots__ = ("host", "processes", "user", "gpu", "nccl")
     HOST_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    NCCL_FIELD_NUMBER: _ClassVar[int]
     host: str
     processes: str
     user: int
     gpu: str
-    def __init__(self, host: _Optional[str] = ..., processes: _Optional[str] = ..., user: _Optional[int] = ..., gpu: _Optional[str] = ...) -> None: ...
+    nccl: str
+    def __init__(self, host: _Optional[str] = ..., processes: _Optional[str] = ..., user: _Optional[int] = ..., gpu: _Optional[str] = ..., nccl: _Optional[str] = ...) -> None: ...
 
 class ExpertMap(_message.Message):
     __slots__ = ("module", "physical_to_logical")
@@ -613,13 +615,14 @@ class Event(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., kind: _Optional[str] = ..., version: _Optional[int] = ..., transaction: _Optional[int] = ..., text: _Optional[str] = ..., who: _Optional[str] = ..., peer: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StageOpen(_message.Message):
-    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket", "ring_bytes", "on_device", "onward")
+    __slots__ = ("transaction", "epoch", "trainer_rank", "ticket", "ring_bytes", "on_device", "group", "onward")
     TRANSACTION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAINER_RANK_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     RING_BYTES_FIELD_NUMBER: _ClassVar[int]
     ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     ONWARD_FIELD_NUMBER: _ClassVar[int]
     transaction: int
     epoch: int
@@ -627,22 +630,27 @@ class StageOpen(_message.Message):
     ticket: bytes
     ring_bytes: int
     on_device: bool
+    group: bytes
     onward: _containers.RepeatedCompositeFieldContainer[RankSpec]
-    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ring_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ..., onward: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
+    def __init__(self, transaction: _Optional[int] = ..., epoch: _Optional[int] = ..., trainer_rank: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ring_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ..., group: _Optional[bytes] = ..., onward: _Optional[_Iterable[_Union[RankSpec, _Mapping]]] = ...) -> None: ...
 
 class Ring(_message.Message):
-    __slots__ = ("pid", "fd", "num_bytes", "token", "device")
+    __slots__ = ("pid", "fd", "num_bytes", "token", "device", "in_group", "group")
     PID_FIELD_NUMBER: _ClassVar[int]
     FD_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    IN_GROUP_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     pid: int
     fd: int
     num_bytes: int
     token: bytes
     device: DeviceMemory
-    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., token: _Optional[bytes] = ..., device: _Optional[_Union[DeviceMemory, _Mapping]] = ...) -> None: ...
+    in_group: bool
+    group: str
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., token: _Optional[bytes] = ..., device: _Optional[_Union[DeviceMemory, _Mapping]] = ..., in_group: _Optional[bool] = ..., group: _Optional[str] = ...) -> None: ...
 
 class DeviceMemory(_message.Message):
     __slots__ = ("gpu", "handle", "storage_bytes", "storage_at", "counter", "counter_at", "event", "waits_for_event", "at")

@@ -252,7 +252,7 @@ class RankServer:
         self.sources.wait()
         digests = self.receiver.prepare()
         self._record(request, "staged", digests)
-        self._data.end_streams()
+        self._data.end_streams(whole=True)
         self._foresee()
         if self._is_pushed:
             self.witness.hear()

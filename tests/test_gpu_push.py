@@ -56,7 +56,12 @@ def push_both(services: tuple[Any, Any], pushers: tuple[Pusher, Pusher], weights
     return report
 
 
-@pytest.mark.parametrize("transport", ["cuda-ipc", "shared-memory", "grpc"])
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a group of NCCL needs two GPUs")
+
+
+@pytest.mark.parametrize(
+    "transport", ["cuda-ipc", pytest.param("nccl", marks=TWO_GPUS), "shared-memory", "grpc"]
+)
 @pytest.mark.parametrize("keep", ["cuda", "cpu"])
 def test_bytes_are_those_of_a_push_from_the_host(services: tuple[Any, Any], transport: str, keep: str) -> None:
     gpu, host = services

@@ -30,7 +30,7 @@ from weight_update.chunks import Chunk, Packet, check, decode_request
 from weight_update.client import Pusher
 from weight_update.device_rings import DeviceWriter
 from weight_update.errors import TransferError, WeightUpdateError
-from weight_update.links import CUDA_IPC, GRPC, SHARED_MEMORY, Place, allowed_of, choose, here
+from weight_update.links import CUDA_IPC, GRPC, NCCL, SHARED_MEMORY, Place, allowed_of, choose, here
 from weight_update.rings import PAGE_BYTES, Ring, RingWriter
 from weight_update.staging import StagingBuffer, plan_staging
 
@@ -51,6 +51,7 @@ CHOICES = {
     "forbidden": (OURS, (GRPC,), GRPC, "shared-memory: not allowed"),
     "no GPU here": (replace(OURS, gpu="G"), (CUDA_IPC, *EITHER), SHARED_MEMORY, "cuda-ipc: what this end sends is"),
     "forced": (OURS, (SHARED_MEMORY,), SHARED_MEMORY, ""),
+    "no GPU there": (OURS, (NCCL, GRPC), GRPC, "shared-memory: not allowed"),
 }
 
 
@@ -68,9 +69,11 @@ def test_where_nothing_is_left_the_error_says_why_of_each() -> None:
 
 
 def test_an_option_that_names_no_transport_is_refused() -> None:
-    assert allowed_of("auto") == (CUDA_IPC, *EITHER)
+    assert allowed_of("auto") == (CUDA_IPC, NCCL, *EITHER)
+    assert allowed_of("auto", encrypted=True) == (CUDA_IPC, *EITHER)  # what NCCL sends is not
+    assert allowed_of(NCCL, encrypted=True) == (NCCL,)
     assert allowed_of("grpc") == allowed_of(["grpc"]) == (GRPC,)
-    with pytest.raises(TransferError, match="'smoke' is none of cuda-ipc, shared-memory, grpc"):
+    with pytest.raises(TransferError, match="'smoke' is none of cuda-ipc, nccl, shared-memory, grpc"):
         allowed_of("smoke")
     with pytest.raises(TransferError, match="none is allowed"):
         allowed_of(())
@@ -79,8 +82,15 @@ def test_an_option_that_names_no_transport_is_refused() -> None:
 def test_between_two_gpus_of_one_host_bytes_go_from_one_to_the_other() -> None:
     ours, theirs = replace(OURS, gpu="G0"), replace(OURS, gpu="G1")
     assert str(choose(ours, theirs, allowed_of("auto"))) == CUDA_IPC
-    said = str(choose(ours, replace(theirs, host="other"), allowed_of("auto")))
-    assert said == "grpc (cuda-ipc: another host; shared-memory: another host)"
+    elsewhere = replace(theirs, host="other")
+    said = str(choose(ours, elsewhere, allowed_of("auto")))
+    assert said == "grpc (cuda-ipc: another host; nccl: there is no NCCL; shared-memory: another host)"
+    both = replace(ours, nccl="2.28.9"), replace(elsewhere, nccl="2.28.9")
+    assert str(choose(*both, allowed_of("auto"))) == "nccl (cuda-ipc: another host)"
+    older = replace(both[1], nccl="2.27.5")
+    assert "nccl: NCCL 2.27.5 there, 2.28.9 here" in str(choose(both[0], older, (NCCL, GRPC)))
+    same = replace(both[0], processes="pid:[2]")
+    assert "nccl: both ends are on one GPU" in str(choose(both[0], same, allowed_of("auto")))
     said = str(choose(ours, OURS, allowed_of("auto")))
     assert said == "shared-memory (cuda-ipc: what that end serves is in host memory)"
 

@@ -24,7 +24,8 @@ from .delta import DeltaPlan
 from .device_base import FormChanges
 from .device_rings import DEVICE_RING_BYTES
 from .errors import BusyError, TransferError, WeightUpdateError
-from .links import CUDA_IPC, GRPC, SHARED_MEMORY, Link, choose, here
+from .groups import Groups
+from .links import CUDA_IPC, GRPC, NCCL, ON_DEVICE, SHARED_MEMORY, Link, choose, here
 from .manifest import Manifest
 from .membership import key_of
 from .messages import MemberId
@@ -44,7 +45,7 @@ OUTCOME_POLL_S = 0.5
 MAX_BEGUN = 5  # a fleet whose replicas come and go all the time fails the push in the end
 RENEW_RETRY_S = 1.0  # after a renewal that was not heard
 END_S = 1.0  # for the thread that renews to end: one that outlives the trainer's main thread can abort its process
-RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
+RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, NCCL: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES}
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +74,7 @@ class Attempt:
     pushed_by: str
     transports: Sequence[str]  # that may be used
     channel: Callable[[str], Any]
+    groups: Groups
     on_progress: Progress
     unknown: bool = False  # the commit was asked for, and whether it happened is not known
     num_begun: int = 0
@@ -186,7 +188,7 @@ class Attempt:
             return None
         to = destinations_of(self.described.ranks)
         links = self._links()
-        on_device = [all(links[i].transport == CUDA_IPC for i in each.ranks) for each in to]
+        on_device = [all(links[i].transport in ON_DEVICE for i in each.ranks) for each in to]
         self._packed = pack_for(self.content, to, on_device)
         everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
         ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
@@ -276,6 +278,7 @@ class Attempt:
             ticket=begun.ticket,
             link=link,
             device=self.content.device,
+            groups=self.groups,
             ring_bytes=min(RING_OF.get(link.transport, 0), 2 * total_bytes),
             onward=[pb.RankSpec(replica=r.replica, rank=r.rank, address=r.address, place=r.place) for r in others],
         )

@@ -48,6 +48,7 @@ class StageOpen:
     ticket: bytes = b""
     ring_bytes: int = 0
     on_device: bool = False
+    group: bytes = b""
     onward: tuple[bytes, ...] = ()  # serialized RankSpec messages
 
 
@@ -277,7 +278,7 @@ def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
     transaction, epoch, trainer_rank, ring_bytes, on_device = (
         value if isinstance(value, int) else 0 for value in numbers
     )
-    ticket = found.get(4, b"")
+    ticket, group = (found.get(number, b"") for number in (4, 8))
     return StageOpen(
         transaction=transaction,
         epoch=epoch,
@@ -285,6 +286,7 @@ def _read_open(body: memoryview, ring: Piece | None) -> StageOpen:
         ticket=b"" if isinstance(ticket, int) else bytes(ticket[:MAX_TICKET_BYTES]),
         ring_bytes=ring_bytes,
         on_device=bool(on_device),
+        group=b"" if isinstance(group, int) else bytes(group[:MAX_TICKET_BYTES]),
         onward=tuple(onward),
     )
 

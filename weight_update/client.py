@@ -41,6 +41,7 @@ from .errors import (
     WeightUpdateError,
 )
 from .foresight import Foresight
+from .groups import Groups
 from .handle import PushHandle
 from .links import AUTO, allowed_of
 from .manifest import Manifest
@@ -113,7 +114,8 @@ class Pusher:
         self._lease_s = lease_s
         self._retry_s = retry_s
         self._pushed_by = pushed_by or this_process()
-        self._transports = allowed_of(transport)
+        self._transports = allowed_of(transport, encrypted=security.tls_dir is not None)
+        self._groups = Groups()
         if fan_out not in FANS_OUT:
             raise PlanError(f"fan_out {fan_out!r}: expected one of {', '.join(FANS_OUT)}")
         self._fan_out = fan_out
@@ -197,6 +199,7 @@ class Pusher:
             self._running.wait()
         self._control.close()
         self._channels.close()
+        self._groups.close()
 
     # -- before anything is sent
 
@@ -251,6 +254,7 @@ class Pusher:
             pushed_by=self._pushed_by,
             transports=self._transports,
             channel=self._channel,
+            groups=self._groups,
             on_progress=self._on_progress,
         )
 

@@ -91,15 +91,15 @@ class Gathered(Packet):
 
     def __init__(self, sequence: int, load: Load, ready: Any, stream: torch.cuda.Stream) -> None:
         super().__init__(sequence, *load.pieces, ())
-        self.device, self._load, self._ready, self._stream = load.device, load, ready, stream
+        self.device, self._load, self._ready, self.stream = load.device, load, ready, stream
         self._arrived: Any = None  # an event behind the last launch: of several streams, the later one's is both's
 
     def gather(self, address: int) -> None:
         """Begin to bring the payload to an address; `arrive` waits for it."""
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             if self._ready is not None:
-                self._stream.wait_event(self._ready)
+                self.stream.wait_event(self._ready)
             self._load.gather(address)
             arrived.record()
         self._arrived = arrived
@@ -110,10 +110,10 @@ class Gathered(Packet):
 
     @cached_property
     def _on_host(self) -> list[memoryview]:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             payload = torch.empty(self.payload_bytes, dtype=torch.uint8, device=self.device)
             self.gather(payload.data_ptr())
             host = torch.empty(self.payload_bytes, dtype=torch.uint8, pin_memory=True)
             host.copy_(payload, non_blocking=True)
-            self._stream.synchronize()
+            self.stream.synchronize()
         return [host.numpy().data]

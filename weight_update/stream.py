@@ -23,7 +23,8 @@ from protos import transfuse_pb2 as pb
 from .chunks import Packet
 from .device_rings import DEVICE_CHUNK_BYTES, DeviceWriter
 from .errors import TransferError, WeightUpdateError
-from .links import CUDA_IPC, GRPC, SHARED_MEMORY, Link
+from .groups import Groups, GroupWriter
+from .links import CUDA_IPC, GRPC, NCCL, ON_DEVICE, SHARED_MEMORY, Link
 from .rings import RING_CHUNK_BYTES, RingWriter
 from .transport import STAGE, STREAM_RETRY_CODES, RpcError, error_of
 
@@ -31,13 +32,19 @@ log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 0.2
 AHEAD = 2  # chunks that are on their way into a ring, or there and not said yet
-CHUNK_BYTES_OF = {CUDA_IPC: DEVICE_CHUNK_BYTES, SHARED_MEMORY: RING_CHUNK_BYTES, GRPC: 0}  # payload; 0: as packed
+CHUNK_BYTES_OF = {  # payload; 0: as packed
+    CUDA_IPC: DEVICE_CHUNK_BYTES,
+    NCCL: DEVICE_CHUNK_BYTES,
+    SHARED_MEMORY: RING_CHUNK_BYTES,
+    GRPC: 0,
+}
 
 
 class StageStream:
     """target: the rank's host:port. name: its replica and number. retry_s: how long a broken connection is retried
     before the push fails. ticket: of the transaction, as Begin gave it. link: how payloads are to go. ring_bytes: room
-    wanted where that is shared memory. onward: the ranks to which it passes on what it gets."""
+    wanted where that is shared memory. onward: the ranks to which it passes on what it gets. device, groups: of what is
+    sent from a GPU."""
 
     def __init__(
         self,
@@ -54,10 +61,10 @@ class StageStream:
         ring_bytes: int = 0,
         onward: Sequence[pb.RankSpec] = (),
         device: torch.device | None = None,
+        groups: Groups | None = None,
     ) -> None:
-        self._stage = channel.stream_stream(
-            STAGE, request_serializer=None, response_deserializer=pb.StageReply.FromString
-        )
+        read = pb.StageReply.FromString
+        self._stage = channel.stream_stream(STAGE, request_serializer=None, response_deserializer=read)
         self._name = " on to ".join([name or target, *(f"{each.replica}.{each.rank}" for each in onward)])
         self.link = link or Link(transport=GRPC)
         wanted = 0 if self.link.transport == GRPC else ring_bytes
@@ -67,19 +74,20 @@ class StageStream:
             trainer_rank=trainer_rank,
             ticket=ticket,
             ring_bytes=wanted,
-            on_device=self.link.transport == CUDA_IPC,
+            on_device=self.link.transport in ON_DEVICE,
+            group=groups.token(target) if groups is not None and self.link.transport == NCCL else b"",
             onward=onward,
         )
         self._opening = pb.StageRequest(open=opening).SerializeToString()
-        self._target, self._retry_s, self._device = target, retry_s, device
+        self._target, self._retry_s, self._device, self._groups = target, retry_s, device, groups
+        self._framing = threading.Lock()  # one chunk finds its place at a time
         self._state = threading.Condition()  # guards all below; never held during a gRPC call or a copy
         self._agreed = not wanted  # how payloads go
         self._ring: RingWriter | None = None
         self._placed: dict[int, bytes] = {}  # sequence -> message, of payloads that lie in the ring
         self._unacked, self._unsent = deque[Packet](), deque[Packet]()
         self._greeted = False  # the rank said on this connection what it holds
-        self._sent_bytes = 0
-        self._credit_bytes = 0
+        self._sent_bytes = self._credit_bytes = 0
         self.acknowledged = 0  # the last chunk that the rank has, and every one that it passes on to
         self._heard_s = 0.0  # when the rank last answered
         self._closing = False
@@ -168,6 +176,8 @@ class StageStream:
                 log.warning("stream to %s broke (%s), connecting again", self._target, error.details())
                 time.sleep(RETRY_DELAY_S)
         self._ring = None
+        if self._error is not None and self._groups is not None and self.link.transport == NCCL:
+            self._groups.drop(self._target)  # what was sent and not said would be taken for the next push's
 
     def _connect(self) -> None:
         with self._state:
@@ -198,11 +208,7 @@ class StageStream:
                 if connection.is_set() or not (self._unsent or ahead):
                     return
                 packet = self._unsent[0] if self._unsent and len(ahead) < AHEAD else None
-            try:
-                messages = None if packet is None else self._framed(packet, connection, wait=not ahead)
-            except WeightUpdateError as error:
-                self._fail(error)
-                return
+            messages = None if packet is None else self._framed(packet, connection, wait=not ahead)
             with self._state:
                 if connection.is_set() or messages == []:
                     return
@@ -255,7 +261,7 @@ class StageStream:
         if self._agreed:
             return
         try:
-            ring: RingWriter | None = _opened(reply, self.link.transport, self._device)
+            ring: RingWriter | None = self._opened(reply)
         except TransferError as error:
             if self.link.only:
                 raise TransferError(f"{self._target}: {error}; allow transport 'grpc'") from None
@@ -265,9 +271,30 @@ class StageStream:
             self._ring, self._agreed = ring, True
             self._state.notify_all()
 
+    def _opened(self, reply: pb.StageReply) -> RingWriter:
+        """The ring that a rank offers."""
+        said = reply.ring
+        if not reply.HasField("ring"):
+            raise TransferError(f"{self.link.transport}: the rank offers none")
+        if self.link.transport not in ON_DEVICE:
+            return RingWriter.open(said.pid, said.fd, said.num_bytes, said.token)
+        device = self._device or torch.device("cpu")
+        if said.in_group and self._groups is not None:
+            group = self._groups.of(self._target, said.group, device)
+            return GroupWriter(said.num_bytes, said.token, group, device)
+        return DeviceWriter.open_device(said.device, said.num_bytes, said.token, device)
+
     def _framed(self, packet: Packet, connection: threading.Event, *, wait: bool) -> list[bytes] | None:
         """The message of a chunk, its payload on its way into the ring where there is one; [] where the stream ends,
         None where there is no room now and one does not wait."""
+        with self._framing:  # a connection that broke may be at this very chunk
+            try:
+                return [] if connection.is_set() else self._put(packet, connection, wait=wait)
+            except WeightUpdateError as error:
+                self._fail(error)
+                return []
+
+    def _put(self, packet: Packet, connection: threading.Event, *, wait: bool) -> list[bytes] | None:
         ring = self._ring
         if ring is None or packet.payload_bytes > ring.num_bytes // 2 or not packet.payload_bytes:
             return packet.messages
@@ -294,17 +321,6 @@ class StageStream:
 
         self._state.wait_for(lambda: self._error or connection.is_set() or taken())
         return found[0] if found else None
-
-
-def _opened(reply: pb.StageReply, transport: str, device: torch.device | None) -> RingWriter:
-    """The ring that a rank offers."""
-    said = reply.ring
-    if not reply.HasField("ring"):
-        raise TransferError(f"{transport}: the rank offers none")
-    if said.HasField("device"):
-        assert device is not None, "a GPU's memory is offered to what is sent from one"
-        return DeviceWriter.open_device(said.device, said.num_bytes, said.token, device)
-    return RingWriter.open(said.pid, said.fd, said.num_bytes, said.token)
 
 
 __all__ = ["StageStream"]

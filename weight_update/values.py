@@ -89,12 +89,14 @@ def from_manifest_proto(message: pb.Manifest) -> Manifest:
 
 def to_place_proto(place: Place) -> pb.Place:
     """Where a process is, for the wire."""
-    return pb.Place(host=place.host, processes=place.processes, user=place.user, gpu=place.gpu)
+    return pb.Place(host=place.host, processes=place.processes, user=place.user, gpu=place.gpu, nccl=place.nccl)
 
 
 def from_place_proto(message: pb.Place) -> Place:
     """Where a process is, from the wire."""
-    return Place(host=message.host, processes=message.processes, user=message.user, gpu=message.gpu)
+    return Place(
+        host=message.host, processes=message.processes, user=message.user, gpu=message.gpu, nccl=message.nccl
+    )
 
 
 def from_maps_proto(messages: Sequence[pb.ExpertMap]) -> ExpertMaps:

@@ -40,7 +40,8 @@ from weight_update.channels import PLAINTEXT
 from weight_update.device_rings import DEVICE_RING_BYTES
 from weight_update.digest import digest_rows, name_key
 from weight_update.door import Door
-from weight_update.links import CUDA_IPC, GRPC, SHARED_MEMORY, allowed_of, choose, here
+from weight_update.groups import Groups
+from weight_update.links import CUDA_IPC, GRPC, NCCL, SHARED_MEMORY, allowed_of, choose, here
 from weight_update.receiver import Receiver
 from weight_update.rings import RING_BYTES
 from weight_update.stream import StageStream
@@ -48,7 +49,8 @@ from weight_update.transport import CHANNEL_OPTIONS, connect
 
 HIDDEN, INTER = 2048, 768
 COPY_BYTES = 256 << 20
-RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES, GRPC: 0}
+GROUPS = Groups()
+RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, NCCL: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES, GRPC: 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,8 @@ def serve(layers: int, experts: int, device: str) -> None:
     server.add_generic_rpc_handlers((data.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    print(json.dumps({"address": f"127.0.0.1:{port}", "place": asdict(rank.place)}), flush=True)
+    rank.address = f"127.0.0.1:{port}"
+    print(json.dumps({"address": rank.address, "place": asdict(rank.place)}), flush=True)
     live_bytes = torch.cuda.memory_allocated(receiver.device) if receiver.device.type == "cuda" else 0
 
     def begin() -> dict[str, Any]:
@@ -122,7 +125,7 @@ def serve(layers: int, experts: int, device: str) -> None:
         return {"planned_bytes": plan.peak_bytes}
 
     def prepare() -> dict[str, Any]:
-        data.end_streams()
+        data.end_streams(whole=True)
         return {"digests": receiver.prepare().tolist()}
 
     def install() -> dict[str, Any]:
@@ -212,6 +215,7 @@ def send(
             retry_s=0.0,
             link=link,
             device=torch.device(source),
+            groups=GROUPS,
             ring_bytes=RING_OF[transport],
         )
         stops = np.array([spec.num_rows for spec in specs], np.int64)
@@ -274,7 +278,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     on_gpus = options.source != "cpu" and options.target != "cpu"
-    chosen = options.only or [*([CUDA_IPC] if on_gpus else []), SHARED_MEMORY, GRPC]
+    chosen = options.only or [*([CUDA_IPC, NCCL] if on_gpus else []), SHARED_MEMORY, GRPC]
     rows = [
         measure(each, options.layers, options.experts, options.source, options.target, options.rounds)
         for each in chosen
