@@ -172,22 +172,32 @@ class Chosen:
         tiles[:, 0] = np.array(places, np.int32)[tiles[:, 0]]
         return torch.from_numpy(tiles).to(self.device)
 
-    def scatter(self, staged: Tensor, *, back: bool = False) -> None:
-        """Staged rows to where they lie; back: the other way."""
+    def compile(self) -> None:
+        """Have every kernel made that an install needs; nothing runs. The first install would wait for them, seconds
+        in which nothing is served."""
+        rows = torch.zeros(len(self.table), dtype=torch.int64, device=self.device)
+        none = (torch.empty(0, dtype=each, device=self.device) for each in (torch.int32, torch.int64, torch.uint8))
+        self.scatter(rows, dry=True)
+        self.digest(rows, dry=True)
+        self.digest(dry=True)
+        self.changes(*none).compile()
+
+    def scatter(self, staged: Tensor, *, back: bool = False, dry: bool = False) -> None:
+        """Staged rows to where they lie; back: the other way. dry: the kernels are made and not run."""
         for kind, shape, tiles in self._copies:
-            steps = -(-(kind.row_bytes // int(shape["ITEM"])) // int(shape["BW"]))
+            steps = 0 if dry else -(-(kind.row_bytes // int(shape["ITEM"])) // int(shape["BW"]))
             _run(
                 "copy_rows", len(tiles) * steps, self.table, staged, tiles, ROW=kind.row_bytes, RUN=kind.run_bytes,
                 BACK=back, SWAP=kind.swap, FIELDS=_loops().FIELDS, num_warps=1 if kind.single else 4, **shape,
             )  # fmt: skip
 
-    def digest(self, staged: Tensor | None = None) -> Tensor:
-        """Digests of the rows as they arrived, or as they lie in the storages: int64 [n, 2]."""
+    def digest(self, staged: Tensor | None = None, *, dry: bool = False) -> Tensor:
+        """Digests of the rows as they arrived, or as they lie in the storages: int64 [n, 2]. dry: as of `scatter`."""
         out = torch.zeros(len(self.table), 2, dtype=torch.int64, device=self.device)
         for kind, live, arrived, tiles in self._digests:
             shape = live if staged is None else arrived
             words = -(-kind.row_bytes // 8)
-            spans = -(-words // int(shape["SPAN"]))
+            spans = 0 if dry else -(-words // int(shape["SPAN"]))
             _run(
                 "digest_rows", len(tiles) * spans, self.table, self.table if staged is None else staged, tiles, out,
                 ROW=kind.row_bytes, RUN=kind.run_bytes, SWAP=kind.swap, STAGED=staged is not None,
@@ -210,11 +220,9 @@ class Bytes:
         self._old, self._new = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
         self.moved = torch.zeros(len(chosen.table), 2, dtype=torch.int64, device=device)  # of the digests, mod 2^64
         self.taken = self.read_back()
+        self._plan = (tensors, positions, differences, count, self._at, self._old, self._new, self.moved)
         if count:
-            _run(
-                "plan_bytes", -(-count // BLOCK), chosen.table, tensors, positions, differences, count, self._at,
-                self._old, self._new, self.moved, BLOCK=BLOCK, FIELDS=_loops().FIELDS,
-            )  # fmt: skip
+            self._run("plan_bytes", *self._plan)
 
     def apply(self) -> None:
         """Write the new bytes."""
@@ -224,6 +232,17 @@ class Bytes:
         """Write the old bytes."""
         self._put(self._old)
 
+    def compile(self) -> None:
+        """Have the kernels made; of no bytes they change nothing."""
+        out = torch.zeros_like(self.moved)
+        self._run("plan_bytes", *self._plan)
+        self._run("digest_bytes", self._tensors, self._positions, len(self._positions), out)
+        _run("put_bytes", 0, self._at, self._new, 0, BLOCK=1024)
+
+    def _run(self, name: str, *arguments: object) -> None:
+        programs = -(-len(self._positions) // BLOCK)
+        _run(name, programs, self._chosen.table, *arguments, BLOCK=BLOCK, FIELDS=_loops().FIELDS)
+
     def _put(self, values: Tensor) -> None:
         if len(values):
             _run("put_bytes", -(-len(values) // 1024), self._at, values, len(values), BLOCK=1024)
@@ -232,10 +251,7 @@ class Bytes:
         """What the words with changed bytes add to the digests as they lie now: int64 [n, 2]."""
         out = torch.zeros(len(self._chosen.table), 2, dtype=torch.int64, device=self._positions.device)
         if len(self._positions):
-            _run(
-                "digest_bytes", -(-len(self._positions) // BLOCK), self._chosen.table, self._tensors, self._positions,
-                len(self._positions), out, BLOCK=BLOCK, FIELDS=_loops().FIELDS,
-            )  # fmt: skip
+            self._run("digest_bytes", self._tensors, self._positions, len(self._positions), out)
         return out
 
 

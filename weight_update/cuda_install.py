@@ -34,6 +34,7 @@ class Cuda:
     def __init__(self, live: Live) -> None:
         self.live, self.device = live, live.device
         self.table = Table(live.writes)
+        self.table.select(range(len(live.writes))).compile()
         self._plans, self._grounds = Plans(partial(FullPlan.of, live)), Plans(partial(Ground.of, live))
         self._chosen = Plans(self.table.select)
         self.arena, self.pinned = Arena(self.device), Arena(pinned=True)

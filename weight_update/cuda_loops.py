@@ -237,7 +237,7 @@ def _lanes(spec, position, value, mask):
 
 
 # Triton compiles anew for numbers that 16 divides: a count of changes is now one, now the other, and that takes 2 s.
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tensors", "positions", "differences"])
 def plan_bytes(table, tensors, positions, differences, count, at, old, new, moved, BLOCK: tl.constexpr,
                FIELDS: tl.constexpr):
     """Where changed bytes lie, what is there and what will be; what that moves of the digests, int64 [tensors, 2].
@@ -299,7 +299,7 @@ def put_bytes(at, values, count, BLOCK: tl.constexpr):
     tl.store(there, tl.load(values + i, mask=mask, other=0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tensors", "positions"])
 def digest_bytes(table, tensors, positions, count, out, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     """Lanes of the words that hold these bytes, read back as they lie: added to int64 [tensors, 2]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

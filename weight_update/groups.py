@@ -33,7 +33,15 @@ JOIN_S = 30.0  # for both ends to be there; a firewall between them is noticed t
 NEVER = timedelta(days=365)  # who waits is woken by `abort`: a watchdog's timeout would end the process
 TRAINER = 1  # the rank is 0
 # NCCL's watchdog ends a process whose peer died. A rank goes on serving, and a trainer decides by itself.
-QUIET = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+QUIET = dict.fromkeys(
+    (
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_ENABLE_MONITORING",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "TORCH_NCCL_PROPAGATE_ERROR",
+    ),
+    "0",
+)
 
 _making = threading.Lock()  # environment variables are the process's
 

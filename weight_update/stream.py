@@ -63,8 +63,7 @@ class StageStream:
         device: torch.device | None = None,
         groups: Groups | None = None,
     ) -> None:
-        read = pb.StageReply.FromString
-        self._stage = channel.stream_stream(STAGE, request_serializer=None, response_deserializer=read)
+        self._stage = channel.stream_stream(STAGE, None, pb.StageReply.FromString)
         self._name = " on to ".join([name or target, *(f"{each.replica}.{each.rank}" for each in onward)])
         self.link = link or Link(transport=GRPC)
         wanted = 0 if self.link.transport == GRPC else ring_bytes

@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from weight_update.client import Pusher, PushReport
 from weight_update.device_base import FormWhole
 from weight_update.gathering import Gathered
 
+PHASES = ("describe", "plan", "begin", "transfer", "prepare", "commit")
 CHANGED = 0.0005  # of the weights: each byte of codes holds two
 BUCKET_BYTES = 512 << 20
 GAP_S = 1.0  # between two pushes, as a trainer's steps make one: what a rank remembers of a commit, it packs meanwhile
@@ -163,9 +164,7 @@ def broadcasts(shape: Shape, source: str, target: str) -> dict[str, float]:
     context = mp.get_context("spawn")
     found, sizes = context.SimpleQueue(), [row.shape for row in parameters_of(shape)]
     port = 29500 + os.getpid() % 500
-    processes = [
-        context.Process(target=_rank, args=(rank, port, sizes, source, target, found)) for rank in range(2)
-    ]
+    processes = [context.Process(target=_rank, args=(rank, port, sizes, source, target, found)) for rank in range(2)]
     for each in processes:
         each.start()
     for each in processes:
@@ -198,18 +197,25 @@ def per_expert_ms(target: str) -> float:
 # ---------------------------------------------------------------- all of it
 
 
-def all_pushes(service: Any, weights: Weights, options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
-    """Full ones, deltas with what is kept in each place; when what was done in one more full push."""
+def all_pushes(
+    service: Any, weights: Weights, options: argparse.Namespace
+) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+    """Full ones, deltas with what is kept in each place; when what was done in one more full push. After each kind,
+    what is known by then."""
     generator = torch.Generator(device=options.source).manual_seed(1)
-    places = {"full, nothing kept": ("full", "cpu"), "delta, kept on the GPU": ("auto", options.source)}
-    places |= {"delta, kept in pinned memory": ("auto", "cpu")} if options.pinned else {}
+    places = {
+        "full, nothing kept": ("full", "cpu", "auto"),
+        "full, nothing kept, over NCCL": ("full", "cpu", "nccl"),
+        "delta, kept on the GPU": ("auto", options.source, "auto"),
+    }
+    places |= {"delta, kept in pinned memory": ("auto", "cpu", "auto")} if options.pinned else {}
     rows, times = [], {}
-    for what, (mode, keep) in places.items():
-        pusher = Pusher(service.address, mode=mode, keep=keep)  # type: ignore[arg-type]
+    for what, (mode, keep, transport) in places.items():
+        pusher = Pusher(service.address, mode=mode, keep=keep, transport=transport)  # type: ignore[arg-type]
         gc.collect()
         gc.freeze()
         rows += pushes(what, pusher, weights, service, options.rounds, lambda: change(weights, generator))
-        if mode == "full":
+        if what == "full, nothing kept":
             with Timeline() as timeline:
                 service.ask("chunks")
                 pusher.push(weights)
@@ -219,29 +225,43 @@ def all_pushes(service: Any, weights: Weights, options: argparse.Namespace) -> t
         gc.unfreeze()
         gc.collect()
         torch.cuda.empty_cache()
-    return rows, times
+        yield rows, times
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is known, after each part: a run that is cut short keeps what it has."""
     torch.cuda.set_device(options.source)
     shape = Shape(layers=options.layers)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": shape.layers}
+    if options.baselines:
+        found["nccl_s"] = broadcasts(shape, options.source, options.target)
+        print(found["nccl_s"], flush=True)
+        found["per_expert_s"] = per_expert_ms(options.target) / 1e3 * shape.layers
+        print(found["per_expert_s"], flush=True)
+        torch.cuda.empty_cache()
+        yield found
     with tempfile.TemporaryDirectory() as folder, served(shape, options.target, Path(folder)) as service:
         weights = weights_of(shape, options.source)
         found["weights_gb"] = torch.cuda.memory_allocated() / 1e9
         print(f"served, {found['weights_gb']:.1f} GB of weights", flush=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        found["pushes"], found["timeline_ms"] = all_pushes(service, weights, options)
-    del weights
-    gc.collect()
-    torch.cuda.empty_cache()
-    if options.baselines:
-        found["nccl_s"] = broadcasts(shape, options.source, options.target)
-        print(found["nccl_s"], flush=True)
-        found["per_expert_s"] = per_expert_ms(options.target) / 1e3 * shape.layers
-        print(found["per_expert_s"], flush=True)
-    return found
+        for found["pushes"], found["timeline_ms"] in all_pushes(service, weights, options):
+            yield found
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield f"{found['device']}, torch {found['torch']}, {found['weights_gb']:.1f} GB of BF16, seconds:"
+    yield ""
+    yield f"| push | total | {' | '.join(PHASES)} | pause | of it on the device, ms |"
+    yield "| --- " * (len(PHASES) + 4) + "|"
+    for each in found["pushes"]:
+        phases = " | ".join(f"{each['phases'][name]:.3f}" for name in PHASES)
+        what = f"{each['what']}, {each['mode']}"
+        yield f"| {what} | {each['seconds']:.3f} | {phases} | {each['pause_s']:.3f} | {each['pause_device_ms']:.1f} |"
+    for name, seconds in found.get("nccl_s", {}).items():
+        yield f"| NCCL broadcast of the BF16, {name} | {seconds:.3f} |"
 
 
 def main() -> None:
@@ -257,15 +277,10 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.device_count() <= int(options.target.rpartition(":")[2]):
         print(f"no {options.target}: nothing measured")
         return
-    found = measured(options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{found['device']}, {found['weights_gb']:.1f} GB of BF16, seconds\n")
-    print("| push | total | plan | transfer | pause | of it on the device, ms |\n| --- | --- | --- | --- | --- | --- |")
-    for each in found["pushes"]:
-        phases = each["phases"]
-        print(f"| {each['what']}, {each['mode']} | {each['seconds']:.3f} | {phases['plan']:.3f}", end=" | ")
-        print(f"{phases['transfer']:.3f} | {each['pause_s']:.3f} | {each['pause_device_ms']:.1f} |")
+    for found in measured(options):
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print("", *table(found), sep="\n")
 
 
 if __name__ == "__main__":
