@@ -48,7 +48,6 @@ from weight_update.stream import StageStream
 from weight_update.transport import CHANNEL_OPTIONS, connect
 
 HIDDEN, INTER = 2048, 768
-COPY_BYTES = 256 << 20
 GROUPS = Groups()
 RING_OF = {CUDA_IPC: DEVICE_RING_BYTES, NCCL: DEVICE_RING_BYTES, SHARED_MEMORY: RING_BYTES, GRPC: 0}
 
@@ -186,17 +185,18 @@ def _seconds(function: Any) -> float:
     return time.perf_counter() - start
 
 
-def copy_bytes_s(source: str, target: str) -> float:
-    """Bytes a second of a plain copy of 256 MiB: one thread on the host, or from GPU to GPU; the best of seven."""
-    a = torch.ones(COPY_BYTES, dtype=torch.uint8, device=source)
-    b = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=target)
+def copy_s(rows: list[Tensor], target: Tensor) -> float:
+    """Of a plain copy of the same bytes: one thread on the host, or from GPU to GPU; caches as cold as for a push."""
 
     def copy() -> None:
-        b.copy_(a)
-        if b.is_cuda:
-            torch.cuda.synchronize(b.device)
+        at = 0
+        for each in rows:
+            target[at : at + each.numel()].copy_(each.view(-1))
+            at += each.numel()
+        if target.is_cuda:
+            torch.cuda.synchronize(target.device)
 
-    return COPY_BYTES / min(_seconds(copy) for _ in range(7))
+    return _seconds(copy)
 
 
 def send(
@@ -230,13 +230,15 @@ def send(
 
 def measure(transport: str, layers: int, experts: int, source: str, target: str, rounds: int) -> Row:
     """`rounds` + 1 times all bytes of the layers; every digest is compared."""
-    specs, copy = specs_of(layers, experts), copy_bytes_s(source, target)
+    specs = specs_of(layers, experts)
     rows = content(specs, source)
+    there = torch.zeros(sum(spec.num_bytes for spec in specs), dtype=torch.uint8, device=target)
     wanted = [list(digest_rows(name_key(spec.name), data, 0)) for spec, data in zip(specs, rows, strict=True)]
-    found: dict[str, list[float]] = {"send": [], "prepare": [], "install": []}
+    found: dict[str, list[float]] = {"copy": [], "send": [], "prepare": [], "install": []}
     with rank_process(layers, experts, target) as rank:
         for transaction in range(1, rounds + 2):
             rank.ask("begin")
+            found["copy"].append(copy_s(rows, there))
             start = time.perf_counter()
             went = send(rank, transport, source, transaction, specs, rows)
             found["send"].append(time.perf_counter() - start)
@@ -253,9 +255,9 @@ def measure(transport: str, layers: int, experts: int, source: str, target: str,
         device=f"{source} to {target}",
         tensors=len(specs),
         gb=num_bytes / 1e9,
-        copy_gb_s=copy / 1e9,
+        copy_gb_s=num_bytes / seconds["copy"] / 1e9,
         send_s=seconds["send"],
-        send_over_copy=num_bytes / seconds["send"] / copy,
+        send_over_copy=seconds["copy"] / seconds["send"],
         prepare_s=seconds["prepare"],
         install_s=seconds["install"],
         peak_gb=peak_bytes / 1e9,
