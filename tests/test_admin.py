@@ -288,6 +288,20 @@ def test_a_file_of_an_earlier_release_gets_the_columns_and_keeps_its_events(tmp_
     index.close()
 
 
+def test_a_pause_that_an_earlier_release_wrote_is_read(tmp_path: Path) -> None:
+    index = VersionIndex(tmp_path / "state.sqlite")
+    for version in (1, 2):
+        columns = "version, base_version, txn, push_id, pushed_by, created_s, digest, digests, fingerprint, num_tensors"
+        row = (version, 0, version, f"push {version}", "", 0.0, "", b"", "", 0, 0, 0, 0.0, 0.25)
+        index._db.execute(
+            f"INSERT INTO versions ({columns}, wire_bytes, logical_bytes, seconds, pause_s) VALUES ({','.join('?' * 14)})",
+            row,
+        )
+    index.set_pause(2, 0.5)
+    assert index.pauses() == {1: 0.25, 2: 0.5}
+    index.close()
+
+
 def test_watch_streams_what_happens(live: Shell, service: LocalService) -> None:
     told: list[tuple[int, str, str]] = []
     watching = threading.Thread(

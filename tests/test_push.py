@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -34,7 +35,7 @@ from weight_update.errors import (
 )
 from weight_update.stream import StageStream
 from weight_update.transport import STAGE, ControlClient, connect
-from weight_update.values import from_manifest_proto
+from weight_update.values import Specs, from_manifest_proto
 
 LAYOUTS = ("trtllm", "cutlass")
 GOLDEN = Path(__file__).parent / "golden"
@@ -480,6 +481,27 @@ def test_a_push_whose_digest_is_not_that_of_its_bytes_is_refused(service: LocalS
         with pytest.raises(DigestError, match=r"model\.norm\.weight"):
             opened.client.prepare(transaction, np.ones((1, 2), np.uint64), 256)
     unharmed(service, before, version)
+
+
+def test_tensors_are_said_once_and_again_to_whoever_does_not_know_them(
+    service: LocalService, pusher: Pusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and shapes of a model with experts are megabytes; a push of the same tensors brings a hash of them."""
+    said: list[int] = []
+    of = Specs.of
+
+    def heard(self: Specs, request: pb.BeginRequest) -> Any:
+        said.append(len(request.tensors) if request.tensors or request.tensors_hash else -1)
+        return of(self, request)
+
+    monkeypatch.setattr(Specs, "of", heard)
+    first = pusher.push(tiny_llama(seed=51)).version
+    pusher.push(tiny_llama(seed=52))
+    with Open(service, push_id="others") as opened:  # of one tensor: the last ones are others now
+        opened.client.begin(push_id="others", tensors=())  # its lease, renewed
+    assert pusher.push(tiny_llama(seed=53)).version == first + 2
+    numbers = [each for each in said if each >= 0]  # less the renewals, which name none
+    assert numbers == [0, numbers[1], 0, 0, 1, 0, numbers[1]] and numbers[1] > 30
 
 
 def test_the_service_checks_a_manifest_by_itself(service: LocalService) -> None:

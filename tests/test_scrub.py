@@ -81,6 +81,21 @@ def test_slices_cover_a_tensor_whatever_their_size(checkpoint: Path, monkeypatch
     assert look(receiver) == []
 
 
+def test_in_a_gpus_memory_tensors_are_read_whole_and_many_at_a_time(checkpoint: Path) -> None:
+    """Their digests are made there: nothing goes through the host, and a launch does for all of a kind."""
+    _, receiver = cold(checkpoint, "trtllm")
+    scrub = scrubbing.Scrub(receiver)
+    specs = receiver.manifest.tensors
+    groups = list(scrub._grouped(20_000, scrubbing.ANY))
+    assert all(len(group) == 1 for group in groups) and max(len(each.tensors) for (each,) in groups) > 5
+    assert [i for (each,) in groups for i in each.tensors] == [i for i, spec in enumerate(specs) if spec.num_bytes]
+    assert max(each.num_bytes for (each,) in groups) == max(spec.num_bytes for spec in specs) > 20_000
+    for (each,) in groups:
+        wanted, is_known = receiver.installed_digests(receiver.version, each.tensors)
+        found = scrub.read(receiver.version, each)
+        assert (found == receiver.digests(each.tensors)).all() and ((found == wanted).all(axis=1) | ~is_known).all()
+
+
 def test_a_flipped_bit_fences_its_replica_by_name_and_a_donor_fills_it(checkpoint: Path, tmp_path: Path) -> None:
     with local_service(checkpoint, tmp_path, ("trtllm", "cutlass"), scrub_s=1.0) as service:
         events: list[pb.Event] = []

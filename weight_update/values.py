@@ -43,8 +43,9 @@ class Specs:
 
     def of(self, request: pb.BeginRequest) -> tuple[TensorSpec, ...] | None:
         """The very object of the last push where its tensors are the same; None where they must be said."""
-        if not request.tensors and request.tensors_hash:
-            return self._last[1] if self._last[0] == request.tensors_hash else None
+        if not request.tensors:
+            named = self._last if request.tensors_hash else (0, ())  # of a lease's renewal: none
+            return named[1] if named[0] == request.tensors_hash else None
         said = hash_of_specs(request)
         if self._last[0] != said:
             self._last = said, tuple(from_spec_proto(spec) for spec in request.tensors)
