@@ -293,9 +293,9 @@ def test_a_pause_that_an_earlier_release_wrote_is_read(tmp_path: Path) -> None:
     for version in (1, 2):
         columns = "version, base_version, txn, push_id, pushed_by, created_s, digest, digests, fingerprint, num_tensors"
         row = (version, 0, version, f"push {version}", "", 0.0, "", b"", "", 0, 0, 0, 0.0, 0.25)
+        places = ",".join("?" * len(row))
         index._db.execute(
-            f"INSERT INTO versions ({columns}, wire_bytes, logical_bytes, seconds, pause_s) VALUES ({','.join('?' * 14)})",
-            row,
+            f"INSERT INTO versions ({columns}, wire_bytes, logical_bytes, seconds, pause_s) VALUES ({places})", row
         )
     index.set_pause(2, 0.5)
     assert index.pauses() == {1: 0.25, 2: 0.5}

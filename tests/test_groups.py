@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -106,9 +107,7 @@ def test_a_stream_that_breaks_goes_on_and_no_payload_is_taken_for_another(
     assert service.bytes() == cold_bytes(tiny_llama(seed=5), tmp_path / "cold", LAYOUTS)
 
 
-def test_a_push_that_fails_ends_its_groups_and_the_next_one_makes_others(
-    service: LocalService, tmp_path: Path
-) -> None:
+def test_a_push_that_fails_ends_its_groups_and_the_next_one_makes_others(service: LocalService, tmp_path: Path) -> None:
     before, version = service.bytes(), current_version(service.address)
     with closing(Pusher(service.address, mode="full")) as pusher:
         assert pusher.push(tiny_llama(seed=6)).version == version + 1
@@ -138,6 +137,14 @@ def test_where_a_group_cannot_be_joined_payloads_go_over_grpc(
         report = pusher.push(tiny_llama(seed=8))
     assert report.digest_verified
     assert all("grpc (nccl: 127.0.0.1:1 of the rank cannot be reached" in way for way in report.transports)
+
+
+def test_a_rank_listens_where_its_service_does_and_nowhere_else() -> None:
+    group = Group.host("127.0.0.1", torch.device("cpu"))
+    listening = [each.laddr for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+    port = int(group.address.rpartition(":")[2])
+    assert [each.ip for each in listening if each.port == port] == ["127.0.0.1"]
+    group.abort()
 
 
 def test_an_end_that_is_alone_says_so_and_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:

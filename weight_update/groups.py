@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -86,8 +87,10 @@ class Group:
 
     @classmethod
     def host(cls, host: str, device: torch.device) -> Group:
-        """The rank's end, which listens on a port of its own."""
-        return cls(_store(host, 0, is_master=True), 1 - TRAINER, device)
+        """The rank's end, which listens on a port of its own at this address, and at no other."""
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        return cls(_store(host, port, is_master=True, master_listen_fd=listening.detach()), 1 - TRAINER, device)
 
     @classmethod
     def join(cls, address: str, device: torch.device) -> Group:
@@ -139,9 +142,9 @@ class Group:
             self._met.set()
 
 
-def _store(host: str, port: int, *, is_master: bool) -> Any:
+def _store(host: str, port: int, **options: Any) -> Any:
     wait = timedelta(seconds=JOIN_S)
-    return dist.TCPStore(host, port, world_size=2, is_master=is_master, timeout=wait, wait_for_workers=False)
+    return dist.TCPStore(host, port, world_size=2, timeout=wait, wait_for_workers=False, **options)
 
 
 class Groups:
