@@ -149,7 +149,7 @@ def push(
     push_id: Annotated[str | None, typer.Option(help="Pushing an id again returns its first outcome.")] = None,
     durable: Annotated[bool, typer.Option("--durable", help="Return once the version is stored, too.")] = False,
     transport: Annotated[
-        str, typer.Option(help="What the bytes go through: auto, shared-memory (on one host) or grpc.")
+        str, typer.Option(help="What the bytes go through: auto, cuda-ipc, nccl, shared-memory (on one host) or grpc.")
     ] = "auto",
     fan_out: Annotated[
         str, typer.Option(help="Rows to one replica, from whose rank to the others: auto, always or never.")

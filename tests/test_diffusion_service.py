@@ -273,9 +273,7 @@ def test_options_that_cannot_be_served_are_refused_before_any_process_starts(tmp
 # Every family and every format; each cell unsharded is above, and sharded the two do not meet.
 SHARDED = [
     ("flux", "nvfp4"),
-    ("flux", "int8_dynamic"),
     ("flux2", "fp8"),
-    ("qwen_image", "nvfp4"),
     ("qwen_image", "int8_dynamic"),
     ("wan", "fp8"),
 ]
