@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLICE_BYTES = 4 << 20  # read at a time under the receiver's lock: a few milliseconds
-DEVICE_BYTES, ANY = 256 << 20, 1 << 62  # in a GPU's memory, whose digests are made there: a tensor is never cut
+DEVICE_BYTES = 256 << 20  # in a GPU's memory, whose digests are made there: no tensor is cut
 SHARE = 0.9  # of the period that a round is spread over
 RETRY_S = 0.05
 ATTEMPTS = 20  # at one tensor, while commits come in between
@@ -39,11 +39,10 @@ TOLD_S = 0.1  # between two words on how far a re-read is
 
 
 class Slice(NamedTuple):
-    """What is read in one go: rows [first, stop) of one tensor, or all rows of several small ones."""
+    """What is read in one go: rows [first, stop) of one tensor, or with None all rows of several."""
 
     tensors: Sequence[int]
-    first: int
-    stop: int
+    rows: tuple[int, int] | None
     num_bytes: int
 
 
@@ -54,7 +53,7 @@ class Scrub:
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
         on_host = receiver.device.type == "cpu"
-        self.groups = list(self._grouped(SLICE_BYTES, SLICE_BYTES) if on_host else self._grouped(DEVICE_BYTES, ANY))
+        self.groups = list(self._grouped(SLICE_BYTES if on_host else DEVICE_BYTES, cut=on_host))
         self.num_slices = sum(map(len, self.groups))
 
     def look(self, group: Sequence[Slice], pace: Callable[[], bool]) -> str:
@@ -81,12 +80,12 @@ class Scrub:
     def read(self, version: int, each: Slice) -> Digests:
         """What the rows of a slice add to the digests of its tensors, [n, 2]; VersionError unless they are this
         version's."""
-        tensor, receiver = each.tensors[0], self._receiver
-        if len(each.tensors) > 1 or each.stop - each.first == receiver.row_stop[tensor] - receiver.row_start[tensor]:
+        receiver = self._receiver
+        if each.rows is None:
             return receiver.read_back(version, each.tensors)
-        rows = receiver.rows(version, tensor, each.first, each.stop)
+        (tensor,), (first, stop) = each.tensors, each.rows
         key = name_key(receiver.manifest.tensors[tensor].name)
-        return np.array([digest_rows(key, rows, each.first)], np.uint64)
+        return np.array([digest_rows(key, receiver.rows(version, tensor, first, stop), first)], np.uint64)
 
     def _read(self, version: int, group: Sequence[Slice], pace: Callable[[], bool]) -> Digests | None:
         found = np.zeros((len(group[0].tensors), 2), np.uint64)
@@ -96,30 +95,26 @@ class Scrub:
             found += self.read(version, each)
         return found
 
-    def _grouped(self, group_bytes: int, slice_bytes: int) -> Iterator[list[Slice]]:
-        """The tensors in their order: small ones together, and each larger one in slices."""
+    def _grouped(self, slice_bytes: int, *, cut: bool) -> Iterator[list[Slice]]:
+        """The tensors in their order: small ones together; each larger one by itself, cut into slices or whole."""
         receiver = self._receiver
         row_bytes = np.array([spec.row_bytes for spec in receiver.manifest.tensors], np.int64)
         sizes = (receiver.row_stop - receiver.row_start) * row_bytes
         small, small_bytes = list[int](), 0
         for index in np.flatnonzero(sizes).tolist():
-            if small and small_bytes + sizes[index] > group_bytes:
-                yield self._together(small, small_bytes)
+            if small and small_bytes + sizes[index] > slice_bytes:
+                yield [Slice(small, None, small_bytes)]
                 small, small_bytes = [], 0
-            if sizes[index] < group_bytes:
+            if sizes[index] < slice_bytes or not cut:
                 small.append(index)
                 small_bytes += int(sizes[index])
                 continue
             step = max(1, slice_bytes // int(row_bytes[index]))
             start, stop = int(receiver.row_start[index]), int(receiver.row_stop[index])
             edges = [*range(start, stop, step), stop]
-            yield [Slice([index], a, b, (b - a) * int(row_bytes[index])) for a, b in pairwise(edges)]
+            yield [Slice([index], (a, b), (b - a) * int(row_bytes[index])) for a, b in pairwise(edges)]
         if small:
-            yield self._together(small, small_bytes)
-
-    def _together(self, tensors: list[int], num_bytes: int) -> list[Slice]:
-        first, stop = (int(each[tensors[0]]) for each in (self._receiver.row_start, self._receiver.row_stop))
-        return [Slice(tensors, first, stop, num_bytes)]
+            yield [Slice(small, None, small_bytes)]
 
 
 def reread(receiver: Receiver, version: int, share: float) -> Iterator[pb.MemberRereadReply]:

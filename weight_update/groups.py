@@ -24,9 +24,10 @@ import torch.distributed
 from torch import Tensor
 
 from .chunks import Chunk, Packet
+from .device_rings import DeviceWriter
 from .errors import TransferError
 from .gathering import Gathered
-from .rings import TOKEN_BYTES, RingWriter
+from .rings import TOKEN_BYTES
 
 dist: Any = torch.distributed  # its stubs leave out stores and backends
 
@@ -225,38 +226,21 @@ class GroupRing:
         """The memory goes with the last view of it; the group is its owner's."""
 
 
-class GroupWriter(RingWriter):
-    """The sender's end: memory of as many bytes, out of which payloads are sent."""
+class GroupWriter(DeviceWriter):
+    """The sender's end: memory of its own, out of which payloads are sent."""
 
     def __init__(self, num_bytes: int, token: bytes, group: Group, device: torch.device) -> None:
-        self._memory: Any = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        super().__init__(torch.empty(num_bytes, dtype=torch.uint8, device=device), token)
         self._group = group
         self._sent: deque[Any] = deque()
-        self._begin(token)
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._memory.numel())
 
     def put(self, packet: Packet, at: int) -> bytes:
-        """Send a payload: what leaves is in one piece."""
-        data = self._memory[at : at + packet.payload_bytes]
-        if isinstance(packet, Gathered):
-            packet.gather(data.data_ptr())
-            with torch.cuda.stream(packet.stream):
-                self._sent.append(self._group.send(data))
-            return packet.in_ring(at)
-        if data.is_cuda:
-            data.copy_(torch.cat([each.to(data.device) for each in map(_tensor, packet.pieces)]))
-        else:
-            packet.put(data.numpy())
-        self._sent.append(self._group.send(data))
-        return packet.in_ring(at)
+        """Bring the pieces together, and send them behind that."""
+        message = super().put(packet, at)
+        with torch.cuda.stream(packet.stream) if isinstance(packet, Gathered) else nullcontext():
+            self._sent.append(self._group.send(self._memory[at : at + packet.payload_bytes]))
+        return message
 
     def free(self) -> None:
         super().free()
         self._sent.popleft()
-
-
-def _tensor(piece: memoryview | Tensor) -> Tensor:
-    return piece if isinstance(piece, Tensor) else torch.frombuffer(bytearray(piece), dtype=torch.uint8)
