@@ -204,7 +204,7 @@ SCONTROL = """#!/usr/bin/env bash
 [[ $1 == show ]] && printf 'node1\\nnode2\\n' || echo "scontrol $*" >>"$CALLS"
 """
 NODE = """#!/usr/bin/env bash
-trap 'echo "drained ${@: -1}" >>"$CALLS"; exit 0' TERM
+trap 'echo "drained ${@: -1}" >>"$CALLS"; [[ ${@: -1} == --head ]] || sleep 0.5; exit 0' TERM # the head is first
 cp "$2" "$CALLS.toml"
 sleep 60 & wait
 """
