@@ -84,9 +84,9 @@ class Digests(_message.Message):
     __slots__ = ("lane0", "lane1")
     LANE0_FIELD_NUMBER: _ClassVar[int]
     LANE1_FIELD_NUMBER: _ClassVar[int]
-    lane0: _containers.RepeatedScalarFieldContainer[int]
-    lane1: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lane0: _Optional[_Iterable[int]] = ..., lane1: _Optional[_Iterable[int]] = ...) -> None: ...
+    lane0: bytes
+    lane1: bytes
+    def __init__(self, lane0: _Optional[bytes] = ..., lane1: _Optional[bytes] = ...) -> None: ...
 
 class VersionInfo(_message.Message):
     __slots__ = ("version", "base_version", "push_id", "digest", "created_s", "wire_bytes", "logical_bytes", "num_tensors", "pushed_by", "state", "seconds", "pause_s", "step", "reachable", "durable", "restores")
@@ -181,16 +181,14 @@ class BeginRequest(_message.Message):
     def __init__(self, push_id: _Optional[str] = ..., base_version: _Optional[int] = ..., fingerprint: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., pushed_by: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., num_streams: _Optional[int] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., step: _Optional[int] = ..., keys: _Optional[_Iterable[str]] = ..., tensors_hash: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("base_version", "base_digest", "changed", "ranks")
+    __slots__ = ("base_version", "base_digest", "ranks")
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    CHANGED_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     base_version: int
     base_digest: str
-    changed: _containers.RepeatedScalarFieldContainer[int]
     ranks: _containers.RepeatedCompositeFieldContainer[RankDelta]
-    def __init__(self, base_version: _Optional[int] = ..., base_digest: _Optional[str] = ..., changed: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[_Union[RankDelta, _Mapping]]] = ...) -> None: ...
+    def __init__(self, base_version: _Optional[int] = ..., base_digest: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankDelta, _Mapping]]] = ...) -> None: ...
 
 class RankDelta(_message.Message):
     __slots__ = ("replica", "rank", "blobs")

@@ -36,7 +36,8 @@ RAGGED_WORDS = 4096
 FLAT = (1024, 512, 256, 128, 64, 32, 16)  # rows that are only compared with or written to checkpoint form
 DIFF_ELEMENTS = 1024  # the one width at which its bytes were proven
 PLAIN_TILES = {256: (16, 256, 2)}  # one warp gives other bytes there
-ROOM = 32  # changes that a program of `diff_nvfp4` notes; with more, compare whole matrices instead
+ROOM = 32  # words of codes that a program of a diff notes; with more, compare whole matrices instead
+COUNTED_TILES, LISTED_TILES = 256, 32  # whose notes one program counts, lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,26 +96,19 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Changes:
-    """Changed bytes of one component of the matrices of a batch, in the order of matrices and positions.
+class Changed:
+    """Changed bytes, in the order of parts and positions, on the device: int32 number of the part, int64 byte in the
+    part's tensor, uint8 new less old."""
 
-    matrix: int32 [n]. position: int64 [n], byte in the matrix' checkpoint form. difference, value: uint8 [n], new less
-    old and new. All on the device.
-    """
-
-    matrix: Tensor
+    part: Tensor
     position: Tensor
     difference: Tensor
-    value: Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Diff:
-    """What is not as it was. overflowed: some program found more than it could note; compare whole matrices instead."""
-
-    weight: Changes
-    block_scale: Changes
-    overflowed: bool
+    @classmethod
+    def empty(cls, count: int, device: torch.device) -> Changed:
+        columns = (torch.empty(count, dtype=each, device=device) for each in (torch.int32, torch.int64, torch.uint8))
+        part, position, difference = columns
+        return cls(part=part, position=position, difference=difference)
 
 
 @cache
@@ -291,61 +285,88 @@ def encode_nvfp4(batch: Batch, table: Tensor) -> None:
 # ---------------------------------------------------------------- what changed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Notes:
-    """What `note_nvfp4` writes: int32 [programs], and twice int32 [programs, ROOM]."""
+    """What `note_nvfp4` writes of as many programs: see the kernel. most: int32 [1], above ROOM where some word of
+    codes found no room, so that whole matrices are to be compared instead."""
 
-    counts: Tensor
-    notes: Tensor
-    values: Tensor
+    def __init__(self, programs: int, device: torch.device) -> None:
+        self.nums = torch.empty(programs, dtype=torch.int32, device=device)
+        self.words = [torch.empty(programs, ROOM, dtype=torch.int32, device=device) for _ in range(3)]
+        self.most = torch.zeros(1, dtype=torch.int32, device=device)
 
-
-def diff_nvfp4(batch: Batch, table: Tensor) -> Diff:
-    """What differs between the matrices, encoded, and what lies at their weight and block_scale, in checkpoint form."""
-    if not batch.plain:
-        raise ValueError("a diff: only against checkpoint form")
-    programs, device = batch.programs, batch.table.device
-    if batch.elements != DIFF_ELEMENTS:
-        return Diff(weight=_changes(0, device), block_scale=_changes(0, device), overflowed=True)
-    noted = note_nvfp4(batch, table)
-    shape = {"TILES": 4, "ROOM": ROOM, "K": batch.elements, "FIELDS": _loops().FIELDS}
-    arguments = (batch.table, batch.tiles, noted.counts, noted.notes, noted.values, programs)
-    grid = (-(-programs // 4),)
-    counts = torch.empty(2, programs, dtype=torch.int32, device=device)
-    run("count_notes", device, grid, *arguments, counts, **shape)
-    before = counts.cumsum(1)
-    ends = torch.cat([before[:, -1], noted.counts.amax().long()[None]]).tolist()
-    if ends[2] > ROOM:
-        return Diff(weight=_changes(0, device), block_scale=_changes(0, device), overflowed=True)
-    before -= counts
-    weight, scale = _changes(ends[0], device), _changes(ends[1], device)
-    out = [(part.matrix, part.position, part.difference, part.value) for part in (weight, scale)]
-    if ends[0] or ends[1]:
-        run("sort_notes", device, grid, *arguments, before, *out[0], *out[1], **shape)
-    return Diff(weight=weight, block_scale=scale, overflowed=False)
+    def of(self, first: int, programs: int) -> tuple[Tensor, ...]:
+        """Those of some programs."""
+        stop = first + programs
+        return self.nums[first:stop], *(each[first:stop] for each in self.words)
 
 
-def note_nvfp4(batch: Batch, table: Tensor, noted: Notes | None = None) -> Notes:
-    """The first kernel of `diff_nvfp4` alone."""
-    if noted is None:
-        count, device = batch.programs, batch.table.device
-        places = (torch.empty(count, ROOM, dtype=torch.int32, device=device) for _ in range(2))
-        noted = Notes(torch.zeros(count, dtype=torch.int32, device=device), *places)
-    else:
-        noted.counts.zero_()
-    _launch(
-        "diff_nvfp4", batch, batch.table, batch.tiles, table, noted.counts, noted.notes, noted.values, ROOM=ROOM
+def is_noted(batch: Batch) -> bool:
+    """Whether `note_nvfp4` takes a batch: in checkpoint form, in whole pieces of DIFF_ELEMENTS weights."""
+    return batch.plain and batch.elements == DIFF_ELEMENTS
+
+
+def tiles_a_matrix(elements: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many slots the codes of matrices with so many elements take in a diff, and their block scales, too."""
+    return -(-(elements // DIFF_ELEMENTS) // tile_of(DIFF_ELEMENTS)[0])
+
+
+def places_of(batch: Batch) -> Tensor:
+    """Places for a batch alone: part 2 i is matrix i's codes, 2 i + 1 its block scales."""
+    tiles = tiles_a_matrix(batch.table[:, 3].cpu().numpy() * batch.elements)
+    part = np.arange(len(tiles))
+    ahead, none = 2 * (np.cumsum(tiles) - tiles), np.zeros_like(part)
+    columns = np.stack([ahead, ahead + tiles, 2 * part, 2 * part + 1, none, none], axis=1)
+    return torch.from_numpy(columns).to(batch.table.device)
+
+
+def note_nvfp4(batch: Batch, scales: Tensor, notes: Notes, first: int = 0) -> None:
+    """Encode the matrices of a batch that `is_noted`, and note what is not as it lies at their weight and block_scale.
+
+    scales: a `scale_table`. first: of the programs of the notes.
+    """
+    nums, *words = notes.of(first, batch.programs)
+    nums.zero_()
+    _launch("diff_nvfp4", batch, batch.table, batch.tiles, scales, nums, *words, ROOM=ROOM)
+
+
+def count_nvfp4(batch: Batch, places: Tensor, notes: Notes, counts: Tensor, first: int = 0) -> None:
+    """counts: int32, by slot, how many bytes changed. places: int64 [matrices, 6]: slot of the first tile of codes and
+    of block scales, numbers of both parts, first byte of both in their tensors."""
+    nums, *_ = notes.of(first, batch.programs)
+    arguments = (batch.tiles, places, nums, batch.programs, counts, notes.most)
+    grid = (-(-batch.programs // COUNTED_TILES),)
+    run(
+        "count_nvfp4", batch.table.device, grid, *arguments, BLOCK=COUNTED_TILES, ROOM=ROOM, BN=batch.block[0]
     )  # fmt: skip
-    return noted
 
 
-def _changes(count: int, device: torch.device) -> Changes:
-    return Changes(
-        matrix=torch.empty(count, dtype=torch.int32, device=device),
-        position=torch.empty(count, dtype=torch.int64, device=device),
-        difference=torch.empty(count, dtype=torch.uint8, device=device),
-        value=torch.empty(count, dtype=torch.uint8, device=device),
-    )
+def list_nvfp4(batch: Batch, places: Tensor, before: Tensor, notes: Notes, out: Changed, first: int = 0) -> None:
+    """What was noted of a batch, each byte to its place in `out`. before: int64, by slot, how many come before its."""
+    nums, *words = notes.of(first, batch.programs)
+    columns = (out.part, out.position, out.difference)
+    shape = {"TILES": LISTED_TILES, "ROOM": ROOM, "K": batch.elements, "BN": batch.block[0]}
+    grid = (-(-batch.programs // LISTED_TILES),)
+    arguments = (batch.tiles, places, before, nums, *words, batch.programs, *columns)
+    run("list_nvfp4", batch.table.device, grid, *arguments, **shape)
+
+
+def diff_nvfp4(batch: Batch, scales: Tensor) -> Changed | None:
+    """What differs between the matrices, encoded, and what lies at their weight and block_scale, by parts as of
+    `places_of`. None where a comparison of whole matrices is needed. Waits for the count."""
+    if not is_noted(batch):
+        return None
+    device = batch.table.device
+    places, notes = places_of(batch), Notes(batch.programs, device)
+    counts = torch.empty(2 * batch.programs, dtype=torch.int32, device=device)
+    note_nvfp4(batch, scales, notes)
+    count_nvfp4(batch, places, notes, counts)
+    ends = counts.cumsum(0)
+    total, most = torch.cat([ends[-1:], notes.most]).tolist()
+    if most > ROOM:
+        return None
+    found = Changed.empty(total, device)
+    list_nvfp4(batch, places, ends - counts, notes, found)
+    return found
 
 
 def _launch(name: str, batch: Batch, *arguments: object, **constants: object) -> None:

@@ -199,15 +199,29 @@ def amax(sources, tiles, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
 
 # ---------------------------------------------------------------- what changed
 
+# Where the changed bytes of a matrix go, as columns: the slots of its first tile's codes and block scales in the order
+# of everything that is compared, the numbers of these two parts, and the first byte of each in its tensor.
+SLOT, SCALE_SLOT, PART, SCALE_PART, FIRST, SCALE_FIRST = range(6)
+
 
 @triton.jit
-def diff_nvfp4(sources, tiles, scales, counts, notes, values, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _changed_bytes(differ):
+    """How many bytes of each word are not zero: 0x80 in each of them, by way of its low seven bits."""
+    some = ((((differ & 0x7F7F7F7F) + 0x7F7F7F7F) | differ) >> 7) & 0x01010101
+    return (some * 0x01010101) >> 24
+
+
+@triton.jit
+def diff_nvfp4(sources, tiles, scales, nums, notes, news, olds, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                ROOM: tl.constexpr, EVEN: tl.constexpr, FIELDS: tl.constexpr):
     """Encode, compare with what lies at WEIGHT and SCALE, and note the words of codes that differ, or whose scale does.
 
-    counts: int32 [programs], zeros. notes, values: int32 [programs, ROOM], in no order: number of the word in the tile
-    << 16 | its scale as it should be, and its codes as they should be. What finds no room is only counted. BK is K.
+    nums: int32 [programs], zeros before: three counts in one number, words noted in the low 10 bits, changed bytes of
+    codes in the next 12, changed scales in the rest; a tile has 512 words. notes, news, olds: int32 [programs, ROOM],
+    in no order: number of the word in the tile << 22 | its scale as it should be << 14 | as it is << 6, its codes as
+    they should be and as they are. What finds no room is only counted. BK is K.
     """
+    tl.static_assert(BN * BK == 4096)
     program = tl.program_id(0)
     source, rows, inside = _tile(sources, tiles, program, BN, FIELDS)
     w = tl.load(source + 1).to(tl.pointer_type(tl.int32))
@@ -219,88 +233,72 @@ def diff_nvfp4(sources, tiles, scales, counts, notes, values, K: tl.constexpr, B
     s_old = tl.load(s + (wide * (K // 16) + columns), mask=mask, other=0)
     scale = scales + 3 * tl.load(source + 7)
     codes, s8 = _nvfp4(v, tl.load(scale), tl.load(scale + 1), tl.load(scale + 2), BN, BK)
-    both = (s8.to(tl.int32) << 8) | (s_old ^ s8).to(tl.int32)
+    both = (s8.to(tl.int32) << 8) | s_old.to(tl.int32)
     both = tl.reshape(tl.broadcast_to(both[:, :, None], (BN, BK // 16, 2)), (BN, BK // 8))
-    changed = (((codes ^ w_old) | (both & 255)) != 0) & mask
-    slot = tl.atomic_add(counts + program + tl.zeros_like(codes), 1, mask=changed, sem="relaxed")
-    keep = changed & (slot < ROOM)
-    note = ((tl.arange(0, BN)[:, None] * (K // 8) + words) << 16) | (both >> 8)
-    tl.store(notes + program * ROOM + slot, note, mask=keep)
-    tl.store(values + program * ROOM + slot, codes, mask=keep)
+    differ = codes ^ w_old
+    rescaled = (((both >> 8) ^ both) & 255) != 0
+    noted = ((differ != 0) | rescaled) & mask
+    rescaled = rescaled & (words % 2 == 0)
+    count = 1 | (_changed_bytes(differ) << 10) | (rescaled.to(tl.int32) << 22)
+    slot = tl.atomic_add(nums + program + tl.zeros_like(codes), count, mask=noted, sem="relaxed") & 1023
+    keep = noted & (slot < ROOM)
+    at = program * ROOM + slot
+    tl.store(notes + at, ((tl.arange(0, BN)[:, None] * (K // 8) + words) << 22) | (both << 6), mask=keep)
+    tl.store(news + at, codes, mask=keep)
+    tl.store(olds + at, w_old, mask=keep)
 
 
-@triton.jit
-def _notes(sources, tiles, counts, notes, values, programs, TILES: tl.constexpr, ROOM: tl.constexpr, K: tl.constexpr,
-           FIELDS: tl.constexpr):
-    """Notes of TILES programs, [TILES, ROOM]: number of the word, codes and scales new and as they are, which are
-    there, and for each program its matrix and first row."""
+@triton.jit(do_not_specialize=["programs"])
+def count_nvfp4(tiles, places, nums, programs, counts, most, BLOCK: tl.constexpr, ROOM: tl.constexpr, BN: tl.constexpr):
+    """What was noted, by slot: counts, int32. most: int32 [1], the largest number of words where some found no room."""
+    program = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = program < programs
+    num = tl.load(nums + program, mask=there, other=0)
+    place = places + tl.load(tiles + 2 * program, mask=there, other=0).to(tl.int64) * 6
+    tile = tl.load(tiles + 2 * program + 1, mask=there, other=0) // BN
+    tl.store(counts + tl.load(place, mask=there, other=0) + tile, (num >> 10) & 4095, mask=there)
+    tl.store(counts + tl.load(place + 1, mask=there, other=0) + tile, num >> 22, mask=there)
+    largest = tl.max(num & 1023, axis=0)
+    tl.atomic_max(most, largest, mask=largest > ROOM)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def list_nvfp4(tiles, places, before, nums, notes, news, olds, programs, parts, positions, differences,
+               TILES: tl.constexpr, ROOM: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
+    """Changed bytes in the order of their places. before: int64, by slot, how many come before its own."""
     program = tl.program_id(0) * TILES + tl.arange(0, TILES)
     there = program < programs
-    slot = tl.arange(0, ROOM)
-    mask = slot[None, :] < tl.load(counts + program, mask=there, other=0)[:, None]
-    note = tl.load(notes + program[:, None] * ROOM + slot[None, :], mask=mask, other=0)
-    new = tl.load(values + program[:, None] * ROOM + slot[None, :], mask=mask, other=0)
-    matrix = tl.load(tiles + 2 * program, mask=there, other=0)
-    row0 = tl.load(tiles + 2 * program + 1, mask=there, other=0).to(tl.int64)
-    source = sources + matrix.to(tl.int64) * FIELDS
-    word = note >> 16
-    w = tl.load(source + 1, mask=there, other=0) + row0 * (K // 2)
-    s = tl.load(source + 2, mask=there, other=0) + row0 * (K // 16)
-    old = tl.load((w[:, None] + word * 4).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
-    s_old = tl.load((s[:, None] + word // 2).to(tl.pointer_type(tl.uint8)), mask=mask, other=0).to(tl.int32)
-    s_new = tl.where(mask, note & 255, s_old)
-    new = tl.where(mask, new, old)
-    rescaled = (mask & (s_new != s_old) & (word % 2 == 0)).to(tl.int32)
-    return program, there, matrix, row0, tl.where(mask, word, 1 << 20), old, new, s_old, s_new, rescaled
-
-
-@triton.jit
-def _changed_bytes(old, new):
-    count = tl.zeros_like(old)
+    slot = tl.arange(0, ROOM)[None, :]
+    mask = slot < (tl.load(nums + program, mask=there, other=0) & 1023)[:, None]
+    first = program.to(tl.int64)[:, None] * ROOM
+    note = tl.sort(tl.load(notes + first + slot, mask=mask, other=0x7FFFFFC0) | slot, dim=1)
+    at = first + (note & 63)
+    new, old = tl.load(news + at, mask=mask, other=0), tl.load(olds + at, mask=mask, other=0)
+    differ = new ^ old
+    place = places + tl.load(tiles + 2 * program, mask=there, other=0).to(tl.int64) * 6
+    row0 = tl.load(tiles + 2 * program + 1, mask=there, other=0)
+    word = note >> 22
+    count = _changed_bytes(differ)
+    at = tl.load(before + tl.load(place, mask=there, other=0) + row0 // BN, mask=there, other=0)[:, None]
+    at += tl.cumsum(count, axis=1) - count
+    owner = tl.broadcast_to(tl.load(place + 2, mask=there, other=0).to(tl.int32)[:, None], word.shape)
+    position = tl.load(place + 4, mask=there, other=0)[:, None] + row0.to(tl.int64)[:, None] * (K // 2) + word * 4
     for i in tl.static_range(4):
-        count += ((((old ^ new) >> (8 * i)) & 255) != 0).to(tl.int32)
-    return count
-
-
-@triton.jit
-def count_notes(sources, tiles, counts, notes, values, programs, out, TILES: tl.constexpr, ROOM: tl.constexpr,
-                K: tl.constexpr, FIELDS: tl.constexpr):
-    """Changed bytes of codes and of scales of every program: int32 [2, programs]."""
-    program, there, _, _, _, old, new, _, _, rescaled = _notes(
-        sources, tiles, counts, notes, values, programs, TILES, ROOM, K, FIELDS
-    )
-    tl.store(out + program, tl.sum(_changed_bytes(old, new), axis=1), mask=there)
-    tl.store(out + programs + program, tl.sum(rescaled, axis=1), mask=there)
-
-
-@triton.jit
-def sort_notes(sources, tiles, counts, notes, values, programs, before, matrices, positions, differences, bytes_,
-               s_matrices, s_positions, s_differences, s_bytes, TILES: tl.constexpr, ROOM: tl.constexpr,
-               K: tl.constexpr, FIELDS: tl.constexpr):
-    """Changed bytes in the order of their places. before: int64 [2, programs], how many come before each program's."""
-    program, there, matrix, row0, word, old, new, s_old, s_new, rescaled = _notes(
-        sources, tiles, counts, notes, values, programs, TILES, ROOM, K, FIELDS
-    )
-    ahead = word[:, None, :] < word[:, :, None]
-    count = _changed_bytes(old, new)
-    at = tl.load(before + program, mask=there, other=0)[:, None]
-    at += tl.sum(tl.where(ahead, count[:, None, :], 0), axis=2)
-    owner = tl.broadcast_to(matrix[:, None], word.shape)
-    for i in tl.static_range(4):
-        byte, was = (new >> (8 * i)) & 255, (old >> (8 * i)) & 255
-        here = byte != was
-        tl.store(matrices + at, owner, mask=here)
-        tl.store(positions + at, row0[:, None] * (K // 2) + word * 4 + i, mask=here)
-        tl.store(differences + at, (byte - was).to(tl.uint8), mask=here)
-        tl.store(bytes_ + at, byte.to(tl.uint8), mask=here)
+        here = ((differ >> (8 * i)) & 255) != 0
+        tl.store(parts + at, owner, mask=here)
+        tl.store(positions + at, position + i, mask=here)
+        tl.store(differences + at, ((new >> (8 * i)) - (old >> (8 * i))).to(tl.uint8), mask=here)
         at += here.to(tl.int64)
-    at = tl.load(before + programs + program, mask=there, other=0)[:, None]
-    at += tl.sum(tl.where(ahead, rescaled[:, None, :], 0), axis=2)
-    here = rescaled != 0
-    tl.store(s_matrices + at, owner, mask=here)
-    tl.store(s_positions + at, row0[:, None] * (K // 16) + word // 2, mask=here)
-    tl.store(s_differences + at, (s_new - s_old).to(tl.uint8), mask=here)
-    tl.store(s_bytes + at, s_new.to(tl.uint8), mask=here)
+    scale, was = note >> 14, note >> 6
+    here = mask & (((scale ^ was) & 255) != 0) & (word % 2 == 0)
+    count = here.to(tl.int32)
+    at = tl.load(before + tl.load(place + 1, mask=there, other=0) + row0 // BN, mask=there, other=0)[:, None]
+    at += tl.cumsum(count, axis=1) - count
+    owner = tl.broadcast_to(tl.load(place + 3, mask=there, other=0).to(tl.int32)[:, None], word.shape)
+    position = tl.load(place + 5, mask=there, other=0)[:, None] + row0.to(tl.int64)[:, None] * (K // 16) + word // 2
+    tl.store(parts + at, owner, mask=here)
+    tl.store(positions + at, position, mask=here)
+    tl.store(differences + at, (scale - was).to(tl.uint8), mask=here)
 
 
 # ---------------------------------------------------------------- FP8 and MX, one matrix a launch

@@ -14,7 +14,7 @@ import numpy as np
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
 from weight_update.channels import PLAINTEXT, Channels
-from weight_update.digest import Digests, total
+from weight_update.digest import Digests, total, unlike
 from weight_update.errors import DigestError, MemberError, VersionError, WeightUpdateError, raise_all
 from weight_update.manifest import Manifest
 from weight_update.messages import Decision, Donor, MemberId, Send
@@ -143,7 +143,7 @@ def differing(
     return [
         f"replica {replica}: {manifest.tensors[i].name}"
         for replica, each in replica_sums(found).items()
-        for i in np.flatnonzero((each != of_held(committed, held(replica))).any(axis=1))
+        for i in np.flatnonzero(unlike(each, of_held(committed, held(replica))))
     ]
 
 
@@ -161,7 +161,7 @@ def first_version(
         held = manifest.held_by(formats[replica])
         agreed[held & ~known] = each[held & ~known]
         known |= held
-        differs = np.flatnonzero((each != of_held(agreed, held)).any(axis=1))
+        differs = np.flatnonzero(unlike(each, of_held(agreed, held)))
         problems += [f"{manifest.tensors[i].name}: replica {replica} differs from those before it" for i in differs]
     raise_all(DigestError, f"the replicas loaded different bytes of {source}", problems)
     return Decision(

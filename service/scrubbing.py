@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import transfuse_pb2 as pb
-from weight_update.digest import Digests, digest_rows, name_key
+from weight_update.digest import Digests, digest_rows, name_key, unlike
 from weight_update.errors import BusyError, PlanError, VersionError
 from weight_update.values import to_digests_proto
 
@@ -73,7 +73,7 @@ class Scrub:
             names = [receiver.manifest.tensors[i].name for i in tensors]
             return "; ".join(
                 f"scrub: {names[i]} reads {_hex(found[i])}, installed was {_hex(wanted[i])} as version {version}"
-                for i in np.flatnonzero(is_known & (found != wanted).any(axis=1)).tolist()
+                for i in np.flatnonzero(is_known & unlike(found, wanted)).tolist()
             )
         return ""
 

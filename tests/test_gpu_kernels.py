@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -139,21 +141,33 @@ def test_diff_finds_what_changed_and_nothing_else(shape: tuple[int, int]) -> Non
     batch, table = cuda.plan_batch(matrices), cuda.scale_table(torch.tensor([3e-5, 2e-5], device="cuda"))
     cuda.encode_nvfp4(batch, table)
     found = cuda.diff_nvfp4(batch, table)
-    assert not found.overflowed and not len(found.weight.position) and not len(found.block_scale.position)
+    assert found is not None and not len(found.position)
     new = [(each.weight.clone(), each.block_scale.clone()) for each in matrices]
     for each in matrices:
         for part, count in ((each.weight, 20), (each.block_scale, 3)):
             at = torch.randperm(part.numel(), device="cuda")[:count]
             part.view(-1)[at] += torch.randint(1, 256, (count,), device="cuda").to(torch.uint8)
     found = cuda.diff_nvfp4(batch, table)
-    for part, index in ((found.weight, 0), (found.block_scale, 1)):
-        old = [each.weight if index == 0 else each.block_scale for each in matrices]
-        for i in range(4):
-            now, was, here = new[i][index].view(-1), old[i].view(-1), part.matrix == i
-            expected = (now != was).nonzero().flatten()
-            assert torch.equal(part.position[here], expected)
-            assert torch.equal(part.value[here], now[expected])
-            assert torch.equal(part.difference[here], now[expected] - was[expected])
+    assert found is not None and found.part.tolist() == sorted(found.part.tolist())
+    for i, index in product(range(4), range(2)):
+        old = matrices[i].weight if index == 0 else matrices[i].block_scale
+        now, was, here = new[i][index].view(-1), old.view(-1), found.part == 2 * i + index
+        expected = (now != was).nonzero().flatten()
+        assert torch.equal(found.position[here], expected)
+        assert torch.equal(found.difference[here], now[expected] - was[expected])
+
+
+def test_a_diff_of_more_than_is_noted_is_left_to_a_comparison() -> None:
+    matrices = checkpoint_form([(768, 2048)] * 2)
+    batch, table = cuda.plan_batch(matrices), cuda.scale_table(torch.tensor([3e-5], device="cuda"))
+    cuda.encode_nvfp4(batch, table)
+    words = matrices[1].weight.view(-1)[: 4 * (cuda.ROOM + 1)].view(-1, 4)
+    words[: cuda.ROOM] ^= 255  # every byte of as many words as there is room for
+    found = cuda.diff_nvfp4(batch, table)
+    assert found is not None and found.position.tolist() == list(range(4 * cuda.ROOM))
+    assert set(found.part.tolist()) == {2}
+    words[cuda.ROOM, 3] ^= 1
+    assert cuda.diff_nvfp4(batch, table) is None
 
 
 ROWS = [
@@ -226,4 +240,4 @@ def test_a_scale_beyond_the_kernel_is_left_to_the_twin() -> None:
 
 def test_a_diff_of_other_widths_is_left_to_a_comparison() -> None:
     batch = cuda.plan_batch(checkpoint_form([(33, 48)]))
-    assert cuda.diff_nvfp4(batch, cuda.scale_table(torch.ones(1, device="cuda"))).overflowed
+    assert cuda.diff_nvfp4(batch, cuda.scale_table(torch.ones(1, device="cuda"))) is None

@@ -84,6 +84,44 @@ def test_bytes_are_those_of_a_push_from_the_host(services: tuple[Any, Any], tran
         pusher.close()
 
 
+# Whole pieces of 1,024 weights everywhere: codes are compared as they are encoded.
+NOTED = Shape(layers=3, experts=4, hidden=256, inter=128, query=256, key=128, head=64, vocab=320)
+
+
+def test_what_changed_is_found_as_it_is_encoded(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over many steps; more than is noted in one place, and a scale that no batch takes, go through scratch."""
+    monkeypatch.setattr("weight_update.forms.STEP_BYTES", 300_000)
+    folders = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("host")
+    with served(NOTED, "cuda:0", folders[0]) as gpu, served(NOTED, "cpu", folders[1]) as host:
+        pushers = Pusher(gpu.address, keep="cuda:0"), Pusher(host.address)
+        weights = weights_of(NOTED, "cpu", seed=1)
+        push_both((gpu, host), pushers, weights)
+
+        def push() -> dict[bool, int]:
+            report = push_both((gpu, host), pushers, weights)
+            assert report.mode == "delta", report.reason
+            comparisons = pushers[0]._retained._comparisons
+            assert comparisons is not None
+            found = [direct for _, direct in comparisons._tables]
+            return {each: found.count(each) for each in (True, False)}
+
+        for seed in range(3):
+            for _, tensor in weights[seed::3]:
+                tensor.view(-1)[seed :: 1 + tensor.numel() // 5].neg_()  # no scale moves
+            tables = push()
+        assert tables[True] > 3 and not tables[False]
+        weights[33][1].view(-1)[:1024].neg_()
+        assert push()[False] == 1
+        weights[60][1].mul_(2.0**-120)
+        assert push()[False] == 2
+        weights[60][1].mul_(2.0**120)
+        push()
+        for pusher in pushers:
+            pusher.close()
+
+
 def test_what_no_kernel_takes_at_once_goes_along(services: tuple[Any, Any]) -> None:
     """FP32 masters, rows that are no contiguous memory, tensors of the host, a scope of some tensors."""
     gpu, host = services

@@ -99,7 +99,6 @@ class Attempt:
         """Open the transaction; where another is open, do as on_busy says."""
         self._deciding, self.num_begun = False, self.num_begun + 1
         delta, self._passing = self._delta(), self.fans_out and self._passes_on()
-        self.num_changed = len(self.plan.specs) if delta is None else len(delta.changed)
         reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
         self.clock.stop("begin")
         return reply
@@ -185,18 +184,18 @@ class Attempt:
     def _delta(self) -> DeltaPlan | None:
         """Pack the changes; what every rank gets, from all trainer ranks."""
         if isinstance(self.content, Whole):
+            self.num_changed = len(self.plan.specs)
             return None
         to = destinations_of(self.described.ranks)
         links = self._links()
         on_device = [all(links[i].transport in ON_DEVICE for i in each.ranks) for each in to]
         self._packed = pack_for(self.content, to, on_device)
-        everywhere = self.ranks.gather(([size for _, size in self._packed], self.content.changed))
-        ranks = announced(self.described.ranks, to, [sizes for sizes, _ in everywhere])
+        sizes = self.ranks.gather([size for _, size in self._packed])
+        self.num_changed = int(self.ranks.reduce(self.content.changed, dist.ReduceOp.MAX).sum())
         return DeltaPlan(
             base_version=self.described.version,
             base_digest=self.described.digest,
-            changed=tuple(sorted(set().union(*(changed for _, changed in everywhere)))),
-            ranks=tuple(ranks),
+            ranks=tuple(announced(self.described.ranks, to, sizes)),
         )
 
     def _begin(self, delta: DeltaPlan | None) -> pb.BeginReply:

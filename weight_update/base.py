@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -157,9 +158,11 @@ class Changes:
         return Whole.of(self)
 
     @property
-    def changed(self) -> frozenset[int]:
-        """Positions in the push of the tensors that change on this rank."""
-        return frozenset(patch.tensor for patch in self.patches)
+    def changed(self) -> npt.NDArray[np.int64]:
+        """1 for every tensor of the push that changes on this rank, 0 for the others."""
+        found = np.zeros(len(self.plan.specs), np.int64)
+        found[[patch.tensor for patch in self.patches]] = 1
+        return found
 
     @property
     def num_bytes(self) -> int:

@@ -8,6 +8,7 @@
     changes.apply(); changes.undo(); changes.read_back()
     form = row_major(at, row_bytes, row0, num_rows, keys, device)      # the same of rows that lie as they come
     moves = Moves(sources, targets, sizes, device)  # pieces of memory; moves.run()
+    compared = Compared(columns, device)         # pieces of memory; compared.count(counts), compared.list(before, out)
 
 Nothing here waits for the device. staged: int64 [n] on the device, the address of the first of this rank's rows of
 each tensor, rows one after the other, at multiples of 16 bytes.
@@ -16,6 +17,7 @@ each tensor, rows one after the other, at multiples of 16 bytes.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quant.cuda import Vectors, tiles_of
+from quant.cuda import Changed, Vectors, tiles_of
 from quant.steps import Located
 
 from .digest import Digests, lane_keys, lanes_of, signed
@@ -39,7 +41,10 @@ COPY_ITEMS, MAX_ROWS = 4096, 128  # that one program moves
 MOVE_BYTES = {True: 32 << 10, False: 1 << 10}  # of a piece, that one program moves: by words of 16 bytes, by bytes
 COMPARE_BYTES = 4096  # that one program compares
 MOVE_STEP = {True: 8 << 10, False: 1 << 10}
-DIGEST_ROWS, DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 32, 8, 512, 4, 4
+DIGEST_WORDS, SPAN_WORDS, DIGEST_UNROLL, DIGEST_WARPS = 8, 512, 4, 4
+# Rows of at most so many words -> rows that a program takes, and words of each at a time where they move by 16 bytes,
+# and where by fewer: few threads a short row, since each makes its keys anew; fastest of what was tried on an H100.
+DIGEST_SHAPES = ((8, (128, 2, 2)), (32, (128, 4, 2)), (63, (64, 8, 2)), (sys.maxsize, (32, 8, 8)))
 
 
 @cache
@@ -73,13 +78,14 @@ class Kind:
 
     def digest_shape(self, staged: bool) -> dict[str, int | bool]:
         words = -(-self.row_bytes // 8)
-        width = min(DIGEST_WORDS, _power(words))
-        spans = [span for span in range(SPAN_WORDS, 0, -width) if span % width == 0 and words % span == 0]
-        span = spans[0] if spans else min(SPAN_WORDS, -(-words // width) * width)
         whole = next(item for item in (16, 8, 4, 1) if self.row_bytes % item == 0)
         item = whole if staged else self.item
         item = item if item != 4 or self.row_bytes % 8 == 0 else 1
-        return {"ITEM": item, "BN": 1 if self.single else DIGEST_ROWS, "BW": width, "SPAN": span}
+        rows, wide, narrow = next(shape for most, shape in DIGEST_SHAPES if words <= most)
+        width = min(DIGEST_WORDS if self.single else wide if item == 16 else narrow, _power(words))
+        spans = [span for span in range(SPAN_WORDS, 0, -width) if span % width == 0 and words % span == 0]
+        span = spans[0] if spans else min(SPAN_WORDS, -(-words // width) * width)
+        return {"ITEM": item, "BN": 1 if self.single else rows, "BW": width, "SPAN": span}
 
 
 def _power(size: int) -> int:
@@ -218,11 +224,13 @@ class Bytes:
         count, device = len(positions), positions.device
         self._at = torch.empty(count, dtype=torch.int64, device=device)
         self._old, self._new = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
-        self.moved = torch.zeros(len(chosen.table), 2, dtype=torch.int64, device=device)  # of the digests, mod 2^64
-        self.taken = self.read_back()
-        self._plan = (tensors, positions, differences, count, self._at, self._old, self._new, self.moved)
+        # Of the digests, mod 2^64: what the words with changed bytes add to them as they are, and what that will be.
+        lanes = torch.zeros(2, len(chosen.table), 2, dtype=torch.int64, device=device)
+        self.taken, into = lanes[0], lanes[1]
+        self._plan = (tensors, positions, differences, count, self._at, self._old, self._new, self.taken, into)
         if count:
             self._run("plan_bytes", *self._plan)
+        self.moved = into - self.taken
 
     def apply(self) -> None:
         """Write the new bytes."""
@@ -302,18 +310,31 @@ class Moves:
             _run("move_pieces", tiles, table, tiles_at, base, WIDE=wide, **shape)
 
 
-def changed(old: Tensor, new: Tensor) -> Tensor:
-    """Where two pieces of memory differ, uint8 of the same size at multiples of 16 bytes: int64, increasing; waits for
-    the count."""
-    programs = -(-old.numel() // COMPARE_BYTES)
-    counts = torch.empty(programs, dtype=torch.int32, device=old.device)
-    shape = {"BLOCK": COMPARE_BYTES, "num_warps": 4}
-    _run("count_changed", programs, old, new, old.numel(), counts, **shape)
-    ends = counts.cumsum(0)
-    found = torch.empty(int(ends[-1]) if programs else 0, dtype=torch.int64, device=old.device)
-    if len(found):
-        _run("list_changed", programs, old, new, old.numel(), ends - counts, found, **shape)
-    return found
+class Compared:
+    """Pieces of memory that are looked at for what changed: addresses of what is and of what was, bytes, slot of the
+    first COMPARE_BYTES, number of the part, its first byte in its tensor; each int64 [n], on the device."""
+
+    def __init__(self, columns: Sequence[Indices], device: torch.device) -> None:
+        pieces = np.stack(columns, axis=1)
+        wide = (np.bitwise_or.reduce(pieces[:, :3], axis=1) & 15) == 0
+        self._launches: list[tuple[bool, Tensor, Tensor]] = []
+        for is_wide, chosen in ((True, pieces[wide]), (False, pieces[~wide])):
+            tiles = _blocks_of(chosen[:, 2], COMPARE_BYTES)
+            if len(tiles):
+                table, which = torch.from_numpy(chosen).to(device), torch.from_numpy(tiles).to(device)
+                self._launches.append((is_wide, table, which))
+
+    def count(self, counts: Tensor) -> None:
+        """int32, by slot: how many bytes changed."""
+        self._run("count_changed", counts)
+
+    def list(self, before: Tensor, out: Changed) -> None:
+        """Each changed byte to its place. before: int64, by slot, how many come before its."""
+        self._run("list_changed", before, out.part, out.position, out.difference)
+
+    def _run(self, name: str, *arguments: Tensor) -> None:
+        for wide, pieces, tiles in self._launches:
+            _run(name, len(tiles), pieces, tiles, *arguments, BLOCK=COMPARE_BYTES, WIDE=wide, num_warps=4)
 
 
 def _blocks_of(sizes: Indices, block: int) -> Indices:

@@ -107,20 +107,36 @@ def move_pieces(pieces, tiles, base, BLOCK: tl.constexpr, STEP: tl.constexpr, WI
 
 
 @triton.jit
-def count_changed(old, new, size, counts, BLOCK: tl.constexpr):
-    """Bytes that differ, of each BLOCK."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    differ = tl.load(old + at, mask=at < size, other=0) != tl.load(new + at, mask=at < size, other=0)
-    tl.store(counts + tl.program_id(0), tl.sum(differ.to(tl.int32), axis=0))
+def _beside(pieces, tiles, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """A BLOCK of a piece: its row of the table, its number in the piece, which bytes, as they are and as they were."""
+    tile = tl.load(tiles + tl.program_id(0))
+    piece, block = pieces + (tile >> 32) * 6, tile & 0xFFFFFFFF
+    at, left = tl.arange(0, BLOCK), tl.load(piece + 2) - block * BLOCK
+    here, there = tl.load(piece) + block * BLOCK, tl.load(piece + 1) + block * BLOCK
+    news, olds = here.to(tl.pointer_type(tl.uint8)), there.to(tl.pointer_type(tl.uint8))
+    if WIDE:
+        news, olds, left = tl.multiple_of(news, 16), tl.multiple_of(olds, 16), tl.multiple_of(left, 16)
+    new, old = tl.load(news + at, mask=at < left, other=0), tl.load(olds + at, mask=at < left, other=0)
+    return piece, block, at, new, old
 
 
 @triton.jit
-def list_changed(old, new, size, before, found, BLOCK: tl.constexpr):
-    """Where they are. before: int64, how many come before each BLOCK."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    differ = tl.load(old + at, mask=at < size, other=0) != tl.load(new + at, mask=at < size, other=0)
-    place = tl.load(before + tl.program_id(0)) + tl.cumsum(differ.to(tl.int32), axis=0) - 1
-    tl.store(found + place, at, mask=differ)
+def count_changed(pieces, tiles, counts, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Bytes that differ, of each BLOCK, by slot. pieces: int64 [n, 6]: address of what is and of what was, bytes, slot
+    of the first BLOCK, number of the part, its first byte in its tensor. tiles and WIDE as of `move_pieces`."""
+    piece, block, _, new, old = _beside(pieces, tiles, BLOCK, WIDE)
+    tl.store(counts + tl.load(piece + 3) + block, tl.sum((new != old).to(tl.int32), axis=0))
+
+
+@triton.jit
+def list_changed(pieces, tiles, before, parts, positions, differences, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Which they are. before: int64, by slot, how many come before each BLOCK."""
+    piece, block, at, new, old = _beside(pieces, tiles, BLOCK, WIDE)
+    differ = new != old
+    place = tl.load(before + tl.load(piece + 3) + block) + tl.cumsum(differ.to(tl.int32), axis=0) - 1
+    tl.store(parts + place, tl.load(piece + 4).to(tl.int32) + tl.zeros_like(at), mask=differ)
+    tl.store(positions + place, tl.load(piece + 5) + block * BLOCK + at, mask=differ)
+    tl.store(differences + place, new - old, mask=differ)
 
 
 @triton.jit
@@ -238,9 +254,10 @@ def _lanes(spec, position, value, mask):
 
 # Triton compiles anew for numbers that 16 divides: a count of changes is now one, now the other, and that takes 2 s.
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tensors", "positions", "differences"])
-def plan_bytes(table, tensors, positions, differences, count, at, old, new, moved, BLOCK: tl.constexpr,
+def plan_bytes(table, tensors, positions, differences, count, at, old, new, taken, given, BLOCK: tl.constexpr,
                FIELDS: tl.constexpr):
-    """Where changed bytes lie, what is there and what will be; what that moves of the digests, int64 [tensors, 2].
+    """Where changed bytes lie, what is there and what will be; what their words add to the digests before and after,
+    int64 [tensors, 2].
 
     Bytes of one word follow each other: the first one answers for the word.
     """
@@ -272,8 +289,10 @@ def plan_bytes(table, tensors, positions, differences, count, at, old, new, move
     begins = mask & _begins(positions, tensors, i, tensor, word, position, mask, tl.load(spec + 4, mask=mask, other=1))
     out0, out1 = _lanes(spec, word, before, begins)
     into0, into1 = _lanes(spec, word, after, begins)
-    tl.atomic_add(moved + 2 * tensor, into0 - out0, mask=begins)
-    tl.atomic_add(moved + 2 * tensor + 1, into1 - out1, mask=begins)
+    tl.atomic_add(taken + 2 * tensor, out0, mask=begins)
+    tl.atomic_add(taken + 2 * tensor + 1, out1, mask=begins)
+    tl.atomic_add(given + 2 * tensor, into0, mask=begins)
+    tl.atomic_add(given + 2 * tensor + 1, into1, mask=begins)
 
 
 @triton.jit

@@ -161,14 +161,13 @@ class RankDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaPlan:
-    """A delta push as it is announced: the version that it builds on, what it touches anywhere, what each rank gets.
+    """A delta push as it is announced: the version that it builds on, and what each rank gets.
 
-    base_digest: of the whole base version. changed: positions in the push of the tensors that change.
+    base_digest: of the whole base version.
     """
 
     base_version: int
     base_digest: str
-    changed: tuple[int, ...]
     ranks: tuple[RankDelta, ...]
 
     def of(self, replica: int, rank: int) -> tuple[BlobSize, ...]:

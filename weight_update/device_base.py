@@ -1,7 +1,7 @@
 """What a trainer rank on a CUDA device sends, and what it remembers: `base`, but in one piece of device memory.
 
     whole = FormWhole(form, scales, keep)                  # every row; encoded step by step while it is sent
-    changes = compare_forms(form, scales, base)            # what is not as in the base
+    changes = compare_forms(comparisons, scales, base)     # what is not as in the base
     base = whole.confirmed(...)                            # the form itself, or a copy of it in pinned memory
 
 The form is the only copy of the checkpoint form on the device, about 0.28 of the BF16 weights; a comparison takes the
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .base import Base, Held, Whole
 from .columns import Block
+from .comparing import Comparisons
 from .delta import DeviceDelta
 from .digest import Digests, Lanes
 from .filling import Form
@@ -169,7 +170,8 @@ def as_base(base: Base | FormBase) -> Base:
 class FormChanges:
     """What is not as in a base: bytes of the form by part and position, sorted by both.
 
-    digests: of the push's tensors, as they are now. delta: what is sent of it.
+    digests: of the push's tensors, as they are now. delta: what is sent of it. changed: 1 for every tensor of the push
+    that changes on this rank.
     """
 
     form: Form
@@ -179,7 +181,7 @@ class FormChanges:
     lanes: Digests
     digests: Digests
     delta: DeviceDelta
-    changed: frozenset[int]
+    changed: npt.NDArray[np.int64]
 
     mode = "delta"
 
@@ -214,22 +216,22 @@ def fits(form: Form, base: Any) -> bool:
     return isinstance(base, FormBase) and alike(base.form.plan, form.plan)
 
 
-def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
-    """Encode step by step into scratch and compare with the base; every launch is over a step of tensors."""
-    device = form.plan.device
+def compare_forms(comparisons: Comparisons, scales: Values, base: FormBase) -> FormChanges:
+    """Encode and compare with the base, some steps of the form at a time."""
+    form = comparisons.form
+    table = torch.from_numpy(form.plan.parts.tensor.astype(np.int32)).to(form.plan.device)
     form.follow()
     with torch.cuda.stream(form.stream):
         if base.memory is not form.memory:
             form.memory.copy_(base.memory, non_blocking=True)
         form.take(scales)
-        found = [_compared(form, stretch, scales) for stretch in form.stretches]
-        within = torch.cat([each[3] for each in found]).nonzero().flatten()  # between the parts means nothing
-        parts, positions, differences = (torch.cat([each[i] for each in found])[within] for i in range(3))
-        changes = form.rows.changes(parts, positions, differences)
+        found = comparisons.changed(scales)
+        changes = form.rows.changes(found.part, found.position, found.difference)
         lanes = base.digests + _loops().as_digests(changes.moved)
-        which = form.plan.parts.tensor[torch.unique_consecutive(parts).cpu().numpy()]
-        tensors = torch.from_numpy(form.plan.parts.tensor.astype(np.int32)).to(device)[parts.long()]
-        delta = DeviceDelta(tensors=tensors, positions=positions, differences=differences)
+        changed = np.zeros(len(form.plan.push.specs), np.int64)
+        changed[form.plan.parts.tensor[torch.unique_consecutive(found.part).cpu().numpy()]] = 1
+        tensors = table.index_select(0, found.part)
+        delta = DeviceDelta(tensors=tensors, positions=found.position, differences=found.difference)
     return FormChanges(
         form=form,
         base=base,
@@ -238,20 +240,8 @@ def compare_forms(form: Form, scales: Values, base: FormBase) -> FormChanges:
         lanes=lanes,
         digests=form.summed(lanes),
         delta=delta,
-        changed=frozenset(which.tolist()),
+        changed=changed,
     )
-
-
-def _compared(form: Form, stretch: range, scales: Values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(part, position in its tensor, new - old, whether it lies in the part) of every byte of some steps that differs;
-    waits for the device once."""
-    start, old = form.region(stretch)
-    new = form.encode_apart(stretch, scales)
-    at = _loops().changed(old, new)
-    begins, sizes, firsts = form.places(stretch)
-    part = torch.searchsorted(begins, at, right=True) - 1
-    behind = at - begins[part]
-    return (part + start).to(torch.int32), behind + firsts[part], new[at] - old[at], behind < sizes[part]
 
 
 def _loops() -> ModuleType:

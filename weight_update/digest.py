@@ -153,10 +153,22 @@ def words_of(row_bytes: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np
     return words
 
 
+def summed(digests: Digests) -> Lanes:
+    """The sum over tensors, whose keys tell them apart. Lane by lane: along rows of two it takes ten times as long."""
+    lane0, lane1 = (int(digests[:, lane].sum(dtype=np.uint64)) for lane in range(2))
+    return lane0, lane1
+
+
 def total(digests: Digests) -> str:
-    """The digest of a whole version, 32 hex digits: the sum over its tensors, whose keys tell them apart."""
-    lane0, lane1 = digests.reshape(-1, 2).sum(axis=0, dtype=np.uint64).tolist()
+    """The digest of a whole version, 32 hex digits."""
+    lane0, lane1 = summed(digests.reshape(-1, 2))
     return f"{lane0:016x}{lane1:016x}"
+
+
+def unlike(found: Digests, wanted: Digests) -> npt.NDArray[np.bool_]:
+    """Which tensors' digests are not the same, [n]; lane by lane, too."""
+    are: npt.NDArray[np.bool_] = (found[:, 0] != wanted[:, 0]) | (found[:, 1] != wanted[:, 1])
+    return are
 
 
 def _words(rows: Tensor) -> Tensor:

@@ -18,11 +18,10 @@ from sharding.routes import Destination
 
 from .digest import Digests
 from .encoder import encoded
-from .forms import FormPlan, Ints, Scales
+from .forms import Copied, FormPlan, Ints, Scales
 from .gathering import Load, Located
 from .source import Source
 
-COMPARED_STEPS = 4  # at a time: 1 GB of scratch in NVFP4
 MAX_DESTINATIONS = 64  # whose tables are kept: 1.5 MB each for twenty thousand tensors
 
 
@@ -55,11 +54,9 @@ class Form:
             base + parts.at, parts.row_bytes, parts.row0, parts.num_rows, parts.keys, plan.device
         )
         self._fillings = [self._filling(number, base) for number in range(len(plan.steps))]
-        self._scratch = torch.zeros(0, dtype=torch.uint8, device=plan.device)
-        self._fillings_apart: dict[int, Filling] = {}
+        self._fillings_apart: dict[tuple[int, int], Filling] = {}
         self._positions = {spec.name: i for i, spec in enumerate(plan.push.specs)}
         self._loads: dict[tuple[bytes, int], list[list[Load]]] = {}
-        self._places: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
         self.follow()
 
     @property
@@ -79,42 +76,33 @@ class Form:
         """A step, into its place. What is encoded apart waits for the device where its format must."""
         self._fill(number, self._fillings[number], scales, self.memory, 0)
 
+    def encode_into(self, number: int, scales: Scales, scratch: Tensor, start: int) -> None:
+        """A step, into scratch that stands for the form from byte `start` on."""
+        base = scratch.data_ptr() - start
+        filling = self._fillings_apart.get((number, base))
+        if filling is None:
+            filling = self._fillings_apart[number, base] = self._filling(number, base)
+        self._fill(number, filling, scales, scratch, start)
+
+    def batch(self, number: int) -> kernels.Batch | None:
+        """The matrices of a step that are encoded together, their codes and block scales where they lie in the form."""
+        return self._fillings[number].batch
+
     @property
-    def stretches(self) -> list[range]:
-        """Steps that are compared together: each stretch is waited for once."""
-        count = len(self.plan.steps)
-        return [range(start, min(start + COMPARED_STEPS, count)) for start in range(0, count, COMPARED_STEPS)]
+    def scale_table(self) -> Tensor:
+        """Of what was taken, for the batches."""
+        found: Tensor = self._scales
+        return found
 
-    def encode_apart(self, stretch: range, scales: Scales) -> Tensor:
-        """Some steps, into scratch that the next ones overwrite: uint8, as long as their region. What lies between the
-        parts means nothing."""
-        start, stop = self._bounds(stretch)
-        if not len(self._scratch):
-            largest = max(b - a for a, b in map(self._bounds, self.stretches))
-            self._scratch = torch.zeros_like(self.memory[:largest])
-        scratch = self._scratch[: stop - start]
-        for number in stretch:
-            if number not in self._fillings_apart:
-                self._fillings_apart[number] = self._filling(number, self._scratch.data_ptr() - start)
-            self._fill(number, self._fillings_apart[number], scales, scratch, start)
-        return scratch
+    def lies_at(self, copied: Copied) -> Ints:
+        """Where what goes as it is lies: the trainer's rows, or global scales that were taken."""
+        return np.where(copied.scale_of < 0, copied.address, self._values.data_ptr() + 4 * copied.scale_of)
 
-    def region(self, stretch: range) -> tuple[int, Tensor]:
-        """The first part of some steps, and the memory of all their parts."""
-        start, stop = self._bounds(stretch)
-        return self.plan.steps[stretch.start].parts.start, self.memory[start:stop]
-
-    def places(self, stretch: range) -> tuple[Tensor, Tensor, Tensor]:
-        """int64, of each part of some steps: where it begins in their region, its bytes, its first byte in its
-        tensor."""
-        if stretch not in self._places:
-            parts, steps = self.plan.parts, self.plan.steps
-            chosen = slice(steps[stretch.start].parts.start, steps[stretch.stop - 1].parts.stop)
-            at, row_bytes = parts.at[chosen] - parts.at[chosen.start], parts.row_bytes[chosen]
-            columns = np.stack([at, parts.num_rows[chosen] * row_bytes, parts.row0[chosen] * row_bytes])
-            begins, sizes, firsts = torch.from_numpy(columns).to(self.plan.device)
-            self._places[stretch] = begins, sizes, firsts
-        return self._places[stretch]
+    def beyond(self, number: int, scales: Scales) -> list[int]:
+        """The sources of a step whose scale no batch takes."""
+        sources = self.plan.steps[number].matrices.source
+        ours = scales[sources]
+        return list(dict.fromkeys(sources[(ours < kernels.SCALES[0]) | (ours > kernels.SCALES[1])].tolist()))
 
     def part_digests(self) -> Digests:
         """What every part adds to the digest of its tensor, [parts, 2]; waits for the device."""
@@ -123,9 +111,10 @@ class Form:
 
     def summed(self, lanes: Digests) -> Digests:
         """The same by tensor of the push."""
-        found = np.zeros((len(self.plan.push.specs), 2), np.uint64)
-        np.add.at(found, self.plan.parts.tensor, lanes)
-        return found
+        found = np.zeros((2, len(self.plan.push.specs)), np.uint64)
+        for each, lane in zip(found, lanes.T, strict=True):
+            np.add.at(each, self.plan.parts.tensor, lane)  # of two dimensions it takes six times as long
+        return found.T
 
     def loads(self, to: Destination, chunk_bytes: int) -> list[list[Load]]:
         """By step, the chunks of the rows that a destination owns; made once while destinations stay as they are."""
@@ -157,12 +146,6 @@ class Form:
 
     # -- tables
 
-    def _bounds(self, stretch: range) -> tuple[int, int]:
-        parts, steps = self.plan.parts, self.plan.steps
-        after = steps[stretch.stop - 1].parts.stop
-        stop = int(parts.at[after]) if after < len(parts) else parts.num_bytes
-        return int(parts.at[steps[stretch.start].parts.start]), stop
-
     def _filling(self, number: int, base: int) -> Filling:
         step, parts = self.plan.steps[number], self.plan.parts
         at, each, copied = base + parts.at, step.matrices, step.copied
@@ -171,7 +154,7 @@ class Form:
             batch = kernels.plan_plain(
                 each.address, at[each.weight], at[each.scale], each.elements, each.source, device=self.plan.device
             )
-        address = np.where(copied.scale_of < 0, copied.address, self._values.data_ptr() + 4 * copied.scale_of)
+        address = self.lies_at(copied)
         sizes = (parts.num_rows * parts.row_bytes)[copied.part]
         return Filling(batch=batch, moves=_rows_of().Moves(address, at[copied.part], sizes, self.plan.device))
 
@@ -180,9 +163,7 @@ class Form:
         if filling.batch is not None:
             kernels.encode_nvfp4(filling.batch, self._scales)
         filling.moves.run()
-        ours = scales[step.matrices.source]
-        beyond = step.matrices.source[(ours < kernels.SCALES[0]) | (ours > kernels.SCALES[1])]
-        for i in [*step.apart, *dict.fromkeys(beyond.tolist())]:
+        for i in [*step.apart, *self.beyond(number, scales)]:
             self._put(self.plan.push.sources[i], torch.tensor(scales[i]), memory, start)
 
     def _put(self, source: Source, scale: Tensor, memory: Tensor, start: int) -> None:

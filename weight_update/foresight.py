@@ -33,7 +33,8 @@ class Foresight:
         own = np.array([*self._sums[1:], len(plan.sources), delta or 0], np.int64)
         source, kept, tensors, changed = ranks.reduce(own, dist.ReduceOp.MAX).tolist()
         copies = len({rank.replica for rank in actors})
-        starts, stops = (np.array([getattr(each, name) for each in actors]) for name in ("row_start", "row_stop"))
+        rows = ([np.array(getattr(each, name)) for each in actors] for name in ("row_start", "row_stop"))
+        starts, stops = map(np.stack, rows)
         columns = plan.columns
         owned = int(((stops - starts)[:, columns.index] * columns.row_bytes).sum(axis=1).max(initial=0))
         full = Work(

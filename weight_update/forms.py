@@ -2,7 +2,7 @@
 thousand tensors as for one.
 
     plan = plan_form(push_plan)              # once for pushes of the same tensors; None where they are on the host
-    bits = plan.largest_bits()               # of every source
+    bits = plan.largest_bits(plan.look())    # of every source
     form = Form(plan)
     form.take(scales)
     for step in range(len(plan.steps)):
@@ -103,12 +103,16 @@ class FormPlan:
     amax: kernels.Batch | None
     found: Mapping[tuple[int, int], int]  # tensor, first row -> part
 
-    def largest_bits(self) -> Ints:
-        """BF16 bits of the largest magnitude of every source; waits for the device."""
+    def look(self) -> torch.Tensor | None:
+        """Begin to look for the largest magnitudes; None where no kernel does."""
+        return None if self.amax is None else kernels.amax(self.amax)
+
+    def largest_bits(self, looked: torch.Tensor | None) -> Ints:
+        """BF16 bits of the largest magnitude of every source; waits for what `look` began."""
         sources, seen = self.push.sources, self.looked_at
         bits = np.zeros(len(sources), np.int64)
-        if self.amax is not None:
-            found = kernels.amax(self.amax).cpu().numpy()
+        if looked is not None:
+            found = looked.cpu().numpy()
             bits[: len(found)] = found
         for i in np.setdiff1d(np.arange(len(sources)), seen.source).tolist():
             bits[i] = largest_bits(sources[i])

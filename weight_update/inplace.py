@@ -20,6 +20,7 @@ from .errors import LayoutError, raise_all
 
 SEALED = "_transfuse_sealed"
 ALIASES = "_transfuse_aliases"
+PLAIN = frozenset({Tensor, nn.Parameter})
 
 Storages = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
 
@@ -200,6 +201,8 @@ def _looked_up(storages: Storages) -> Mapping[str, Tensor]:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The tensor itself, or this rank's shard of a sharded one: a view of its storage."""
+    if type(tensor) in PLAIN:  # a model has tens of thousands, and the other question takes five times as long
+        return tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from quant.layouts import invert_rows
 
 from .delta import Patch, Positions
-from .digest import Digests
+from .digest import Digests, unlike
 from .errors import DigestError, LayoutError, PlanError, TransferError, raise_all
 from .live import Copy, Live, Recompute, Span, Write, merge_spans
 from .staging import Arena, StagingBuffer, StagingPlan, plan_staging
@@ -235,7 +235,7 @@ def require_equal(installed: Digests, staged: Digests, writes: Sequence[Write]) 
     """Raise DigestError that names the tensors whose read-back rows are not what was staged."""
     problems = [
         f"{writes[i].placement.tensor.name}: installed {_hex(installed[i])}, staged {_hex(staged[i])}"
-        for i in np.flatnonzero((installed != staged).any(axis=1)).tolist()
+        for i in np.flatnonzero(unlike(installed, staged)).tolist()
     ]
     raise_all(DigestError, "install: what is read back is not what was staged; the old bytes are back", problems)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .delta import DeltaPlan
-from .digest import Digests, total
+from .digest import Digests, total, unlike
 from .errors import BusyError, ManifestError, MemberError, VersionError, raise_all
 from .manifest import Manifest, check_push
 from .membership import Standing, shared
@@ -78,7 +78,7 @@ def rollback(coordinator: Coordinator, request: Request) -> list[Action]:
     _check_rollback(coordinator, request.op, version, is_lost)
     target: Digests = args["digests"]  # type: ignore[assignment]
     everything = np.arange(len(target))
-    tensors = everything if is_lost else np.flatnonzero((target != coordinator.digests).any(axis=1))
+    tensors = everything if is_lost else np.flatnonzero(unlike(target, coordinator.digests))
     if not len(tensors):
         raise VersionError(f"{request.op}: version {coordinator.version} holds the bytes of version {version} already")
     base = _base(coordinator, replicas, tensors)
@@ -223,7 +223,7 @@ def _base(coordinator: Coordinator, replicas: list[int], tensors: np.ndarray) ->
         f"{manifest.tensors[i].name}: the replicas hold different bytes, and this push does not bring it"
         for other in others
         if other is not None
-        for i in carried[(other[carried] != first[carried]).any(axis=1)]
+        for i in carried[unlike(other[carried], first[carried])]
     ]
     raise_all(VersionError, "begin refused", problems)
     return first

@@ -30,7 +30,7 @@ from quant.parameters import ParameterRow
 from .chunks import Chunk, check
 from .delta import BlobSize, Patch, Positions
 from .devices import DEVICES
-from .digest import Digests, Lanes
+from .digest import Digests, Lanes, summed
 from .errors import BusyError, ManifestError, VersionError, raise_all
 from .holdings import ABSENT, Holdings, holdings_of
 from .inplace import Storages, local_of
@@ -104,7 +104,7 @@ class Receiver:
         self._device = DEVICES[self._live.device.type](self._live)
         self._install: Install | None = None
         self._last: tuple[Install, int] | None = None  # the published one whose undo is still there, and its base
-        self._begun: tuple[np.ndarray, list[int]] | None = None  # the tensors of the last transaction, as a list too
+        self._which, self._listed = np.zeros(0, np.int64), list[int]()  # the tensors of the last transaction, both ways
         self._known = np.zeros((len(placements), 2), np.uint64)  # digests of the live rows of this rank
         self._is_known = np.zeros(len(placements), np.bool_)
         self._stale: dict[str, list[Positions] | None] = {each.tensor.name: None for each in placements}
@@ -166,7 +166,7 @@ class Receiver:
             if blobs is None:
                 install = self._device.full(*begun)
             else:
-                install = self._device.delta(*begun, base=self._base_digests(indices), blobs=blobs, patches=patches)
+                install = self._device.delta(*begun, base=self._base_digests(), blobs=blobs, patches=patches)
             install.memory.require(self._budget_bytes)
             self._last = None  # its undo lies in the memory that is taken now
             self._device.reserve(install)
@@ -219,7 +219,7 @@ class Receiver:
         """What is installed is the version from now on."""
         with self._lock:
             install = self._expect("publish", State.INSTALLED)
-            self._known[install.indices], self._is_known[install.indices] = self._written, True
+            self._known[self._which], self._is_known[self._which] = self._written, True
             self._last = install, self.version
             self.version = install.version
             self._end(install)
@@ -267,8 +267,7 @@ class Receiver:
     def known_digest(self) -> Lanes | None:
         """Digest of all of this rank's rows as they were last read back; None where some never were."""
         with self._lock:
-            lane0, lane1 = self._known.sum(axis=0, dtype=np.uint64).tolist()
-            return (lane0, lane1) if self._is_known.all() else None
+            return summed(self._known) if self._is_known.all() else None
 
     @property
     def last_undo_bytes(self) -> int:
@@ -353,22 +352,22 @@ class Receiver:
 
     def _checked(self, tensors: Indices) -> list[int]:
         given, count = np.asarray(tensors, np.int64), len(self._live.writes)
-        if self._begun is not None and np.array_equal(given, self._begun[0]):
-            return self._begun[1]
+        if len(given) and np.array_equal(given, self._which):
+            return self._listed
         outside = given[(given < 0) | (given >= count)].tolist()
         problems = [f"tensor {i}: the manifest has {count}" for i in outside]
         problems += ["no tensor"] if not len(given) else []
         problems += ["a tensor is named twice"] if len(np.unique(given)) != len(given) else []
         raise_all(ManifestError, "begin refused", problems)
-        self._begun = given, given.tolist()
-        return self._begun[1]
+        self._which, self._listed = given, given.tolist()
+        return self._listed
 
-    def _base_digests(self, indices: list[int]) -> Digests:
+    def _base_digests(self) -> Digests:
         """Digests of this rank's rows as they were last read back; what was never read is read now."""
-        unknown = np.array(indices)[~self._is_known[indices]].tolist()
-        if unknown:
+        unknown = self._which[~self._is_known[self._which]]
+        if len(unknown):
             self._known[unknown], self._is_known[unknown] = self.digests(unknown), True
-        known: Digests = self._known[indices]
+        known: Digests = self._known[self._which]
         return known
 
     def _mark_stale(self, install: Install) -> None:

@@ -10,7 +10,8 @@ Where the rows are on a CUDA device, so is what is made of them (`forms`), and a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from quant.names import NameMap
 
 from .adapters import Adapted
 from .base import Base, Changes, Whole, compare
+from .comparing import Comparisons
 from .confirmed import Confirmed
 from .device_base import FormBase, FormChanges, FormWhole, as_base, compare_forms, fits
 from .encoder import Grouping, Scales, largest_bits_of, nonfinite_index
@@ -41,9 +43,11 @@ class Retained:
     def __init__(self, ranks: Ranks, names: NameMap, keep: torch.device | None, confirmed: Confirmed) -> None:
         self._ranks, self._names, self.keep, self._confirmed = ranks, names, keep, confirmed
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
-        self._planned: tuple[object, Any, PushPlan] | None = None  # what it was made of, which must live on, and it
+        self._planned: _Planned | None = None
         self._tables: tuple[PushPlan, Grouping, FormPlan | None] | None = None
+        self._looked: torch.Tensor | None = None  # largest magnitudes that are being looked for, of these tables
         self._form: Form | None = None
+        self._comparisons: Comparisons | None = None  # of that form
 
     # -- the plan
 
@@ -52,11 +56,15 @@ class Retained:
         expert is to lie where it did."""
         ranks, scope, given = self._ranks, wish.scope, named_items(wish.model)
         asked = scope if isinstance(scope, str) else tuple(scope)
-        key = (manifest.fingerprint, asked, places.maps, places.moved, given.trainable, _where(given))
-        same = self._planned is not None and self._planned[0] == key and not places.problems
-        if all(ranks.gather(same)):
-            assert self._planned is not None
-            return self._planned[2]
+        here = [local_of(tensor) for _, tensor in given.items]
+        which = (manifest.fingerprint, asked, places.maps, places.moved, given.trainable, *_where(given, here))
+        planned = self._planned if self._planned is not None and self._planned.which == which else None
+        self._looked = None if planned is None else self._look(planned.plan)  # on the device, while the host goes on
+        shapes = _shapes(here)
+        if all(ranks.gather(planned is not None and planned.shapes == shapes and not places.problems)):
+            assert planned is not None
+            return planned.plan
+        self._looked = None
         offer = offer_of(manifest, given, scope, names=self._names, experts=places.maps)
         shared = self._share_out(manifest, holding_of(manifest, offer, ranks.rank))
         plan, problems = plan_of(manifest, offer, shared, ranks.rank, scope, places.moved)
@@ -65,8 +73,15 @@ class Retained:
         everywhere += [DIFFERENT_MAPS] if any(maps != places.maps for _, maps in said) else []
         raise_all(ManifestError, "push refused", everywhere)
         assert plan is not None
-        self._planned = (key, given, plan) if offer.is_lasting and not given.has_adapters else None
+        lasts = offer.is_lasting and not given.has_adapters
+        self._planned = _Planned(which=which, shapes=shapes, given=given, plan=plan) if lasts else None
         return plan
+
+    def _look(self, plan: PushPlan) -> torch.Tensor | None:
+        """Begin to look for the largest magnitudes of what was planned before, where its rows are on a GPU. Their
+        memory is there, for the same tensors have it."""
+        form = self._tables[2] if self._tables is not None and self._tables[0] is plan else None
+        return None if form is None else form.look()
 
     def _share_out(self, manifest: Manifest, own: Holding) -> Shared:
         """Who sends what; the ranks tell each other what they hold once, and again when that changes on one of them."""
@@ -84,7 +99,11 @@ class Retained:
         """The global scale of every source to encode: one amax a fused group, over all trainer ranks. Refuses NaN and
         Inf."""
         grouping, form = self._tables_of(plan)
-        own = largest_bits_of(plan.sources, plan.columns.small) if form is None else form.largest_bits()
+        looked, self._looked = self._looked, None
+        if form is None:
+            own = largest_bits_of(plan.sources, plan.columns.small)
+        else:
+            own = form.largest_bits(form.look() if looked is None else looked)
         found = [plan.sources[i] for i in np.flatnonzero(own >= NON_FINITE)]
         where = {source.name: nonfinite_index(source) for source in found}
         bits = self._ranks.reduce(grouping.largest(own), dist.ReduceOp.MAX)
@@ -107,7 +126,7 @@ class Retained:
         """What is not as in the base, which there is."""
         form, base = self._form_of(plan), self._confirmed.base
         if form is not None and isinstance(base, FormBase) and fits(form, base):
-            return compare_forms(form, scales.of_sources, base)
+            return compare_forms(self._comparisons_of(form), scales.of_sources, base)
         assert base is not None
         self._confirmed.base = as_base(base)
         return compare(plan, scales, self._confirmed.base)
@@ -123,11 +142,26 @@ class Retained:
         planned, before = self._tables_of(plan)[1], self._form
         if planned is None or (before is not None and before.plan is planned):
             return None if planned is None else before
-        self._form = None  # freed first, unless a base lies there
+        self._form = self._comparisons = None  # freed first, unless a base lies there
         memory = before.memory if before is not None and alike(before.plan, planned) else None
         before = None
         self._form = Form(planned, memory)
         return self._form
+
+    def _comparisons_of(self, form: Form) -> Comparisons:
+        if self._comparisons is None or self._comparisons.form is not form:
+            self._comparisons = Comparisons(form)
+        return self._comparisons
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Planned:
+    """A plan and what it was made of, which must live on: which tensors, their shapes, and they themselves."""
+
+    which: tuple[object, ...]
+    shapes: tuple[list[object], ...]
+    given: Adapted
+    plan: PushPlan
 
 
 def _lies_in(base: Base | FormBase, form: Form) -> bool:
@@ -138,14 +172,15 @@ def _lies_in(base: Base | FormBase, form: Form) -> bool:
     return any(each.rows.untyped_storage().data_ptr() == ours for parts in base.held.values() for each in parts)
 
 
-def _where(given: Adapted) -> tuple[list[object], ...]:
-    """Each tensor, and where and how it lies in memory: lists, since a tuple a tensor takes twice the time."""
-    here = [local_of(tensor) for _, tensor in given.items]
+def _where(given: Adapted, here: Sequence[torch.Tensor]) -> tuple[list[object], ...]:
+    """Each tensor, and where its rows lie: lists, since a tuple a tensor takes twice the time."""
     return (
         [name for name, _ in given.items],
         [id(tensor) for _, tensor in given.items],
         [x.data_ptr() for x in here],
-        [x.shape for x in here],
-        [x.stride() for x in here],
-        [x.dtype for x in here],
     )
+
+
+def _shapes(here: Sequence[torch.Tensor]) -> tuple[list[object], ...]:
+    """And how: in equal memory rows may be others."""
+    return [x.shape for x in here], [x.stride() for x in here], [x.dtype for x in here]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .digest import Digests, total
+from .digest import Digests, total, unlike
 from .errors import DigestError, WeightUpdateError
 from .manifest import Manifest
 from .messages import Decision, Kept, MemberId, Source
@@ -130,7 +130,7 @@ class Transaction:
         problems = []
         for replica, digests in replica_sums(self.results[round_name]).items():
             meant = of_held(self.digests, held(replica, manifest)[self.tensors])
-            differs = np.flatnonzero((digests != meant).any(axis=1))
+            differs = np.flatnonzero(unlike(digests, meant))
             problems += [f"replica {replica}: {manifest.tensors[self.tensors[i]].name}" for i in differs[:MAX_PROBLEMS]]
         if not problems:
             return None
