@@ -37,6 +37,7 @@ FLAT = (1024, 512, 256, 128, 64, 32, 16)  # rows that are only compared with or 
 DIFF_ELEMENTS = 1024  # the one width at which its bytes were proven
 PLAIN_TILES = {256: (16, 256, 2)}  # one warp gives other bytes there
 ROOM = 32  # words of codes that a program of a diff notes; with more, compare whole matrices instead
+IN_MODULE = dict.fromkeys(("diff_nvfp4", "count_nvfp4", "list_nvfp4"), "cuda_diff_loops")
 COUNTED_TILES, LISTED_TILES = 256, 32  # whose notes one program counts, lists
 
 
@@ -112,8 +113,8 @@ class Changed:
 
 
 @cache
-def _loops() -> ModuleType:
-    return importlib.import_module(".cuda_loops", __package__)
+def _loops(name: str = "cuda_loops") -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def tile_of(elements: int) -> tuple[int, int, int]:
@@ -350,13 +351,16 @@ def list_nvfp4(batch: Batch, places: Tensor, before: Tensor, notes: Notes, out: 
     run("list_nvfp4", batch.table.device, grid, *arguments, **shape)
 
 
-def diff_nvfp4(batch: Batch, scales: Tensor) -> Changed | None:
+def diff_nvfp4(batch: Batch, scales: Tensor, made: tuple[Tensor, Notes] | None = None) -> Changed | None:
     """What differs between the matrices, encoded, and what lies at their weight and block_scale, by parts as of
-    `places_of`. None where a comparison of whole matrices is needed. Waits for the count."""
+    `places_of`. None where a comparison of whole matrices is needed. Waits for the count.
+
+    made: places and notes, made once for several diffs.
+    """
     if not is_noted(batch):
         return None
     device = batch.table.device
-    places, notes = places_of(batch), Notes(batch.programs, device)
+    places, notes = made or (places_of(batch), Notes(batch.programs, device))
     counts = torch.empty(2 * batch.programs, dtype=torch.int32, device=device)
     note_nvfp4(batch, scales, notes)
     count_nvfp4(batch, places, notes, counts)
@@ -379,4 +383,4 @@ def _launch(name: str, batch: Batch, *arguments: object, **constants: object) ->
 def run(name: str, device: torch.device, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Launch where the memory is: Triton launches on the current device, which may be another one."""
     with torch.cuda.device(device):
-        getattr(_loops(), name)[grid](*arguments, **constants)
+        getattr(_loops(IN_MODULE.get(name, "cuda_loops")), name)[grid](*arguments, **constants)

@@ -15,8 +15,8 @@ from launch.cli import MODULES
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "protos", "quant", "service", "sharding", "weight_update")
 # Loaded only where numba is installed, and where a CUDA device is used.
-COMPILED = {f"{folder}.{name}" for folder in ("quant", "weight_update") for name in ("loops", "cuda_loops")}
-COMPILED |= {"quant.activation_loops"}
+ON_DEVICE = {"quant.cuda_loops", "quant.cuda_diff_loops", "quant.activation_loops", "weight_update.cuda_loops"}
+COMPILED = {"quant.loops", "weight_update.loops"} | ON_DEVICE
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
 
@@ -66,7 +66,7 @@ def test_everything_but_the_door_needs_no_grpc() -> None:
         f"weight_update.{name}"
         for name in ("channels", "transport", "stream", "fetch", "client", "attempt", "sending", "door")
     }
-    apart = through_transport | {name for name in COMPILED if name.endswith(("cuda_loops", "activation_loops"))}
+    apart = through_transport | ON_DEVICE
     names = [name for name in modules("quant", "sharding", "weight_update") if name not in apart]
     assert import_without(("ray", "grpc"), names) == ""
 

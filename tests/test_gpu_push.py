@@ -97,11 +97,16 @@ def test_what_changed_is_found_as_it_is_encoded(
     with served(NOTED, "cuda:0", folders[0]) as gpu, served(NOTED, "cpu", folders[1]) as host:
         pushers = Pusher(gpu.address, keep="cuda:0"), Pusher(host.address)
         weights = weights_of(NOTED, "cpu", seed=1)
-        push_both((gpu, host), pushers, weights)
+        live = on("cuda:0", weights)
+        assert pushers[0].push(live).digest == pushers[1].push(weights).digest
 
         def push() -> dict[bool, int]:
-            report = push_both((gpu, host), pushers, weights)
+            for (_, target), (_, source) in zip(live, weights, strict=True):
+                target.copy_(source)
+            report = pushers[0].push(live)
             assert report.mode == "delta", report.reason
+            assert report.digest == pushers[1].push(weights).digest
+            assert gpu.ask("storages") == host.ask("storages")
             comparisons = pushers[0]._retained._comparisons
             assert comparisons is not None
             found = [direct for _, direct in comparisons._tables]

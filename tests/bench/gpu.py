@@ -150,7 +150,8 @@ def measured(layer: Layer) -> Iterator[Measured]:
             cuda.note_nvfp4(*each)
 
     yield "diff, 0.1 % of the codes: compare and note", milliseconds(note), "copy", copy
-    diff = milliseconds(lambda: [cuda.diff_nvfp4(*pair) for pair in pairs])
+    made = [(batch, table, (cuda.places_of(batch), notes)) for batch, table, notes in noted]
+    diff = milliseconds(lambda: [cuda.diff_nvfp4(*each) for each in made])
     yield "diff, sorted into positions and values", diff, "copy", copy
     yield from sequence(layer, install, both)
 
