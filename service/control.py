@@ -121,13 +121,20 @@ class ControlServicer(pb_grpc.ControlServicer):
         if self._keeper is not None and not self._is_known(push_id):
             self._keeper.admit()
 
+    def _names(self) -> list[str]:
+        """Of the tensors that the open transaction brings, in their order."""
+        protocol = self._shell.protocol
+        open_ = protocol.transaction
+        return [] if open_ is None else [protocol.manifest.tensors[i].name for i in open_.tensors.tolist()]
+
     @refusing
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> pb.PrepareReply:
         self._owners.require(request.transaction)
         start_s = time.perf_counter()
         digests = from_digests_proto(request.digests)
         if self.recorder is not None:
-            self.recorder.begin(request.transaction, {"transaction": request.transaction})
+            facts = {"transaction": request.transaction, "tensors": self._names()}
+            self.recorder.begin(request.transaction, facts)
             self.recorder.digests(request.transaction, "meant", digests)
             self.recorder.end(request.transaction, {"wire_bytes": request.wire_bytes})
         self._shell.request("prepare", transaction=request.transaction, digests=digests, wire_bytes=request.wire_bytes)

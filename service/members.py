@@ -8,11 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from protos import transfuse_pb2 as pb
+from sharding.routes import held
 from weight_update.delta import DeltaPlan
 from weight_update.digest import Digests
+from weight_update.errors import MemberError
 from weight_update.messages import Donor, Kept, MemberId, MemberState, Send
 from weight_update.transport import call
 from weight_update.values import from_digests_proto, to_delta_proto
@@ -21,6 +24,8 @@ STEP_TIMEOUT_S = 120.0
 PAUSING_TIMEOUT_S = 600.0  # of steps that may wait for running samples to end
 FILL_TIMEOUT_S = 3600.0  # a prepare that waits for a donor's rows
 HELLO_TIMEOUT_S = 5.0
+
+Rows = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # first, and one past the last, by tensor of the manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,14 @@ class MemberSpec:
         return cls(id=member, address=address, spec=spec, layout=reply.layout, format=reply.format)
 
     @cached_property
-    def rows(self) -> bytes:
-        """A hash of the rows that it owns: alike where two ranks own the same ones."""
-        return xxhash.xxh3_128_digest(np.array([self.spec.row_start, self.spec.row_stop], np.int64).tobytes())
+    def rows(self) -> Rows:
+        """The rows that it owns."""
+        return np.array(self.spec.row_start, np.int64), np.array(self.spec.row_stop, np.int64)
+
+    @cached_property
+    def rows_hash(self) -> bytes:
+        """Alike where two ranks own the same rows."""
+        return xxhash.xxh3_128_digest(b"".join(each.tobytes() for each in self.rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +69,12 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Around:
     """What a member is told beside its step. donors: the ranks of send.source, where it is a replica. coordinator:
-    host:port of Control. peers: addresses of the ranks that own the same rows."""
+    host:port of Control. peers: addresses of the ranks that own the same rows. rows: that it owns."""
 
     donors: Sequence[pb.RankSpec] = ()
     coordinator: str = ""
     peers: Sequence[str] = ()
+    rows: Rows | None = None
 
 
 def state_of(reply: pb.HelloReply) -> MemberState:
@@ -96,14 +107,21 @@ def _hello(stub: Any, send: Send, around: Around) -> Answer:
     return Answer(token=reply.token, result=reply)
 
 
+def _told(send: Send, around: Around) -> np.ndarray:
+    """Which of the tensors of a transaction a member is told of, by place: so what it plans, says and answers does not
+    grow with what others hold."""
+    assert send.tensors is not None and around.rows is not None
+    return held(*around.rows, send.tensors)
+
+
 def _open(stub: Any, send: Send, around: Around) -> Answer:
-    tensors = [] if send.tensors is None else send.tensors.tolist()
+    assert send.tensors is not None
     request = pb.OpenRequest(
         epoch=send.epoch,
         transaction=send.transaction,
         version=send.version,
         base_version=send.base_version,
-        tensors=tensors,
+        tensors=send.tensors[_told(send, around)].tolist(),
         num_streams=send.num_streams,
         delta=to_delta_proto(send.source) if isinstance(send.source, DeltaPlan) else None,
         restores=send.source.version if isinstance(send.source, Kept) else 0,
@@ -123,10 +141,20 @@ def _digests(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Sen
     def step(stub: Any, send: Send, around: Around) -> Answer:
         allowed_s = FILL_TIMEOUT_S if isinstance(send.source, Donor) else timeout_s
         reply = call(getattr(stub, name), _request(send), timeout_s=allowed_s, where=str(send.member))
-        digests: Digests = from_digests_proto(reply.digests)
-        return Answer(token=reply.token, result=digests)
+        return Answer(token=reply.token, result=_of_all(from_digests_proto(reply.digests), send, around))
 
     return step
+
+
+def _of_all(digests: Digests, send: Send, around: Around) -> Digests:
+    """By tensor of the transaction, zeros for those of which the member was not told; of another step, as they are."""
+    if send.tensors is None:
+        return digests
+    told, found = _told(send, around), np.zeros((len(send.tensors), 2), np.uint64)
+    if len(digests) != len(told):
+        raise MemberError(f"{send.member}: {send.step}: {len(digests)} digests, it was told of {len(told)} tensors")
+    found[told] = digests
+    return found
 
 
 def _plain(name: str, timeout_s: float = STEP_TIMEOUT_S) -> Callable[[Any, Send, Around], Answer]:

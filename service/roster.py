@@ -100,12 +100,13 @@ class Roster:
             if isinstance(source, Donor) and member.replica == source.replica
         ]
         peers = self._peers(send.member) if send.step == "open" else ()
-        return Around(donors=donors, coordinator=self.coordinator, peers=peers)
+        rows = None if send.tensors is None else self.specs[send.member].rows
+        return Around(donors=donors, coordinator=self.coordinator, peers=peers, rows=rows)
 
     def _peers(self, member: MemberId) -> list[str]:
         """Where the other ranks are that own the same rows."""
         own = self.specs[member]
-        return [each.address for each in self.specs.values() if each is not own and each.rows == own.rows]
+        return [each.address for each in self.specs.values() if each is not own and each.rows_hash == own.rows_hash]
 
     def step(self, member: MemberId, step: str, version: int = 0) -> Any:
         """One step beside the protocol, in the caller's thread."""

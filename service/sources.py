@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from weight_update.channels import PLAINTEXT
-from weight_update.chunks import Chunk, decode_request
+from weight_update.chunks import Chunk, decode_request, renumbered
 from weight_update.delta import Patch
 from weight_update.errors import MemberError, WeightUpdateError
 from weight_update.fetch import fetch
@@ -100,13 +100,14 @@ class Sources:
         self._cancelled.set()
 
     def _from_donors(self, request: Any) -> None:
-        receiver = self._receiver
+        receiver, numbers = self._receiver, np.full(len(self._receiver.manifest.tensors), -1)
+        numbers[list(request.tensors)] = np.arange(len(request.tensors))
         fetch(
             request.donors,
             request.version,
             receiver.row_start,
             receiver.row_stop,
-            lambda chunk: self._stage(request, chunk),
+            lambda chunk: self._stage(request, renumbered(chunk, numbers)),
             self._security,
         )
 

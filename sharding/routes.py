@@ -203,6 +203,21 @@ class Destination:
     row_start: np.ndarray
     row_stop: np.ndarray
 
+    def numbers(self, tensors: np.ndarray) -> np.ndarray:
+        """By place in a push of these tensors of the manifest, the number that each has for these ranks; -1 for those
+        that they are not told of."""
+        found = np.full(len(tensors), -1)
+        told = held(self.row_start, self.row_stop, tensors)
+        found[told] = np.arange(len(told))
+        return found
+
+
+def held(row_start: np.ndarray, row_stop: np.ndarray, tensors: np.ndarray) -> np.ndarray:
+    """Places in a push of these tensors of the manifest of those that a rank is told of, by which alone it knows them:
+    it holds rows of them. Where it holds none, the first one, so that there is one."""
+    found = np.flatnonzero(row_start[tensors] < row_stop[tensors])
+    return found if len(found) else np.zeros(1, np.int64)
+
 
 def destinations(row_starts: list[np.ndarray], row_stops: list[np.ndarray]) -> list[Destination]:
     """Group the service's ranks by the rows that they own."""

@@ -13,7 +13,7 @@ way out (the join, or into a ring of shared memory) and not at all on the way in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -54,7 +54,8 @@ class StageOpen:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunk:
-    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i] of the push.
+    """Pieces of tensors: piece i is length[i] bytes of the payload, for byte offset[i] of tensor[i], of those that the
+    rank was told of.
 
     payload: in host memory, or uint8 [n] in that of a GPU. in_ring: it lies in the stream's ring, and the checksum is
     of all but the payload.
@@ -180,6 +181,14 @@ def decode_request(message: bytes | memoryview, ring: Piece | None = None) -> St
     if kind not in KINDS:
         raise TransferError("a message on the stage stream is neither an open nor a chunk; expected a StageRequest")
     return KINDS[kind](body, ring)
+
+
+def renumbered(chunk: Chunk, numbers: npt.NDArray[np.int64]) -> Chunk:
+    """The same with other numbers for its tensors; it must have been checked."""
+    tensor = numbers[chunk.tensor].astype(np.uint32)
+    parts = [each.tobytes() for each in (tensor, chunk.offset, chunk.length)]
+    checksum = _checksum(parts if chunk.in_ring else [*parts, chunk.payload])
+    return replace(chunk, tensor=tensor, checksum=checksum)
 
 
 def check(chunk: Chunk) -> None:

@@ -91,16 +91,15 @@ class DeviceDelta:
     def num_bytes(self) -> int:
         return DEVICE_HEAD.size + 13 * len(self)
 
-    def owned(self, row_start: Tensor, row_stop: Tensor, row_bytes: Tensor) -> DeviceDelta:
-        """Those in rows [row_start, row_stop) of each tensor of the push: int64 on the device."""
+    def owned(self, row_start: Tensor, row_stop: Tensor, row_bytes: Tensor, numbers: Tensor) -> DeviceDelta:
+        """Those in rows [row_start, row_stop) of each tensor of the push, with its number: int64 on the device."""
         which = self.tensors.long()
         rows = self.positions // row_bytes[which]
         kept = (rows >= row_start[which]) & (rows < row_stop[which])
+        tensors = numbers.to(torch.int32)[which]
         if bool(kept.all()):
-            return self
-        return DeviceDelta(
-            tensors=self.tensors[kept], positions=self.positions[kept], differences=self.differences[kept]
-        )
+            return DeviceDelta(tensors=tensors, positions=self.positions, differences=self.differences)
+        return DeviceDelta(tensors=tensors[kept], positions=self.positions[kept], differences=self.differences[kept])
 
     def blob(self) -> tuple[Tensor, BlobSize]:
         """uint8 on the device, and what is announced of it."""

@@ -24,6 +24,7 @@ class Door:
         self.destination = destination
         self._streams = streams
         self._packer = Packer(min(stream.chunk_bytes for stream in streams))
+        self._numbers: tuple[Columns, Any] | None = None  # of the tensors of a push, for these ranks
         self._side: Any = None  # stream of the device on which pieces are brought together
 
     def add(self, tensor: int, offset: int, data: Piece) -> None:
@@ -50,9 +51,14 @@ class Door:
         sizes = block.num_rows * row_bytes
         begin = np.cumsum(sizes) - sizes + (start - block.first) * row_bytes
         some = (start < stop) & (row_bytes > 0)
-        numbers = (block.position, start * row_bytes, (stop - start) * row_bytes, begin)
-        tensors, offsets, lengths, starts = (each[some] for each in numbers)
+        entries = (self._numbered(columns)[block.position], start * row_bytes, (stop - start) * row_bytes, begin)
+        tensors, offsets, lengths, starts = (each[some] for each in entries)
         self._send(self._packer.add_many(tensors, offsets, lengths, starts, block.data.numpy().data))
+
+    def _numbered(self, columns: Columns) -> Any:
+        if self._numbers is None or self._numbers[0] is not columns:
+            self._numbers = columns, self.destination.numbers(columns.index)
+        return self._numbers[1]
 
     def flush(self) -> None:
         """Send what is queued."""

@@ -126,18 +126,21 @@ class Form:
             index = self.plan.push.columns.index[parts.tensor]
             first = np.maximum(parts.row0, to.row_start[index])
             stop = np.minimum(parts.row0 + parts.num_rows, to.row_stop[index])
+            numbers = to.numbers(self.plan.push.columns.index)[parts.tensor]
             steps = [step.parts for step in self.plan.steps]
-            self._loads[key] = [self._located(each, first[each], stop[each]).loads(chunk_bytes) for each in steps]
+            self._loads[key] = [
+                self._located(each, numbers[each], first[each], stop[each]).loads(chunk_bytes) for each in steps
+            ]
         return self._loads[key]
 
-    def _located(self, chosen: slice, first: Ints, stop: Ints) -> Located:
-        """Rows [first, stop) of some parts; none where that is empty."""
+    def _located(self, chosen: slice, numbers: Ints, first: Ints, stop: Ints) -> Located:
+        """Rows [first, stop) of some parts, of tensors with these numbers; none where that is empty."""
         parts, owned = self.plan.parts, first < stop
         row_bytes, row0, at = (each[chosen][owned] for each in (parts.row_bytes, parts.row0, parts.at))
         first, stop = first[owned], stop[owned]
         return Located(
             device=self.plan.device,
-            tensor=parts.tensor[chosen][owned],
+            tensor=numbers[owned],
             offset=first * row_bytes,
             length=(stop - first) * row_bytes,
             address=self.memory.data_ptr() + at + (first - row0) * row_bytes,

@@ -25,8 +25,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Located:
-    """Pieces of tensors of a push in the memory of one device: length[i] bytes at an address, for byte offset[i] of
-    tensor[i]. memory: what must not go meanwhile."""
+    """Pieces of tensors in the memory of one device: length[i] bytes at an address, for byte offset[i] of tensor[i],
+    as the ranks number them that get it. memory: what must not go meanwhile."""
 
     device: torch.device
     tensor: Ints

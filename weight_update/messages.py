@@ -118,8 +118,8 @@ class Send(NamedTuple):
 
     epoch, round: the coordinator's, and a number that grows with every batch of sends: a member takes nothing from an
     older epoch, and no right to serve from an older round. token: see `MemberReply`. base_version: 0 stands for
-    whatever the member holds. source: where the bytes come from, None for a trainer's
-    streams of whole tensors, a plan for its streams of changes.
+    whatever the member holds. tensors: of the transaction, all of them; the member is told of its own. source: where
+    the bytes come from, None for a trainer's streams of whole tensors, a plan for its streams of changes.
     """
 
     member: MemberId

@@ -37,7 +37,7 @@ from .messages import (
     Tick,
     Timeout,
 )
-from .transaction import ALLOWED, LEASED, ONE_WAY, RETRY, ROUNDS, Kind, Phase, Round, Transaction
+from .transaction import ALLOWED, LEASED, ONE_WAY, RETRY, ROUNDS, TOLD, Kind, Phase, Round, Transaction
 
 
 class Coordinator:
@@ -204,7 +204,7 @@ class Coordinator:
                 transaction=open_.id,
                 version=open_.version,
                 base_version=open_.base_version,
-                tensors=open_.tensors if name == "open" else None,
+                tensors=open_.tensors if name in TOLD else None,
                 num_streams=open_.num_streams,
                 source=open_.source,
             )

@@ -74,7 +74,8 @@ def replay(directory: Path) -> Replay:
         if not is_delta:
             rank.digests["sent"] = sent.digests()
     missing = [] if coordinator else ["coordinator: what the trainer meant"]
-    names = [name for name, _ in first.facts["tensors"]]
+    every = [name for rank in ranks for name, _ in rank.facts["tensors"]]  # each has those of which it holds rows
+    names = list(dict.fromkeys(every if coordinator is None else coordinator.facts.get("tensors", every)))
     meant = None if coordinator is None else coordinator.digests.get("meant")
     partings = []
     for number in sorted({int(rank.who.split(".")[0]) for rank in ranks}):
@@ -83,7 +84,7 @@ def replay(directory: Path) -> Replay:
         if len(members) < world:
             missing.append(f"replica {number}: {world - len(members)} of {world} ranks")
             continue
-        steps = {"meant": meant} | {step: _sum(members, step) for step in STEPS[1:]}
+        steps = {"meant": meant} | {step: _sum(members, step, names) for step in STEPS[1:]}
         parting = _first_parting(number, {step: found for step, found in steps.items() if found is not None}, names)
         partings += [parting] if parting else []
     return Replay(
@@ -148,10 +149,12 @@ class Assembly:
         return np.array(found, np.uint64).reshape(-1, 2)
 
 
-def _sum(ranks: Sequence[Flight], step: str) -> Digests | None:
+def _sum(ranks: Sequence[Flight], step: str, names: Sequence[str]) -> Digests | None:
     if not all(step in rank.digests for rank in ranks):
         return None
-    total: Digests = np.sum([rank.digests[step] for rank in ranks], axis=0, dtype=np.uint64)
+    total, place = np.zeros((len(names), 2), np.uint64), {name: i for i, name in enumerate(names)}
+    for rank in ranks:
+        total[[place[name] for name, _ in rank.facts["tensors"]]] += rank.digests[step]
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -106,18 +107,20 @@ def pack_for(
     packed: list[Packed] = []
     for each, stays in zip(to, on_device, strict=True):
         device = changes.form.plan.device
-        rows = each.row_start[columns.index], each.row_stop[columns.index], columns.row_bytes
+        numbers = each.numbers(columns.index)
+        rows = each.row_start[columns.index], each.row_stop[columns.index], columns.row_bytes, numbers
         owned = changes.delta.owned(*(torch.from_numpy(column).to(device) for column in rows))
-        packed.append(owned.blob() if stays else pack(patches_of(owned, specs)))
+        told = [specs[i] for i in np.flatnonzero(numbers >= 0).tolist()]
+        packed.append(owned.blob() if stays else pack(patches_of(owned, told)))
     return packed
 
 
 def _cut_to(to: Destination, patches: Sequence[Patch], columns: Columns) -> list[Patch]:
-    found = []
+    found, numbers = [], to.numbers(columns.index)
     for patch in patches:
         index, row_bytes = columns.index[patch.tensor], int(columns.row_bytes[patch.tensor])
         part = cut(patch, int(to.row_start[index]) * row_bytes, int(to.row_stop[index]) * row_bytes)
-        found += [part] if part is not None else []
+        found += [replace(part, tensor=int(numbers[patch.tensor]))] if part is not None else []
     return found
 
 

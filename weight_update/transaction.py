@@ -165,6 +165,9 @@ ROUNDS: Mapping[str, tuple[Phase, Phase]] = {
     "digest": (Phase.JOINING, Phase.JOINING),
 }
 
+# rounds that speak of the transaction's tensors
+TOLD = frozenset({"open", "prepare", "install"})
+
 # rounds after which there is no way but on: whoever fails is fenced
 ONE_WAY = frozenset({"publish", "undo", "abort"})
 
