@@ -117,8 +117,14 @@ def test_a_blob_of_a_device_comes_back_as_it_was() -> None:
 
 def test_a_destination_gets_the_changes_of_its_rows() -> None:
     row_bytes, row_start, row_stop = columns((10, 0, 2), (8, 1, 3))
-    owned = changes().owned(row_start, row_stop, row_bytes)
+    owned = changes().owned(row_start, row_stop, row_bytes, torch.tensor([0, 1]))
     assert owned.positions.tolist() == [3, 17] and owned.tensors.tolist() == [0, 1]
+
+
+def test_a_destination_that_lacks_a_tensor_counts_the_others() -> None:
+    row_bytes, row_start, row_stop = columns((10, 4, 4), (8, 0, 3))
+    owned = changes().owned(row_start, row_stop, row_bytes, torch.tensor([-1, 0]))
+    assert owned.positions.tolist() == [0, 17] and owned.tensors.tolist() == [0, 0] and owned.tensors.dtype == torch.int32
 
 
 @pytest.mark.parametrize(
