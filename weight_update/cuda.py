@@ -165,7 +165,6 @@ class Chosen:
     ) -> None:
         self.table, self._keep = table, keep  # memory that the table names
         self.device = table.device
-        self.piece = 4 if all(kind.item >= 4 and kind.row_bytes % 4 == 0 for kind in kinds) else 1
         self._copies: list[tuple[Kind, dict[str, int | bool], Tensor]] = []
         self._digests: list[tuple[Kind, dict[str, int | bool], dict[str, int | bool], Tensor]] = []
         for kind, places in kinds.items():
@@ -250,8 +249,7 @@ class Bytes:
 
     def _run(self, name: str, *arguments: object) -> None:
         programs = -(-len(self._positions) // BLOCK)
-        shape = {"BLOCK": BLOCK, "PIECE": self._chosen.piece, "FIELDS": _loops().FIELDS}
-        _run(name, programs, self._chosen.table, *arguments, **shape)
+        _run(name, programs, self._chosen.table, *arguments, BLOCK=BLOCK, FIELDS=_loops().FIELDS)
 
     def _put(self, values: Tensor) -> None:
         if len(values):

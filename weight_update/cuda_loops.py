@@ -217,8 +217,8 @@ def digest_rows(table, staged, tiles, out, ROW: tl.constexpr, RUN: tl.constexpr,
 def _byte_at(spec, position, mask):
     """Addresses of bytes by their positions in their tensors; spec: what each tensor is."""
     row_bytes = tl.load(spec + 4, mask=mask, other=1)
-    run_bytes = tl.load(spec + 3, mask=mask, other=1).to(tl.int32)
-    row, column = position // row_bytes, (position % row_bytes).to(tl.int32)
+    run_bytes = tl.load(spec + 3, mask=mask, other=1)
+    row, column = position // row_bytes, position % row_bytes
     rows = tl.load(spec + 1, mask=mask, other=0).to(tl.pointer_type(tl.int64))
     runs = tl.load(spec + 2, mask=mask, other=0).to(tl.pointer_type(tl.int32))
     row_at = tl.load(rows + (row - tl.load(spec + 5, mask=mask, other=0)), mask=mask, other=0)
@@ -227,18 +227,16 @@ def _byte_at(spec, position, mask):
 
 
 @triton.jit
-def _live_word(spec, position, swap, mask, PIECE: tl.constexpr):
-    """The word of 8 bytes that holds the byte at `position`, as it lies now; which byte of it that is. PIECE: bytes
-    that lie together wherever a row is cut, 4 or 1."""
+def _live_word(spec, position, swap, mask):
+    """The word of 8 bytes that holds the byte at `position`, as it lies now; which byte of it that is."""
     row_bytes = tl.load(spec + 4, mask=mask, other=1)
     within = position % row_bytes % 8
     start = position - within
     left = row_bytes - start % row_bytes
-    kind = tl.uint32 if PIECE == 4 else tl.uint8
     value = tl.zeros_like(position)
-    for i in tl.static_range(0, 8, PIECE):
+    for i in tl.static_range(8):
         here = mask & (i < left)
-        at = _byte_at(spec, start + i, here).to(tl.pointer_type(kind))
+        at = _byte_at(spec, start + i, here).to(tl.pointer_type(tl.uint8))
         value |= tl.load(at, mask=here, other=0).to(tl.int64) << (8 * i)
     return tl.where(swap, _swapped(value), value), within
 
@@ -257,7 +255,7 @@ def _lanes(spec, position, value, mask):
 # Triton compiles anew for numbers that 16 divides: a count of changes is now one, now the other, and that takes 2 s.
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tensors", "positions", "differences"])
 def plan_bytes(table, tensors, positions, differences, count, at, old, new, taken, given, BLOCK: tl.constexpr,
-               PIECE: tl.constexpr, FIELDS: tl.constexpr):
+               FIELDS: tl.constexpr):
     """Where changed bytes lie, what is there and what will be; what their words add to the digests before and after,
     int64 [tensors, 2].
 
@@ -269,7 +267,7 @@ def plan_bytes(table, tensors, positions, differences, count, at, old, new, take
     position = tl.load(positions + i, mask=mask, other=0)
     spec = table + tensor * FIELDS
     swap = tl.load(spec + 9, mask=mask, other=0) != 0
-    before, within = _live_word(spec, position, swap, mask, PIECE)
+    before, within = _live_word(spec, position, swap, mask)
     after = before
     word = position - within
     for j in tl.static_range(8):
@@ -321,8 +319,7 @@ def put_bytes(at, values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tensors", "positions"])
-def digest_bytes(table, tensors, positions, count, out, BLOCK: tl.constexpr, PIECE: tl.constexpr,
-                 FIELDS: tl.constexpr):
+def digest_bytes(table, tensors, positions, count, out, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     """Lanes of the words that hold these bytes, read back as they lie: added to int64 [tensors, 2]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
@@ -332,7 +329,7 @@ def digest_bytes(table, tensors, positions, count, out, BLOCK: tl.constexpr, PIE
     row_bytes = tl.load(spec + 4, mask=mask, other=1)
     word = position - position % row_bytes % 8
     begins = mask & _begins(positions, tensors, i, tensor, word, position, mask, row_bytes)
-    value, _ = _live_word(spec, position, tl.load(spec + 9, mask=mask, other=0) != 0, begins, PIECE)
+    value, _ = _live_word(spec, position, tl.load(spec + 9, mask=mask, other=0) != 0, begins)
     lane0, lane1 = _lanes(spec, word, value, begins)
     tl.atomic_add(out + 2 * tensor, lane0, mask=begins)
     tl.atomic_add(out + 2 * tensor + 1, lane1, mask=begins)
