@@ -124,7 +124,8 @@ def test_a_destination_gets_the_changes_of_its_rows() -> None:
 def test_a_destination_that_lacks_a_tensor_counts_the_others() -> None:
     row_bytes, row_start, row_stop = columns((10, 4, 4), (8, 0, 3))
     owned = changes().owned(row_start, row_stop, row_bytes, torch.tensor([-1, 0]))
-    assert owned.positions.tolist() == [0, 17] and owned.tensors.tolist() == [0, 0] and owned.tensors.dtype == torch.int32
+    assert owned.positions.tolist() == [0, 17] and owned.tensors.tolist() == [0, 0]
+    assert owned.tensors.dtype == torch.int32
 
 
 @pytest.mark.parametrize(
