@@ -184,7 +184,7 @@ class Begun:
         self._comparison, self._notes, ends = comparison, notes, counts.cumsum(0)
         self._before = ends - counts
         self._told = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        self._told.copy_(torch.cat([ends[-1:], notes.most]), non_blocking=True)
+        self._told.copy_(torch.stack([counts.sum(), notes.most[0].long()]), non_blocking=True)
         self._counted = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._counted.record()
 

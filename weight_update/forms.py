@@ -142,12 +142,15 @@ def plan_form(plan: PushPlan) -> FormPlan | None:
     drawn = _Drawing(plan, device)
     bounds = _steps_of(plan.sources)
     steps = [drawn.step(first, stop) for first, stop in bounds]
+    parts = drawn.parts()
+    if not len(parts):  # other trainer ranks send everything
+        return None
     seen = drawn.looked_at()
     columns = (seen.address, seen.weight, seen.scale, seen.elements, seen.source)
     return FormPlan(
         push=plan,
         device=device,
-        parts=drawn.parts(),
+        parts=parts,
         steps=steps,
         groups=drawn.groups,
         names=list(drawn.group_of),
