@@ -35,6 +35,7 @@ from weight_update.channels import Channels, connect, server_credentials
 from weight_update.client import Pusher
 from weight_update.errors import DeniedError, PlanError
 from weight_update.security import ANYBODY, ROLES, Security, Tokens, is_loopback, token_line
+from weight_update.store import Store
 from weight_update.transport import STAGE, ControlClient, error_of, fetch_stream
 from weight_update.values import from_manifest_proto
 
@@ -154,6 +155,18 @@ def test_a_rank_gives_rows_to_the_fleet(service: LocalService, files: Path) -> N
     assert sum(map(len, fetch_stream(rank.address, request, fleet))) > sum(spec.num_bytes for spec in tensors)
     with pytest.raises(DeniedError, match="this takes service"):
         list(fetch_stream(rank.address, request, of(files, "ppo")))
+
+
+def test_versions_are_stored_over_connections_with_certificates(files: Path, tmp_path: Path) -> None:
+    """The keeper takes rows from the ranks' doors as the fleet, and reads back what it wrote."""
+    model_dir = save(tiny_llama(seed=0), tmp_path / "model")
+    security = of(files, "all", "service")
+    with local_service(model_dir, tmp_path, store_dir=tmp_path / "store", security=security) as service:
+        pusher = Pusher(service.address, security=of(files, "ppo"))
+        report = pusher.push(tiny_llama(seed=4), durable=True)
+        pusher.close()
+        store = Store(tmp_path / "store", config_dir=model_dir, manifest=service.shell.manifest, read_only=True)
+        assert [each.version for each in store.versions()] == [1, report.version]
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ class Attempt:
     num_begun: int = 0
     num_changed: int = 0
     links: list[str] = field(default_factory=list)  # how the bytes went, of all trainer ranks
+    _to: list[Destination] = field(default_factory=list)  # of what is begun, and the way to every rank
+    _ways: list[Link] = field(default_factory=list)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _deciding: bool = False
     _passing: bool = False
@@ -98,6 +100,7 @@ class Attempt:
     def begin(self) -> pb.BeginReply:
         """Open the transaction; where another is open, do as on_busy says."""
         self._deciding, self.num_begun = False, self.num_begun + 1
+        self._to, self._ways = destinations_of(self.described.ranks), self._links()
         delta, self._passing = self._delta(), self.fans_out and self._passes_on()
         reply = pb.BeginReply.FromString(self.ranks.from_first(lambda: self._begin(delta).SerializeToString()))
         self.clock.stop("begin")
@@ -186,16 +189,14 @@ class Attempt:
         if isinstance(self.content, Whole):
             self.num_changed = len(self.plan.specs)
             return None
-        to = destinations_of(self.described.ranks)
-        links = self._links()
-        on_device = [all(links[i].transport in ON_DEVICE for i in each.ranks) for each in to]
-        self._packed = pack_for(self.content, to, on_device)
+        on_device = [all(self._ways[i].transport in ON_DEVICE for i in each.ranks) for each in self._to]
+        self._packed = pack_for(self.content, self._to, on_device)
         sizes = self.ranks.gather([size for _, size in self._packed])
         self.num_changed = int(self.ranks.reduce(self.content.changed, dist.ReduceOp.MAX).sum())
         return DeltaPlan(
             base_version=self.described.version,
             base_digest=self.described.digest,
-            ranks=tuple(announced(self.described.ranks, to, sizes)),
+            ranks=tuple(announced(self.described.ranks, self._to, sizes)),
         )
 
     def _begin(self, delta: DeltaPlan | None) -> pb.BeginReply:
@@ -245,27 +246,22 @@ class Attempt:
 
     def _open_streams(self, begun: pb.BeginReply, total_bytes: int) -> Streams:
         """One to every rank, or to the first of a chain."""
-        to, links = destinations_of(self.described.ranks), self._links()
-        chained = self._chains(to, links)
-        opened = [[self._stream(begun, chain, links, total_bytes) for chain in each] for each in chained]
-        return Streams(to, opened)
+        opened = [[self._stream(begun, chain, total_bytes) for chain in each] for each in self._chains()]
+        return Streams(self._to, opened)
 
-    def _chains(self, to: Sequence[Destination], links: Sequence[Link]) -> list[list[tuple[int, ...]]]:
+    def _chains(self) -> list[list[tuple[int, ...]]]:
         """Of each destination; ranks that are not reached over a network are in none with others."""
         ranks = self.described.ranks
-        over_network = [i for i, link in enumerate(links) if self.fans_out and link.transport == GRPC]
+        over_network = [i for i, link in enumerate(self._ways) if self.fans_out and link.transport == GRPC]
         hosts = {i: ranks[i].place.host or ranks[i].address for i in over_network}
-        return [chains(each, hosts) for each in to]
+        return [chains(each, hosts) for each in self._to]
 
     def _passes_on(self) -> bool:
         """Whether ranks have a chain from any trainer rank: a stream out beside the one in."""
-        chained = self._chains(destinations_of(self.described.ranks), self._links())
-        return any(self.ranks.gather(any(len(chain) > 1 for each in chained for chain in each)))
+        return any(self.ranks.gather(any(len(chain) > 1 for each in self._chains() for chain in each)))
 
-    def _stream(
-        self, begun: pb.BeginReply, chain: Sequence[int], links: Sequence[Link], total_bytes: int
-    ) -> StageStream:
-        (rank, *others), link = [self.described.ranks[i] for i in chain], links[chain[0]]
+    def _stream(self, begun: pb.BeginReply, chain: Sequence[int], total_bytes: int) -> StageStream:
+        (rank, *others), link = [self.described.ranks[i] for i in chain], self._ways[chain[0]]
         return StageStream(
             self.channel(rank.address),
             target=rank.address,
