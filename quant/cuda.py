@@ -7,8 +7,8 @@
     diff = diff_nvfp4(batch, table)       # what is not as it lies at weight and block_scale
     store = plan_batch([Matrix(..., weight=storage, block_scale=storage2, weight_at=placement, scale_at=placement2)])
 
-All matrices of a batch have the same number of elements a row. Nothing here waits for the device except `diff_nvfp4` and
-`places_of`.
+All matrices of a batch have the same number of elements a row. Nothing here waits for the device except `diff_nvfp4`
+and `places_of`.
 The bytes are those of `quant.kernels`' torch twins, as long as the global scale lies in SCALES; outside, use the twins.
 """
 

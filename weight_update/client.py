@@ -47,7 +47,7 @@ from .links import AUTO, allowed_of
 from .manifest import Manifest
 from .ranks import Ranks, this_process
 from .report import Clock, PushReport, report_of
-from .retained import Retained
+from .retained import Keep, Retained
 from .security import Security
 from .source import Items, PushPlan, Scope
 from .transport import Channels, ControlClient
@@ -77,9 +77,9 @@ class Pusher:
     one). names: from the trainer's names to the service's (quant.name_maps), for tensors that are named or packed
     otherwise, such as q, k and v in one. mode: "auto" sends what changed wherever the service holds the last confirmed
     push of this trainer, and everything elsewhere; "full" always everything; "delta" refuses where it cannot. keep:
-    device whose memory holds the bytes of the last confirmed push: "cpu" (pinned where the model is on a GPU), or the
-    model's own, where nothing has to be copied. lease_s: how long the service keeps an open push
-    whose trainer went silent. retry_s: how long lost connections are retried. transport: the one that payloads take to
+    device whose memory holds the bytes of the last confirmed push; "auto": the model's own, where nothing has to be
+    copied; "cpu" pins memory where the model is on a GPU. lease_s: how long the service keeps an open push whose
+    trainer went silent. retry_s: how long lost connections are retried. transport: the one that payloads take to
     every rank ("grpc", "shared-memory": see links), or the ones that they may take; "auto": the best that both ends
     have. fan_out: whether a row goes over the network to one replica only, whose rank passes it on to those of the
     others: "auto" where that is to save a third of a push. on_progress: called with (phase, bytes done, bytes in all).
@@ -94,7 +94,7 @@ class Pusher:
         group: dist.ProcessGroup | None = None,
         names: NameMap = IDENTITY,
         mode: Mode = "auto",
-        keep: torch.device | str = "cpu",
+        keep: torch.device | str = "auto",
         lease_s: float = 60.0,
         retry_s: float = 45.0,
         pushed_by: str | None = None,
@@ -109,7 +109,7 @@ class Pusher:
         self._ranks = Ranks(group)
         self._apart: Ranks | None = None
         self._confirmed = Confirmed()
-        keeps = None if mode == "full" else torch.device(keep)
+        keeps: Keep = None if mode == "full" else "auto" if keep == "auto" else torch.device(keep)
         self._retained = Retained(self._ranks, names, keeps, self._confirmed)
         self._lease_s = lease_s
         self._retry_s = retry_s
@@ -231,7 +231,7 @@ class Pusher:
         work = self._foresight.work(plan, described.ranks, self._ranks, delta)
         chosen_id, fans_out = self._ranks.from_first(lambda: self._chosen(wish, work))
         clock.stop("plan")
-        kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept in {self._retained.keep} memory"
+        kept = f"{self.kept_bytes} bytes of version {self._confirmed.version} kept"
         log.info("push %s: %s, %s; %s", chosen_id, content.mode, reason, kept)
         return Attempt(
             control=self._control,

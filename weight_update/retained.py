@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,12 +37,16 @@ from .sharing import Holding, Shared, holding_of, plan_of, share_out
 from .source import PushPlan, check_finite, named_items, offer_of
 from .wishes import DIFFERENT_MAPS, Places, Wish
 
+HOST = torch.device("cpu")
+Keep = torch.device | Literal["auto"] | None
+
 
 class Retained:
-    """keep: device of the bytes of the last confirmed push, None for nowhere. confirmed: that push."""
+    """keep: device of the bytes of the last confirmed push, None for nowhere; "auto": where they were made. confirmed:
+    that push."""
 
-    def __init__(self, ranks: Ranks, names: NameMap, keep: torch.device | None, confirmed: Confirmed) -> None:
-        self._ranks, self._names, self.keep, self._confirmed = ranks, names, keep, confirmed
+    def __init__(self, ranks: Ranks, names: NameMap, keep: Keep, confirmed: Confirmed) -> None:
+        self._ranks, self._names, self._keep, self._confirmed = ranks, names, keep, confirmed
         self._shared: tuple[tuple[object, ...], Shared] | None = None  # by manifest and all ranks' holdings
         self._planned: _Planned | None = None
         self._tables: tuple[PushPlan, Grouping, FormPlan | None] | None = None
@@ -116,11 +121,11 @@ class Retained:
         """Every row."""
         form = self._form_of(plan)
         if form is None:
-            return Whole(plan, scales, keep=self.keep)
+            return Whole(plan, scales, keep=self._kept_on(HOST))
         base = self._confirmed.base
         if base is not None and _lies_in(base, form):  # where this push is encoded
             self._confirmed.forget()
-        return FormWhole(form, scales.of_sources, keep=self.keep)
+        return FormWhole(form, scales.of_sources, keep=self._kept_on(form.plan.device))
 
     def compared(self, plan: PushPlan, scales: Scales) -> Changes | FormChanges:
         """What is not as in the base, which there is."""
@@ -134,7 +139,12 @@ class Retained:
     def whole_of(self, changes: Changes | FormChanges) -> Whole:
         """The same push in full; the base becomes what it sends, so that no second copy of the weights is made."""
         self._confirmed.forget()
-        return changes.whole(self.keep)
+        made_on = changes.form.plan.device if isinstance(changes, FormChanges) else HOST
+        return changes.whole(self._kept_on(made_on))
+
+    def _kept_on(self, made_on: torch.device) -> torch.device | None:
+        """Where bytes stay that were made on this device: a GPU holds that much memory anyway, for the next ones."""
+        return made_on if self._keep == "auto" else self._keep
 
     def _form_of(self, plan: PushPlan) -> Form | None:
         """Its memory serves every push of the same rows, wherever the trainer has them; what a push of others needs is
