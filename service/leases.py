@@ -56,6 +56,6 @@ class ServingLease:
             log.info("replica %s stands still: it has no right to serve", rank.identity.replica)
             rank.engine.request_pause()
             rank.set_serving(False)
-        elif may and rank.engine.state == "paused":
+        elif may and rank.engine.state == "paused" and not rank.stale:
             rank.engine.resume(rank.member.version, refresh=False, timeout=RESUME_TIMEOUT_S)
             rank.set_serving(True)

@@ -115,7 +115,9 @@ class RankServer:
         self.empty = False  # built to be filled: nothing was loaded
         self._reshard = reshard
         self._foresee = foresee
-        self._stale = False  # resharded since the last refresh
+        # Resharded since the last refresh, here or on a peer: nothing may go on until the transaction's end gathers
+        # anew, for it would gather here what peers hold otherwise, or hang where they gather nothing.
+        self.stale = False
         self._is_pushed = False  # the open transaction comes from a trainer
         self.given_up = threading.Event()  # the coordinator undoes: do not wait for a pause that may never come
         self.steps = threading.Lock()  # one step of the protocol at a time; never taken by the data stream
@@ -267,9 +269,9 @@ class RankServer:
         self.metrics.observe("transfuse_phase_s", seconds, name)
 
     def install(self, request: Any) -> np.ndarray:
+        self.stale = True
         self._pause()
         self.timing.pause_start_s = time.time()
-        self._stale = True
         self._reshard()
         digests = self.receiver.install()
         self._record(request, "installed", digests)
@@ -296,14 +298,14 @@ class RankServer:
     def undo(self, request: Any) -> None:
         if self.receiver.state is State.INSTALLED:
             self.receiver.undo()
-        self._stale = True  # a peer may have resharded where this rank had not yet
+        self.stale = True  # a peer may have resharded where this rank had not yet
 
     def abort(self, request: Any) -> None:
         self.receiver.abort()
         self._recorded(request.transaction, "given up")
         self._data.end_streams()
         self.receiver.version = self.member.version
-        self._resume(self.member.version, refresh=self._stale)
+        self._resume(self.member.version, refresh=self.stale)
 
     def pause(self, request: Any) -> None:
         self.operator_paused = True
@@ -315,7 +317,8 @@ class RankServer:
 
     def resume(self, request: Any) -> None:
         self.operator_paused = self.draining = False
-        self._resume(self.member.version, refresh=False)
+        if not self.stale:  # else the end of the transaction lets it go on
+            self._resume(self.member.version, refresh=False)
 
     def _pause(self) -> None:
         if self.identity.rank == 0:
@@ -336,7 +339,7 @@ class RankServer:
             stays = self.operator_paused or not self.member.grants(version, time.monotonic())
             self.engine.resume(version, refresh=refresh, stay_paused=stays)
             self.set_serving(not stays)
-        self._stale = self._stale and not refresh
+        self.stale = self.stale and not refresh
         if not self.engine.wait_resumed(version, RESUME_TIMEOUT_S):
             raise MemberError(f"serving did not go on within {RESUME_TIMEOUT_S:.0f} s: {self.engine.state}")
 

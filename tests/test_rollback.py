@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from protos import transfuse_pb2 as pb
 from protos import transfuse_pb2_grpc as pb_grpc
+from service.leases import POLL_S
 from service.rank import RankServer
 from tests.local import LocalService, cold, local_service, start_rank, wait_for
 from tests.tiny import save, tiny_llama
@@ -102,6 +105,31 @@ def test_a_rank_that_fails_in_a_rollback_leaves_every_byte_as_it_was(
             roll_back(control, 1)
         assert service.bytes() == before
     assert roll_back(control, 1).version == 3
+
+
+def test_nothing_goes_on_between_an_undo_and_the_end_of_its_transaction(
+    service: LocalService, pusher: Pusher, control: pb_grpc.ControlStub
+) -> None:
+    """A replica that has its old bytes back waits for its peers: their shards may still be the new ones. Neither the
+    lease that it holds nor an operator lets it go on."""
+    pusher.push(tiny_llama(seed=1))
+    first, second = service.ranks
+    second.faults.arm("installed", "raise")
+    second.faults.arm("undo", "stall")
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(pusher.push, tiny_llama(seed=2))
+        wait_for(lambda: second.faults.stalled == "undo" and first.member.state == "prepared")
+        with connect(first.address) as channel:
+            call(pb_grpc.MemberStub(channel).Resume, pb.MemberRequest())
+        for _ in range(10):
+            time.sleep(POLL_S / 4)
+            assert first.engine.state == "paused" and first.stale
+        second.faults.release()
+        with pytest.raises(WeightUpdateError, match="planned failure"):
+            pushing.result()
+    wait_for(lambda: states(control) == ["serving"] * 2)
+    assert not first.stale and not second.stale
+    assert pusher.push(tiny_llama(seed=2)).digest_verified
 
 
 def test_a_replica_that_is_added_takes_the_committed_version_from_a_live_one_and_counts(
