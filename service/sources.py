@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class Sources:
         self._cancelled.clear()
         ids = request.transaction, request.version, request.base_version
         if request.restores and request.restores in self.history.versions(receiver.version):
-            patches = _renumbered(self.history.back(receiver.version, request.restores), tensors)
+            patches = _renumbered(self.history.back(receiver.version, request.restores), self._numbers(tensors))
             return receiver.begin(*ids, tensors, blobs=(), patches=patches)
         plan = receiver.begin(*ids, tensors)
         fill = self._from_donors if request.donors else self._from_store
@@ -99,9 +100,14 @@ class Sources:
         """The transaction is given up."""
         self._cancelled.set()
 
+    def _numbers(self, tensors: np.ndarray) -> np.ndarray:
+        """By index in the manifest, the place of each of these tensors among them; -1 for the others."""
+        numbers = np.full(len(self._receiver.manifest.tensors), -1)
+        numbers[tensors] = np.arange(len(tensors))
+        return numbers
+
     def _from_donors(self, request: Any) -> None:
-        receiver, numbers = self._receiver, np.full(len(self._receiver.manifest.tensors), -1)
-        numbers[list(request.tensors)] = np.arange(len(request.tensors))
+        receiver, numbers = self._receiver, self._numbers(np.array(request.tensors, np.int64))
         fetch(
             request.donors,
             request.version,
@@ -123,21 +129,10 @@ class Sources:
         self._receiver.stage(chunk, transaction=request.transaction)
 
 
-def _renumbered(patches: list[Patch], tensors: np.ndarray) -> list[Patch]:
-    """Patches of tensors of the manifest as patches of positions in `tensors`; others change nothing in the end."""
-    at = {int(index): position for position, index in enumerate(tensors)}
-    return [
-        Patch(
-            tensor=at[patch.tensor],
-            first=patch.first,
-            stop=patch.stop,
-            positions=patch.positions,
-            values=patch.values,
-            relative=patch.relative,
-        )
-        for patch in patches
-        if patch.tensor in at
-    ]
+def _renumbered(patches: list[Patch], numbers: np.ndarray) -> list[Patch]:
+    """Patches of tensors of the manifest with other numbers; those without one change nothing in the end."""
+    found = ((patch, int(numbers[patch.tensor])) for patch in patches)
+    return [replace(patch, tensor=number) for patch, number in found if number >= 0]
 
 
 def _stored(store: Store, receiver: Receiver, request: Any) -> Iterator[Chunk]:

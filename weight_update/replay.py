@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .chunks import Chunk, check, decode_request
-from .digest import Digests, digest_rows, name_key
+from .digest import Digests, digest_rows, name_key, unlike
 from .errors import PlanError, WeightUpdateError
 from .flight import SUFFIX, Flight
 
@@ -161,7 +161,7 @@ def _sum(ranks: Sequence[Flight], step: str, names: Sequence[str]) -> Digests | 
 def _first_parting(replica: int, steps: dict[str, Digests], names: Sequence[str]) -> Parting | None:
     order = [step for step in STEPS if step in steps]
     for before, step in pairwise(order):
-        differs = np.flatnonzero((steps[before] != steps[step]).any(axis=1))
+        differs = np.flatnonzero(unlike(steps[before], steps[step]))
         if len(differs):
             return Parting(replica=replica, step=step, before=before, tensors=tuple(names[int(i)] for i in differs))
     return None
